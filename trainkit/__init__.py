@@ -1,0 +1,28 @@
+"""Trainkit: a training-systems plug-in for PyTorch.
+
+The names below are imported on first use, so that `import trainkit` loads neither torch nor Lightning.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trainkit._callback import AutoLRS as AutoLRS
+    from trainkit._strategies import SwitchMLStrategy as SwitchMLStrategy
+
+__version__ = "0.1.0"
+__all__ = ["AutoLRS", "SwitchMLStrategy"]
+
+_HOMES = {"AutoLRS": "trainkit._callback", "SwitchMLStrategy": "trainkit._strategies"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'trainkit' has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
