@@ -6,7 +6,9 @@ from importlib import import_module
 import trainkit
 
 # verb -> the module that holds it as VERB; two words are one verb of a group ("topology find")
-_VERBS: dict[str, str] = {}
+_VERBS: dict[str, str] = {
+    "demo": "trainkit.cli._demo",
+}
 
 
 def _overview(prefix: str = "") -> str:

@@ -1,5 +1,6 @@
 """What a verb is: a frozen dataclass of options, an example, and a function that runs it."""
 
+import argparse
 import dataclasses
 from collections.abc import Callable
 from typing import Any, get_type_hints
@@ -29,7 +30,7 @@ class Verb:
             prog=f"trainkit {self.name}",
             description=self.summary,
             epilog=f"Example: {self.example}",
-            default_env=False,
+            formatter_class=argparse.HelpFormatter,
         )
         helps = {p.arg_name: p.description for p in docstring_parser.parse_from_object(self.options).params}
         hints = get_type_hints(self.options)
@@ -41,7 +42,8 @@ class Verb:
             elif field.default is dataclasses.MISSING:
                 parser.add_argument(flag, type=hints[field.name], required=True, help=about)
             else:
-                parser.add_argument(flag, type=hints[field.name], default=field.default, help=about)
+                shown = "" if field.default is None else f" (default: {field.default})"
+                parser.add_argument(flag, type=hints[field.name], default=field.default, help=about + shown)
         return parser
 
     def main(self, argv: list[str]) -> int:

@@ -1,0 +1,112 @@
+"""The demo's worker processes: they die with their parent, and one that fails is named."""
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+_PR_SET_PDEATHSIG = 1
+_POLL_S = 0.05
+
+
+class WorkerFailed(RuntimeError):
+    """A worker ended without finishing; the message names it."""
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent, whose pid is `parent`, is gone.
+
+    Raises:
+        SystemExit: it is gone already.
+    """
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        raise SystemExit("the parent process is gone")
+
+
+def free_port() -> int:
+    """A TCP port of loopback that nobody listens on now."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+class Workers:
+    """`count` processes that run `python -m MODULE JOB`, where JOB is `job` plus rank, world size and a port to meet at.
+
+    A worker writes the error it ends with to `error-RANK.txt` in `logs`; its output goes to `worker-RANK.log` there,
+    except rank 0's, whose progress bar is ours.
+
+    Args:
+        module: to run.
+        job: what to do, JSON-able.
+        count: of processes.
+        logs: folder.
+        grace_s: how long the others may take to end by themselves after one has failed.
+    """
+
+    def __init__(self, module: str, job: dict[str, Any], *, count: int, logs: Path, grace_s: float) -> None:
+        self._logs, self._grace_s = logs, grace_s
+        logs.mkdir(parents=True, exist_ok=True)
+        for stale in logs.glob("error-*.txt"):
+            stale.unlink()
+        port = free_port()
+        self._processes: list[subprocess.Popen[bytes]] = []
+        for rank in range(count):
+            words = json.dumps({**job, "rank": rank, "world_size": count, "port": port, "parent": os.getpid()})
+            with (logs / f"worker-{rank}.log").open("ab") as log:
+                output = None if rank == 0 else log
+                self._processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", module, words],
+                        stdin=subprocess.DEVNULL,
+                        stdout=output,
+                        stderr=output,
+                    )
+                )
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.wait()
+
+    def wait(self) -> None:
+        """Wait until all are done.
+
+        Raises:
+            WorkerFailed: one was not; the first to go is named, with what it said.
+        """
+        while (codes := self._codes()).count(0) < len(codes):
+            if any(codes):
+                first = next(rank for rank, code in enumerate(codes) if code)
+                self._let_the_others_end()
+                raise WorkerFailed(self._obituary(first))
+            time.sleep(_POLL_S)
+
+    def _codes(self) -> Sequence[int | None]:
+        return [process.poll() for process in self._processes]
+
+    def _let_the_others_end(self) -> None:
+        deadline = time.monotonic() + self._grace_s
+        while None in self._codes() and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+
+    def _obituary(self, rank: int) -> str:
+        process = self._processes[rank]
+        code = process.returncode
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        said = self._logs / f"error-{rank}.txt"
+        what = f": {said.read_text().strip()}" if said.exists() else ""
+        return f"worker {rank} of {len(self._processes)} (pid {process.pid}) {how}{what}"
