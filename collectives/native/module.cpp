@@ -1,3 +1,11 @@
 #include <nanobind/nanobind.h>
 
-NB_MODULE(_native, m) { m.doc() = "native core"; }
+namespace nb = nanobind;
+
+// One registration function per family of sources.
+void bind_forest(nb::module_ &m);
+
+NB_MODULE(_native, m) {
+  m.doc() = "Integer graph algorithms of trainkit.collectives: max-flow, splitting, packing.";
+  bind_forest(m);
+}
