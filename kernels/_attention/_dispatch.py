@@ -1,0 +1,125 @@
+"""`attention`: checks once, then takes the fastest path that computes exactly what was asked."""
+
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor
+
+from trainkit.kernels._attention import _sdpa
+from trainkit.kernels._attention._packed import make_packed
+from trainkit.kernels._attention._reference import reference
+from trainkit.kernels._attention._spec import MaskMod, Packed, ScoreMod, Spec, check_tensors, make_spec
+
+BACKENDS = ("auto", "sdpa", "reference")
+
+
+class Explanation(NamedTuple):
+    """Which path a call took, and why not a faster one."""
+
+    path: str
+    reason: str
+
+
+def _choose(
+    q: Tensor, k: Tensor, v: Tensor, spec: Spec, packed: Packed | None, return_lse: bool, backend: str
+) -> Explanation:
+    if backend == "reference":
+        return Explanation("reference", "asked for")
+    refusal = _sdpa.why_not(q, k, v, spec, packed, return_lse)
+    if backend == "sdpa":
+        if refusal:
+            raise ValueError(f"backend='sdpa' cannot serve this call: {refusal}; take backend='auto'")
+        return Explanation("sdpa", "asked for")
+    if refusal is None:
+        return Explanation("sdpa", f"plain attention on {q.device.type}")
+    return Explanation("reference", refusal)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    score_mod: ScoreMod | None = None,
+    mask_mod: MaskMod | None = None,
+    cu_seqlens: Tensor | tuple[Tensor, Tensor] | None = None,
+    scale: float | None = None,
+    softmax: Literal["softmax", "sigmoid"] = "softmax",
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    deterministic: bool = False,
+    return_lse: bool = False,
+    backend: str = "auto",
+    explain: bool = False,
+) -> Any:
+    """Differentiable attention with every variant, on the fastest path that computes exactly that.
+
+    Args:
+        q: queries `[B, Sq, Hq, D]`, bf16, fp16, fp32 (fp64 on the reference path).
+        k: keys `[B, Sk, Hkv, D]`; Hq a multiple of Hkv.
+        v: values `[B, Sk, Hkv, Dv]`.
+        causal: query i sees key j iff `j <= p`, where `p = i + Sk - Sq`.
+        window: key j is seen iff `0 <= p - j < window` (not causal: `|p - j| < window`).
+        softcap: scores become `softcap * tanh(score / softcap)`.
+        alibi_slopes: `[Hq]` or `[B, Hq]`; scores lose `slope * |p - j|`. No gradient.
+        sinks: `[Hq]`; `exp(sink)` joins the softmax's denominator. Gets gradients.
+        score_mod: FlexAttention's `score_mod(score, b, h, q_idx, kv_idx)`; captured tensors allowed.
+        mask_mod: FlexAttention's `mask_mod(b, h, q_idx, kv_idx)`, True where a key is seen.
+        cu_seqlens: int32 `[n + 1]` cumulative lengths of packed sequences (B = 1), or a (q, k) pair; indices and `b`
+            above then count inside a sequence, and sequences.
+        scale: of `q @ k`; default `D ** -0.5`.
+        softmax: "sigmoid" gives each score its own probability instead.
+        dropout_p: probability that a softmax weight becomes 0; the others are divided by `1 - dropout_p`.
+        seed: of the dropout, 32 bits; default drawn from torch's CPU generator.
+        deterministic: the same bits from run to run in backward too.
+        return_lse: also return the log of each row's denominator.
+        backend: "auto", or one path by name.
+        explain: also return an `Explanation(path, reason)`.
+
+    Returns:
+        out `[B, Sq, Hq, Dv]` in q's dtype, 0 in rows without keys. With `return_lse` also lse `[B, Hq, Sq]`, natural
+        log, fp32, differentiable, -inf in rows without keys. With `explain` also the explanation, last.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or arguments that break a rule, or a named backend that cannot serve.
+
+    Example:
+        >>> out = attention(q, k, v, causal=True, window=1024)
+    """
+    check_tensors(q, k, v)
+    packed = make_packed(cu_seqlens, q, k)
+    spec = make_spec(
+        q,
+        sequences=q.shape[0] if packed is None else len(packed.bounds_q) - 1,
+        causal=causal,
+        window=window,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        score_mod=score_mod,
+        mask_mod=mask_mod,
+        scale=scale,
+        softmax=softmax,
+        dropout_p=dropout_p,
+        seed=seed,
+        deterministic=deterministic,
+        return_lse=return_lse,
+    )
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    explanation = _choose(q, k, v, spec, packed, return_lse, backend)
+    lse: Tensor | None = None
+    if explanation.path == "sdpa":
+        out = _sdpa.sdpa(q, k, v, spec)
+    else:
+        out, lse = reference(q, k, v, spec, packed)
+    results: tuple[Any, ...] = (out,)
+    if return_lse:
+        results += (lse,)
+    if explain:
+        results += (explanation,)
+    return results if len(results) > 1 else out
