@@ -8,6 +8,7 @@ import trainkit
 # verb -> the module that holds it as VERB; two words are one verb of a group ("topology find")
 _VERBS: dict[str, str] = {
     "demo": "trainkit.cli._demo",
+    "doctor": "trainkit.cli._doctor",
 }
 
 

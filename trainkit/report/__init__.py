@@ -1,0 +1,3 @@
+"""Reports: one self-contained HTML file a run."""
+
+from trainkit.report._demo import demo_report as demo_report
