@@ -1,0 +1,160 @@
+// Random search for good Cayley digraphs: breadth-first search from the identity gives the layers, and the in-links
+// that each element may use, in one pass; a candidate is dropped as soon as it can no longer improve the frontier.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <bit>
+#include <tuple>
+
+#include "direct.hpp"
+
+namespace nb = nanobind;
+using Table = nb::ndarray<const uint16_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+namespace direct {
+namespace {
+
+// SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014).
+struct Random {
+  uint64_t state;
+  uint64_t next() {
+    uint64_t z = state += 0x9e3779b97f4a7c15;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
+    z = (z ^ z >> 27) * 0x94d049bb133111eb;
+    return z ^ z >> 31;
+  }
+  int below(int bound) { return static_cast<int>((static_cast<unsigned __int128>(next()) * bound) >> 64); }
+};
+
+class Evaluator {
+ public:
+  Evaluator(const uint16_t* right, int order, int degree, int64_t unit)
+      : right_(right), order_(order), degree_(degree), unit_(unit), depth_(order), mask_(order),
+        queue_(order), inside_(size_t{1} << degree) {}
+
+  // The sum of the step loads in 1/unit shards and the depth; {-1, depth so far} where `limit` ruled it out or the
+  // generators do not span the group. limit[t]: a sum below it is wanted at depth t.
+  std::pair<int64_t, int> run(const std::vector<int>& generators, const std::vector<int64_t>& limit) {
+    std::fill(depth_.begin(), depth_.end(), kFar);
+    depth_[0] = 0;
+    queue_[0] = 0;
+    int64_t sum = 0;
+    int begin = 0, end = 1;
+    for (int t = 1;; ++t) {
+      int tail = end;
+      for (int at = begin; at < end; ++at)
+        for (int i = 0; i < degree_; ++i) {
+          const int x = right_[generators[i] * static_cast<size_t>(order_) + queue_[at]];
+          if (depth_[x] == kFar) {
+            depth_[x] = static_cast<uint16_t>(t);
+            mask_[x] = uint32_t{1} << i;
+            queue_[tail++] = static_cast<uint16_t>(x);
+          } else if (depth_[x] == t) {
+            mask_[x] |= uint32_t{1} << i;
+          }
+        }
+      if (tail == end) return {-1, t};
+      // What is still missing needs so many more layers and, spread evenly, at least so much load.
+      int layers = t;
+      for (int64_t missing = order_ - tail, layer = tail - end; missing > 0; ++layers) missing -= layer *= degree_;
+      if (layers >= static_cast<int>(limit.size())) return {-1, t};
+      if (sum + even(order_ - end) >= limit[layers]) return {-1, t};
+      sum += load(end, tail);
+      if (sum + even(order_ - tail) >= limit[layers]) return {-1, t};
+      if (tail == order_) return {sum, t};
+      begin = end, end = tail;
+    }
+  }
+
+ private:
+  int64_t even(int64_t sources) const { return sources * (unit_ / degree_); }
+
+  // Hall's bound over the sets of links for the elements queue_[from, to).
+  int64_t load(int from, int to) {
+    const uint32_t all = (uint32_t{1} << degree_) - 1;
+    std::fill(inside_.begin(), inside_.end(), 0);
+    for (int at = from; at < to; ++at) ++inside_[mask_[queue_[at]]];
+    for (int i = 0; i < degree_; ++i)
+      for (uint32_t set = 0; set <= all; ++set)
+        if (set >> i & 1) inside_[set] += inside_[set ^ (uint32_t{1} << i)];
+    int64_t worst = 0;
+    for (uint32_t set = 1; set <= all; ++set) worst = std::max(worst, inside_[set] * (unit_ / std::popcount(set)));
+    return worst;
+  }
+
+  const uint16_t* right_;
+  const int order_, degree_;
+  const int64_t unit_;
+  std::vector<uint16_t> depth_;
+  std::vector<uint32_t> mask_;
+  std::vector<uint16_t> queue_;
+  std::vector<int64_t> inside_;
+};
+
+int inverse(const uint16_t* right, int order, int g) {
+  const uint16_t* row = right + g * static_cast<size_t>(order);
+  return static_cast<int>(std::find(row, row + order, 0) - row);
+}
+
+// False where the draw of an inverse-closed set missed the degree.
+bool draw(const uint16_t* right, int order, int degree, bool symmetric, Random& random, std::vector<int>& generators) {
+  generators.clear();
+  const bool repeats = degree >= order;
+  while (static_cast<int>(generators.size()) < degree) {
+    const int g = 1 + random.below(order - 1);
+    const int back = symmetric ? inverse(right, order, g) : g;
+    const bool known = std::find(generators.begin(), generators.end(), g) != generators.end();
+    if (known && !repeats) {
+      if (symmetric) return false;
+      continue;
+    }
+    generators.push_back(g);
+    if (back != g) generators.push_back(back);
+  }
+  return static_cast<int>(generators.size()) == degree;
+}
+
+using Found = std::tuple<int, int64_t, std::vector<int>>;
+
+// Draws `trials` generator sets; keeps each that improves on `limit` (which tightens as it goes).
+std::vector<Found> search(
+    Table right, int degree, bool symmetric, int64_t unit, std::vector<int64_t> limit, int trials, uint64_t seed) {
+  nb::gil_scoped_release released;
+  const int order = static_cast<int>(right.shape(0));
+  Random random{seed};
+  Evaluator evaluator(right.data(), order, degree, unit);
+  std::vector<Found> found;
+  std::vector<int> generators;
+  for (int trial = 0; trial < trials; ++trial) {
+    if (!draw(right.data(), order, degree, symmetric, random, generators)) continue;
+    const auto [sum, depth] = evaluator.run(generators, limit);
+    if (sum < 0) continue;
+    found.emplace_back(depth, sum, generators);
+    for (size_t t = depth; t < limit.size(); ++t) limit[t] = std::min(limit[t], sum);
+  }
+  return found;
+}
+
+// One candidate without limits: (depth, sum of the loads); (-1, 0) where the generators do not span the group.
+std::pair<int, int64_t> evaluate(Table right, const std::vector<int>& generators, int64_t unit) {
+  const int order = static_cast<int>(right.shape(0));
+  Evaluator evaluator(right.data(), order, static_cast<int>(generators.size()), unit);
+  const std::vector<int64_t> open(order + 1, INT64_MAX);
+  const auto [sum, depth] = evaluator.run(generators, open);
+  return sum < 0 ? std::pair<int, int64_t>{-1, 0} : std::pair<int, int64_t>{depth, sum};
+}
+
+}  // namespace
+}  // namespace direct
+
+void bind_direct_search(nb::module_& m) {
+  m.def("direct_search", &direct::search, nb::arg("right"), nb::arg("degree"), nb::arg("symmetric"), nb::arg("unit"),
+        nb::arg("limit"), nb::arg("trials"), nb::arg("seed"),
+        "Random generator sets that improve on `limit`: (depth, sum of loads in 1/unit shards, generators).");
+  m.def("direct_evaluate", &direct::evaluate, nb::arg("right"), nb::arg("generators"), nb::arg("unit"),
+        "Depth and sum of loads of one Cayley digraph; depth -1 where the generators do not span the group.");
+}
