@@ -45,9 +45,7 @@ def test_unknown_verb(capsys: pytest.CaptureFixture[str]) -> None:
         (["demo", "--resume"], "--resume needs a run's folder"),
     ],
 )
-def test_bad_input_is_one_line(
-    words: list[str], what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_input_is_one_line(words: list[str], what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*words, "--out", str(tmp_path / "run")]) == 2
     said = capsys.readouterr().err
     assert what in said

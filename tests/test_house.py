@@ -34,7 +34,7 @@ def needs(module: str) -> None:
 def all_modules() -> list[str]:
     # the demo's worker and `python -m trainkit` are programs
     programs = ("trainkit.__main__",)
-    found = ["trainkit", *(m.name for m in pkgutil.walk_packages(trainkit.__path__, "trainkit.")) ]
+    found = ["trainkit", *(m.name for m in pkgutil.walk_packages(trainkit.__path__, "trainkit."))]
     return [name for name in found if name not in programs]
 
 

@@ -64,7 +64,9 @@ def run(options: Options) -> int:
         for name in ("size", "workers", "steps", "vocab", "seed"):
             given = getattr(options, name)
             if given is not None and given != getattr(Config.load(options.out), name):
-                raise ValueError(f"--resume goes on as the run began, got --{name} {given}: leave it out, or start anew")
+                raise ValueError(
+                    f"--resume goes on as the run began, got --{name} {given}: leave it out, or start anew"
+                )
         config = Config.load(options.out)
     else:
         config = Config(**_fresh(options))  # type: ignore[arg-type]

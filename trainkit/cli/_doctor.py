@@ -89,7 +89,9 @@ def _gpus() -> tuple[list[dict[str, object]], Finding]:
         capability = f"sm_{device.major}{device.minor}"
         found.append({"name": device.name, "memory_gib": round(device.total_memory / 2**30, 1), "arch": capability})
     if found:
-        return found, Finding("fused kernels", _version("triton") is not None, "GPU found", "pip install 'trainkit[kernels]'")
+        return found, Finding(
+            "fused kernels", _version("triton") is not None, "GPU found", "pip install 'trainkit[kernels]'"
+        )
     built = f"torch was built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is a CPU build"
     return found, Finding("fused kernels", False, f"no CUDA device ({built}): attention runs in plain PyTorch")
 

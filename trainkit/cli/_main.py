@@ -9,6 +9,7 @@ import trainkit
 _VERBS: dict[str, str] = {
     "demo": "trainkit.cli._demo",
     "doctor": "trainkit.cli._doctor",
+    "report": "trainkit.cli._report",
 }
 
 

@@ -1,5 +1,6 @@
 """The main job: a byte-level GPT trained with AutoLRS, SwitchML and the fused attention at once."""
 
+from trainkit.demo._config import ARMS as ARMS
 from trainkit.demo._config import SIZES as SIZES
 from trainkit.demo._config import Config as Config
 from trainkit.demo._processes import WorkerFailed as WorkerFailed

@@ -23,7 +23,7 @@ class Size:
 
 SIZES = {
     "tiny": Size(width=64, layers=3, heads=2, kv_heads=1, hidden=176, context=128, batch=8, steps=240),
-    "small": Size(width=192, layers=3, heads=6, kv_heads=2, hidden=512, context=256, batch=4, steps=240),
+    "small": Size(width=192, layers=3, heads=6, kv_heads=2, hidden=512, context=256, batch=4, steps=200),
     "30m": Size(width=512, layers=10, heads=8, kv_heads=4, hidden=1408, context=1024, batch=16, steps=2000),
     "124m": Size(width=768, layers=12, heads=12, kv_heads=6, hidden=2304, context=4096, batch=4, steps=4000),
 }
@@ -78,6 +78,8 @@ class Config:
         try:
             return cls(**json.loads(path.read_text()))
         except FileNotFoundError:
-            raise ValueError(f"--resume needs a run's folder, {folder} has no config.json: give --out, or start anew") from None
+            raise ValueError(
+                f"--resume needs a run's folder, {folder} has no config.json: give --out, or start anew"
+            ) from None
         except (TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is not a demo's config ({error}): start anew with another --out") from None

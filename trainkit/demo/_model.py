@@ -18,7 +18,8 @@ from trainkit.kernels import attention
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE on [B, S, H, D] with cos and sin [S, 1, D/2] (Su et al., RoFormer, section 3.4.2)."""
     left, right = x.chunk(2, dim=-1)
-    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).type_as(x)
+    rotated = torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+    return rotated.type_as(x)
 
 
 class Block(nn.Module):
@@ -42,7 +43,8 @@ class Block(nn.Module):
         mixed = attention(_rotate(q, cos, sin), _rotate(k, cos, sin), v, causal=True)
         x_BSW = x_BSW + self.out(mixed.reshape(batch, length, -1))
         gate, up = self.gate_up(self.mlp_norm(x_BSW)).chunk(2, dim=-1)
-        return x_BSW + self.down(functional.silu(gate) * up)
+        x_BSW = x_BSW + self.down(functional.silu(gate) * up)
+        return x_BSW
 
 
 class GPT(pl.LightningModule):
@@ -53,6 +55,9 @@ class GPT(pl.LightningModule):
         vocab: rows of the embedding; bytes use the first 256.
         rate: of AdamW: what the script carries before anybody tuned it.
     """
+
+    cos: Tensor
+    sin: Tensor
 
     def __init__(self, size: Size, vocab: int, rate: float) -> None:
         super().__init__()

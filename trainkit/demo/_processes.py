@@ -70,13 +70,17 @@ class Workers:
                         stdin=subprocess.DEVNULL,
                         stdout=output,
                         stderr=output,
+                        # DDP's C++ warnings are about options that are chosen on purpose here
+                        env={**os.environ, "TORCH_CPP_LOG_LEVEL": "ERROR"},
                     )
                 )
 
     def __enter__(self) -> "Workers":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for process in self._processes:
             process.kill()
         for process in self._processes:

@@ -43,7 +43,9 @@ def _locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{folder} must be used by one demo at a time, another one runs in it: wait for it") from None
+            raise ValueError(
+                f"{folder} must be used by one demo at a time, another one runs in it: wait for it"
+            ) from None
         yield
 
 
@@ -74,7 +76,9 @@ def run(config: Config, folder: Path, *, switch: str | None = None, port: int = 
         for number, (arm, label) in enumerate(ARMS.items(), 1):
             path = folder / arm / "result.json"
             if not path.exists():
-                console.print(f"[bold]{number}/{len(ARMS)}[/bold] {label}: {config.steps} steps, {config.workers} workers")
+                console.print(
+                    f"[bold]{number}/{len(ARMS)}[/bold] {label}: {config.steps} steps, {config.workers} workers"
+                )
                 job = {"folder": str(folder), "arm": arm, "switch": switch}
                 logs = folder / "logs"
                 (folder / arm).mkdir(exist_ok=True)
@@ -93,7 +97,7 @@ def _finish(config: Config, folder: Path, results: list[dict[str, Any]]) -> None
     from trainkit.report import demo_report
 
     shutil.copyfile(folder / "autolrs" / "metrics.csv", folder / "metrics.csv")
-    write_text_atomically(folder / "report.html", demo_report(folder))
+    write_text_atomically(folder / "report.html", demo_report(folder, ARMS))
 
 
 def _table(results: list[dict[str, Any]]) -> Table:

@@ -7,7 +7,7 @@ import sys
 import time
 import traceback
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,22 @@ class Job:
 
 def _quiet() -> None:
     # Lightning's hints (number of loader workers, a GPU that is not used, ...) are about the user's own scripts
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    for module in ("pytorch_lightning", "torch", "lightning_fabric"):
+    for module in ("pytorch_lightning", "lightning_fabric", "torch"):
+        logging.getLogger(module).setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module=rf"{module}.*")
+
+
+def _progress_bar() -> Any:
+    from pytorch_lightning.callbacks import TQDMProgressBar
+    from pytorch_lightning.callbacks.progress.tqdm_progress import Tqdm
+
+    class TrainingBar(TQDMProgressBar):
+        """The Trainer's own bar without the validation's, and in a log file a line now and then."""
+
+        def init_validation_tqdm(self) -> Tqdm:
+            return Tqdm(disable=True)
+
+    return TrainingBar(refresh_rate=2 if sys.stderr.isatty() else 40)
 
 
 def train(job: Job) -> None:
@@ -39,7 +52,7 @@ def train(job: Job) -> None:
     _quiet()
     import pytorch_lightning as pl
     import torch
-    from pytorch_lightning.plugins.environments import LightningEnvironment
+    from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 
     from trainkit._callback import AutoLRS
     from trainkit._files import write_text_atomically
@@ -68,7 +81,8 @@ def train(job: Job) -> None:
         )
 
     # the same held-out batches at every look
-    validation = list(loader("validation", 32, config.seed + 1))
+    held_out = list(loader("validation", 32, config.seed + 1))
+    validation: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(held_out, batch_size=None)  # type: ignore[arg-type]
     strategy = SwitchMLStrategy(
         switch=job.switch,
         session=f"demo-{job.arm}",
@@ -88,7 +102,7 @@ def train(job: Job) -> None:
         precision="32-true" if config.accelerator == "cpu" else "bf16-mixed",
         max_steps=config.steps,
         max_epochs=-1,
-        callbacks=[*search, recorder, rolling, pl.callbacks.TQDMProgressBar(refresh_rate=5)],
+        callbacks=[*search, recorder, rolling, _progress_bar()],
         plugins=[DurableCheckpointIO()],
         logger=False,
         enable_checkpointing=True,
@@ -110,12 +124,12 @@ def train(job: Job) -> None:
     torch.distributed.all_gather_object(digests, parameters_digest(module))
     if len(set(digests)) > 1:
         raise RuntimeError(f"after training all ranks must hold equal parameters, their digests are {digests}")
-    trainer.limit_val_batches = len(validation)
+    trainer.limit_val_batches = len(held_out)
     bits = trainer.validate(module, validation, verbose=False)[0]["val_bits"]
+    trainer.save_checkpoint(folder / f"{job.arm}.ckpt")
     if trainer.is_global_zero:
         recorder.write()
-        trainer.save_checkpoint(folder / f"{job.arm}.ckpt")
-        history = asdict(search[0].history) if search else None
+        history = search[0].history.as_dict() if search else None
         if search:
             search[0].schedule.save(folder / "lr_schedule.json")
         result = {
