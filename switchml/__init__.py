@@ -1,1 +1,14 @@
-"""trainkit.switchml"""
+"""SwitchML: gradients summed inside the network, by a P4 switch or a software switch.
+
+After "Scaling Distributed Machine Learning with In-Network Aggregation" (Sapio et al., NSDI 2021).
+"""
+
+from trainkit.switchml._errors import SessionLost as SessionLost
+from trainkit.switchml._errors import SessionRefused as SessionRefused
+from trainkit.switchml._errors import SwitchMLError as SwitchMLError
+from trainkit.switchml._errors import SwitchUnreachable as SwitchUnreachable
+from trainkit.switchml._errors import WorkerMissing as WorkerMissing
+from trainkit.switchml._hook import switchml_hook as switchml_hook
+from trainkit.switchml._session import Limits as Limits
+from trainkit.switchml._software_switch import SoftwareSwitch as SoftwareSwitch
+from trainkit.switchml._state import SwitchMLState as SwitchMLState

@@ -1,0 +1,206 @@
+"""One worker's connection to its switch: a socket, a thread, the worker's state machine, and deadlines."""
+
+import contextlib
+import os
+import threading
+import time
+from collections import deque
+from concurrent.futures import Future
+
+from trainkit.switchml import _control as control
+from trainkit.switchml._buffers import readable
+from trainkit.switchml._errors import SessionLost, SwitchMLError, SwitchUnreachable, WorkerMissing
+from trainkit.switchml._fixed_point import Floats
+from trainkit.switchml._join import join, open_socket
+from trainkit.switchml._options import Options
+from trainkit.switchml._worker import Worker
+
+_PING = 0.25
+_BATCH = 64
+COUNTED = (
+    "sent_bytes", "received_bytes", "sent_packets", "received_packets",
+    "buckets", "chunks", "retransmissions", "stale", "foreign", "malformed",
+)  # fmt: skip
+
+
+class Link:
+    """Joins on construction; `submit` hands over a bucket and returns at once.
+
+    Args:
+        options: what the user asked for.
+        rank: this worker.
+        world: workers.
+
+    Raises:
+        SwitchMLError: the session could not be joined; the subclass tells why.
+    """
+
+    def __init__(self, options: Options, rank: int, world: int) -> None:
+        self.options, self.rank, self.world = options, rank, world
+        token = options.token()
+        self._key = control.control_key(token)
+        self._socket, buffer = open_socket(options)
+        try:
+            self.member = join(self._socket, buffer, options, rank, world, token)
+        except BaseException:
+            self._socket.close()
+            raise
+        self.error: SwitchMLError | None = None
+        self._worker = Worker(self.member)
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK)
+        self._lock = threading.Lock()
+        self._arrivals: deque[tuple[Floats, Floats, Future[None]]] = deque()
+        self._waiting: deque[Future[None]] = deque()
+        self._stopping = False
+        self._bytes_sent = self._bytes_received = self._packets_received = self._done = 0
+        self._status: control.Message = {}
+        self._began = self._next_ping = 0.0
+        self._ponged = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name=f"switchml-{rank}", daemon=True)
+        self._thread.start()
+
+    def submit(self, values: Floats, out: Floats) -> "Future[None]":
+        """Average `values` (fp32 `[N]`) over the workers into `out` (fp32 `[N]`, may be the same memory).
+
+        Buckets are worked on in the order of submission, which must be the same on all ranks.
+        """
+        done: Future[None] = Future()
+        with self._lock:
+            if self.error is None and not self._stopping:
+                self._arrivals.append((values, out, done))
+                os.eventfd_write(self._wake, 1)
+                return done
+        done.set_exception(self.error or SwitchMLError("the session was closed: make a new SwitchMLState"))
+        return done
+
+    def counters(self) -> dict[str, int]:
+        """What has travelled and what became of it: the names of `COUNTED`."""
+        return {
+            "sent_bytes": self._bytes_sent,
+            "received_bytes": self._bytes_received,
+            "received_packets": self._packets_received,
+            "buckets": self._done,
+            **self._worker.counters,
+        }
+
+    def close(self) -> None:
+        """Leave the session and end the thread; what was not finished fails."""
+        with self._lock:
+            if self._stopping:
+                return
+            self._stopping = True
+            os.eventfd_write(self._wake, 1)
+        self._thread.join()
+        self._fail(SwitchMLError("the session was closed before the bucket was finished"))
+        os.close(self._wake)
+        self._socket.close()
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._turn()
+        except SwitchMLError as error:
+            self._fail(error)
+            self._tell({"op": "abort", "why": f"rank {self.rank}: {error}", "ranks": list(getattr(error, "ranks", ()))})
+        except Exception as error:  # a bug must not become a hang of the training
+            self._fail(SwitchMLError(f"internal error of the session: {error!r}"))
+            raise
+        finally:
+            self._tell({"op": "leave"})
+
+    def _turn(self) -> None:
+        now = time.monotonic()
+        if now >= self._next_ping:
+            self._next_ping = now + _PING
+            self._tell({"op": "ping"})
+        due = self._worker.due()
+        timeout = max(0.0, min(self._next_ping, due if due is not None else self._next_ping) - now)
+        ready = readable(self._socket, self._wake, timeout)
+        now = time.monotonic()
+        while self._arrivals:
+            values, out, done = self._arrivals.popleft()
+            if not self._waiting:
+                self._began = now
+            self._waiting.append(done)
+            self._send(self._worker.submit(values, out, now))
+        before = self._worker.counters["chunks"]
+        if ready:
+            self._drain(now)
+        self._send(self._worker.poll(now))
+        while self._done < self._worker.finished:
+            self._done += 1
+            self._waiting.popleft().set_result(None)
+        if self._worker.counters["chunks"] != before:
+            self._began = now
+        elif self._waiting and now - self._began > self.options.deadline_s:
+            raise self._stalled(now)
+
+    def _drain(self, now: float) -> None:
+        for _ in range(_BATCH):
+            try:
+                data = self._socket.recv(65535)
+            except BlockingIOError:
+                return
+            except OSError:  # nobody listens there: the deadline decides
+                return
+            if control.is_control(data):
+                self._hear(control.decode(data, self._key), now)
+                continue
+            self._packets_received += 1
+            self._bytes_received += len(data)
+            self._send(self._worker.receive(data, now))
+
+    def _hear(self, message: control.Message | None, now: float) -> None:
+        if message is None or message.get("epoch") != self.member.epoch:
+            return
+        if message["op"] == "pong":
+            self._status, self._ponged = message, now
+        elif message["op"] == "aborted":
+            raise WorkerMissing(str(message.get("why")), tuple(message.get("ranks", ())))
+        elif message["op"] == "lost" and message.get("number") == self.member.session:
+            raise SessionLost(
+                f"switch {self.options.switch} no longer knows this epoch of session {self.options.session!r}: it was "
+                "restarted, or the session was joined anew by other processes"
+            )
+
+    def _stalled(self, now: float) -> SwitchMLError:
+        deadline = f"{self.options.deadline_s:g} s"
+        if now - self._ponged > max(4 * _PING, self.options.deadline_s / 2):
+            return SwitchUnreachable(
+                f"switch {self.options.switch} has not answered for {now - self._ponged:.1f} s (deadline {deadline}): "
+                "is it still running, is the network up?"
+            )
+        missing = [rank for rank in self._status.get("missing", []) if rank != self.rank]
+        silent = self._status.get("silent", [])
+        if missing:
+            states = ", ".join(f"rank {r} (last heard {silent[r]:.1f} s ago)" for r in missing if r < len(silent))
+            return WorkerMissing(
+                f"no progress for {deadline}: {states} did not send this bucket; dead, paused or in another "
+                "step? A longer deadline_s waits longer",
+                tuple(missing),
+            )
+        return SwitchMLError(
+            f"no progress for {deadline} though switch {self.options.switch} answers: do packets of "
+            f"{self.member.elements} elements pass the path? Try elements=64"
+        )
+
+    def _send(self, packets: list[bytes]) -> None:
+        for data in packets:
+            self._bytes_sent += len(data)
+            with contextlib.suppress(OSError):  # lost like any other packet: the repeat timer decides
+                self._socket.send(data)
+
+    def _tell(self, message: control.Message) -> None:
+        member = self.member
+        message |= {"number": member.session, "epoch": member.epoch, "rank": self.rank}
+        with contextlib.suppress(OSError):
+            self._socket.send(control.encode(message, self._key))
+
+    def _fail(self, error: SwitchMLError) -> None:
+        with self._lock:
+            self.error = self.error or error
+            pending = [*self._waiting, *(done for _, _, done in self._arrivals)]
+            self._waiting.clear()
+            self._arrivals.clear()
+        for done in pending:
+            done.set_exception(error)

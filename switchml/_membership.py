@@ -1,0 +1,39 @@
+"""What a join has agreed: all that the state machines of a worker and a switch need to know of a session."""
+
+from dataclasses import dataclass, replace
+
+from trainkit.switchml._tag import session_key
+
+
+@dataclass(frozen=True)
+class Membership:
+    """One worker's place in one epoch of a session (on the switch: of all workers, `worker` unused)."""
+
+    session: int
+    """Number of the session, 16 bits."""
+    epoch: int
+    """Number of this gathering, 32 bits; a fresh one for each."""
+    world: int
+    """Workers in the sum."""
+    worker: int = 0
+    """Rank of this worker."""
+    slots: int = 16
+    """Chunks in flight."""
+    elements: int = 8192
+    """Values a chunk."""
+    wire: str = "int32"
+    """Format of the integers."""
+    profile: str = "full"
+    """"core" or "full"."""
+    lane: int = 0
+    """Which independent stream of the session."""
+    key: bytes = b""
+    """Session key of the tags; empty without a token."""
+
+    def with_key(self, token: bytes, salt: str) -> "Membership":
+        """The same membership with the session key of `token`, a switch's `salt` and the epoch."""
+        return replace(self, key=session_key(token, bytes.fromhex(salt), self.epoch)) if token else self
+
+    def as_worker(self, worker: int) -> "Membership":
+        """The same membership for rank `worker`."""
+        return replace(self, worker=worker)

@@ -1,0 +1,87 @@
+"""`trainkit switch`: the software switch as a program."""
+
+import json
+import signal
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from trainkit.cli._verb import Verb
+
+if TYPE_CHECKING:
+    from trainkit.switchml import SoftwareSwitch
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where to listen and whom to take."""
+
+    listen: str = "127.0.0.1:48864"
+    """HOST:PORT of the UDP socket; port 0 takes a free one"""
+    token_file: str | None = None
+    """file with the secret that the workers share; needed beyond loopback"""
+    insecure: bool = False
+    """listen beyond loopback without a token"""
+    json: bool = False
+    """one JSON object a line: the bound address first, then counters every `interval` seconds"""
+    interval: float = 2.0
+    """seconds between two readings of the counters"""
+
+
+def run(options: Options) -> int:
+    """Run until SIGINT or SIGTERM."""
+    from trainkit.switchml import SoftwareSwitch
+
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    with SoftwareSwitch(options.listen, token_file=options.token_file, insecure=options.insecure) as switch:
+        if options.json:
+            _say({"address": switch.address})
+            while not stop.wait(options.interval):
+                _say(_reading(switch))
+            _say(_reading(switch))
+        else:
+            _watch(switch, stop, options.interval)
+    return 0
+
+
+def _say(line: dict[str, Any]) -> None:
+    print(json.dumps(line), flush=True)
+
+
+def _reading(switch: "SoftwareSwitch") -> dict[str, Any]:
+    return {"counters": switch.counters(), "sessions": switch.sessions()}
+
+
+def _watch(switch: "SoftwareSwitch", stop: threading.Event, interval: float) -> None:
+    from rich.console import Group
+    from rich.live import Live
+    from rich.table import Table
+
+    def picture(before: dict[str, int], now: dict[str, int]) -> Group:
+        rates = Table("", "total", "a second", title=f"switch on {switch.address}", title_justify="left")
+        for name, value in now.items():
+            rates.add_row(name, f"{value:,}", f"{(value - before[name]) / interval:,.0f}")
+        joined = Table("session", "epoch", "workers", "slots", "elements", "wire", "last heard, s")
+        for row in switch.sessions():
+            silent = " ".join(f"{seconds:.1f}" for seconds in row["silent"])
+            cells = (row["session"], row["epoch"], row["world"], row["slots"], row["elements"], row["wire"], silent)
+            joined.add_row(*map(str, cells))
+        return Group(rates, joined)
+
+    before = switch.counters()
+    with Live(picture(before, before), auto_refresh=False) as live:
+        while not stop.wait(interval):
+            now = switch.counters()
+            live.update(picture(before, now), refresh=True)
+            before = now
+
+
+VERB = Verb(
+    name="switch",
+    summary="Run the software switch that adds the gradients of SwitchML workers.",
+    options=Options,
+    run=run,
+    example="trainkit switch --listen 10.0.0.1:48864 --token-file token.txt",
+)
