@@ -10,6 +10,7 @@ _VERBS: dict[str, str] = {
     "demo": "trainkit.cli._demo",
     "doctor": "trainkit.cli._doctor",
     "report": "trainkit.cli._report",
+    "switch": "trainkit.cli._switch",
 }
 
 
