@@ -49,7 +49,6 @@ def _progress_bar() -> Any:
 
 def train(job: Job) -> None:
     """Train `job.arm`, from its newest checkpoint where there is one; rank 0 writes `result.json`."""
-    _quiet()
     import pytorch_lightning as pl
     import torch
     from lightning_fabric.plugins.environments.lightning import LightningEnvironment
@@ -63,6 +62,7 @@ def train(job: Job) -> None:
     from trainkit.demo._model import GPT
     from trainkit.demo._recorder import Recorder, parameters_digest
 
+    _quiet()
     folder = Path(job.folder)
     config = Config.load(folder)
     size, arm_folder = config.shape, folder / job.arm
