@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["send", "reduce", "copy"]
 Mode = Literal["steps", "pipelined"]
+_KINDS = frozenset(get_args(Kind))
 Collective = Literal["allgather", "reduce_scatter", "allreduce", "broadcast", "reduce"]
 
 
@@ -115,15 +116,17 @@ class Schedule:
         size = len(self.ranks)
         if op.id != place:
             raise ValueError(f"op ids count from 0 in order: op at place {place} has id {op.id}")
-        if op.kind not in get_args(Kind):
+        if op.kind not in _KINDS:
             raise ValueError(f"op {op.id}: kind must be one of {', '.join(get_args(Kind))}, got {op.kind!r}")
         if not (0 <= op.src < size and 0 <= op.dst < size):
             raise ValueError(f"op {op.id}: ranks must be below {size}, got {op.src} -> {op.dst}")
-        if not 0 <= op.start < op.stop <= 1:
+        # whole numbers: comparing Fractions would take half the time of building a large schedule
+        (start, under), (stop, below) = op.start.as_integer_ratio(), op.stop.as_integer_ratio()
+        if not (0 <= start and start * below < stop * under and stop <= below):
             raise ValueError(f"op {op.id}: a slice lies within [0, 1] and is not empty, got [{op.start}, {op.stop})")
         if (op.src == op.dst) != (op.kind == "copy") or (op.source is None) == (op.kind == "copy"):
             raise ValueError(f"op {op.id}: a copy stays on one rank and has a source, and only a copy does, got {op}")
-        if any(other >= op.id for other in op.depends):
+        if op.depends and max(op.depends) >= op.id:
             raise ValueError(f"op {op.id}: depends must name earlier ops, got {op.depends}")
 
     def _order_of_ops(self) -> list[list[int]]:
