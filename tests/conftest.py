@@ -12,6 +12,12 @@ ROOT = Path(__file__).resolve().parent.parent
 # `python -m pytest` puts the repository root on sys.path, where `kernels/` and `p4/` would shadow other people's
 # packages (tests/test_house.py): the installed trainkit is what is tested.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+# What several test files share lies beside them (tests/kernels_interpreter.py).
+sys.path.append(str(ROOT / "tests"))
+
+# Without a GPU the Triton kernels are tested on Triton's interpreter, which must be asked for before Triton is imported.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

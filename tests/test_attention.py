@@ -263,7 +263,7 @@ BAD = [
     ((Q, K, V), {"sinks": torch.ones(4, dtype=torch.int32)}, r"sinks.*int32 \[4\]"),
     ((Q, K, V), {"score_mod": 3}, "score_mod must be a function.*int"),
     ((Q, K, V), {"mask_mod": lambda b, h, i, j: i - j}, "mask_mod must return booleans, got torch.int64"),
-    ((Q, K, V), {"score_mod": lambda s, b, h, i, j: s.sum(-1)}, "score_mod must work element by element"),
+    ((Q, K, V), {"score_mod": lambda s, b, h, i, j: torch.stack([s, s])}, r"score_mod must return one number.*\[2\]"),
     ((Q, K, V), {"backend": "magic"}, "backend must be one of.*'magic'"),
     ((Q, K, V), {"cu_seqlens": ONE}, "batch must be 1 with cu_seqlens, got 2"),
     ((Q[:1], K[:1], V[:1]), {"cu_seqlens": ONE.long()}, r"int32 \[sequences \+ 1\].*int64"),

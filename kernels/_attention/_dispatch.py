@@ -4,12 +4,12 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from trainkit.kernels._attention import _sdpa
+from trainkit.kernels._attention import _sdpa, _triton
 from trainkit.kernels._attention._packed import make_packed
 from trainkit.kernels._attention._reference import reference
 from trainkit.kernels._attention._spec import MaskMod, Packed, ScoreMod, Spec, check_tensors, make_spec
 
-BACKENDS = ("auto", "sdpa", "reference")
+BACKENDS = ("auto", "triton", "sdpa", "reference")
 
 
 class Explanation(NamedTuple):
@@ -29,9 +29,16 @@ def _choose(
         if refusal:
             raise ValueError(f"backend='sdpa' cannot serve this call: {refusal}; take backend='auto'")
         return Explanation("sdpa", "asked for")
+    lack = _triton.why_not(q, v, spec)
+    if backend == "triton":
+        if lack:
+            raise ValueError(f"backend='triton' cannot serve this call: {lack}; take backend='auto'")
+        return Explanation("triton", "asked for")
+    if q.is_cuda and lack is None:
+        return Explanation("triton", f"a variant that SDPA lacks: {refusal}" if refusal else "plain attention")
     if refusal is None:
         return Explanation("sdpa", f"plain attention on {q.device.type}")
-    return Explanation("reference", refusal)
+    return Explanation("reference", f"{refusal}; {lack}")
 
 
 def attention(
@@ -115,6 +122,8 @@ def attention(
     lse: Tensor | None = None
     if explanation.path == "sdpa":
         out = _sdpa.sdpa(q, k, v, spec)
+    elif explanation.path == "triton":
+        out, lse = _triton.attend(q, k, v, spec, packed)
     else:
         out, lse = reference(q, k, v, spec, packed)
     results: tuple[Any, ...] = (out,)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from trainkit.kernels._attention._dropout import keep_mask
+from trainkit.kernels._attention._scalars import over_grid
 from trainkit.kernels._attention._spec import Packed, Spec
 
 
@@ -16,15 +17,13 @@ def _visible(spec: Spec, p: Tensor, kv: Tensor) -> Tensor | None:
     return seen
 
 
-def _modified(name: str, x: Tensor, shape: torch.Size) -> Tensor:
-    if not isinstance(x, Tensor):
-        raise ValueError(f"{name} must return a tensor, got {type(x).__name__}")
+def _checked(name: str, x: object, shape: torch.Size) -> Tensor:
+    if not isinstance(x, Tensor) or x.shape != shape:
+        got = f"shape {list(x.shape[len(shape) :])}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{name} must return one number for one element, got {got}")
     if name == "mask_mod" and x.dtype != torch.bool:
         raise ValueError(f"mask_mod must return booleans, got {x.dtype}: compare, do not count")
-    try:
-        return x.expand(shape)
-    except RuntimeError:
-        raise ValueError(f"{name} must work element by element, got {list(x.shape)} for {list(shape)}") from None
+    return x
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, spec: Spec, first: int) -> tuple[Tensor, Tensor]:
@@ -32,10 +31,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, spec: Spec, first: int) -> tuple[Te
     B, H, Sq, _ = q.shape
     Sk = k.shape[2]
     dev = q.device
-    b = torch.arange(first, first + B, device=dev)[:, None, None, None]
-    h = torch.arange(H, device=dev)[None, :, None, None]
-    qi = torch.arange(Sq, device=dev)[None, None, :, None]
-    kv = torch.arange(Sk, device=dev)[None, None, None, :]
+    indices = tuple(torch.arange(i, i + n, device=dev) for i, n in ((first, B), (0, H), (0, Sq), (0, Sk)))
+    b, h, qi, kv = (x.view([-1 if i == d else 1 for i in range(4)]) for d, x in enumerate(indices))
     p = qi + (Sk - Sq)
 
     s = q @ k.mT * spec.scale
@@ -45,11 +42,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, spec: Spec, first: int) -> tuple[Te
         slopes = spec.alibi_slopes.to(s.dtype)
         slopes = slopes[None, :] if slopes.dim() == 1 else slopes[first : first + B]
         s = s - slopes[:, :, None, None] * (p - kv).abs()
-    if spec.score_mod is not None:
-        s = _modified("score_mod", spec.score_mod(s, b, h, qi, kv), s.shape).to(s.dtype)
+    if spec.score_mod is not None and s.numel():
+        s = _checked("score_mod", over_grid(spec.score_mod, s, indices), s.shape).to(s.dtype)
     seen = _visible(spec, p, kv)
-    if spec.mask_mod is not None:
-        extra = _modified("mask_mod", spec.mask_mod(b, h, qi, kv), s.shape)
+    if spec.mask_mod is not None and s.numel():
+        extra = _checked("mask_mod", over_grid(spec.mask_mod, None, indices), s.shape)
         seen = extra if seen is None else seen & extra
     if seen is not None:
         s = s.masked_fill(~seen, -torch.inf)

@@ -1,0 +1,170 @@
+"""Prints a `Program` as Triton (and Gluon) functions in a file that stays on disk, and imports it."""
+
+import hashlib
+import importlib.util
+import os
+import tempfile
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+from trainkit.kernels._attention._program import SPELLING, Program, TableGradient, Value
+
+HEADER = {
+    "triton": "import triton\nimport triton.language as tl\n\njit = triton.jit\n",
+    "gluon": (
+        "from triton.experimental import gluon\nimport triton.experimental.gluon.language as tl\n\njit = gluon.jit\n"
+    ),
+}
+HELPERS = "from trainkit.kernels._attention._elementwise_{dialect} import floor_divide, floor_mod, sigmoid, tanh\n\n"
+
+
+def layout(program: Program) -> list[int]:
+    """Where each captured tensor starts in the flat argument tuple: pointer, then size and stride a dimension."""
+    starts, at = [], 0
+    for table in program.tables:
+        starts.append(at)
+        at += 1 + 2 * table.dim()
+    return starts
+
+
+def arguments(program: Program) -> tuple[object, ...]:
+    """The captured tensors as the flat tuple that the printed functions read."""
+    flat: list[object] = []
+    for table in program.tables:
+        flat.append(table)
+        for size, stride in zip(table.shape, table.stride(), strict=True):
+            flat += [size, stride]
+    return tuple(flat)
+
+
+def _address(start: int, indices: tuple[Value, ...], lines: list[str], tag: str) -> tuple[str, str]:
+    """Append the lines that compute an element's offset; returns (offset, in-range condition)."""
+    offsets, ranges = [], []
+    for d, index in enumerate(indices):
+        size, stride = f"args[{start + 1 + 2 * d}]", f"args[{start + 2 + 2 * d}]"
+        if index.literal is not None:
+            offsets.append(
+                f"{int(index.literal)} * {stride}" if index.literal >= 0 else f"({size} + {index.name}) * {stride}"
+            )
+            continue
+        # Python's rule: a negative index counts from the end.
+        lines.append(f"{tag}i{d} = tl.where({index.name} < 0, {index.name} + {size}, {index.name})")
+        offsets.append(f"{tag}i{d} * {stride}")
+        ranges.append(f"({tag}i{d} >= 0) & ({tag}i{d} < {size})")
+    return " + ".join(offsets) or "0", " & ".join(ranges)
+
+
+def _body(program: Program, first: int = 0) -> list[str]:
+    starts = layout(program)
+    lines: list[str] = []
+    for op in program.ops[first:]:
+        if op.name != "load":
+            lines.append(f"{op.out.name} = {SPELLING[op.name].format(*(a.name for a in op.args))}")
+            continue
+        start = starts[op.table]
+        offset, inside = _address(start, op.args, lines, f"{op.out.name}_")
+        # An index outside its table gives NaN (0 for integers), never a neighbour's number.
+        other = 'float("nan")' if op.out.kind == "f" else "0"
+        guard = f", mask={inside}, other={other}" if inside else ""
+        read = f"tl.load(args[{start}] + {offset}{guard})"
+        convert = {"f": f"{read}.to(tl.float32)", "b": f"{read} != 0", "i": read}
+        lines.append(f"{op.out.name} = {convert[op.out.kind]}")
+    return lines
+
+
+def _spread(out: Value, needs: frozenset[str]) -> str:
+    """A result that varies with fewer indices than the tile has is spread over the tile."""
+    return out.name if needs <= out.deps or "s" in out.deps else f"tl.where(s == s, {out.name}, {out.name})"
+
+
+def _scatter(n: int, grad: TableGradient, starts: list[int]) -> list[str]:
+    """Lines that add a captured tensor's gradient; the tile is summed over what its index does not vary with."""
+    deps = frozenset().union(*(i.deps for i in grad.indices))
+    g = f"g{n}"
+    lines = [f"{g} = tl.where(seen, {grad.value.name}, 0.0)"]
+    varies = (("q" in deps) or ("s" in deps), ("k" in deps) or ("s" in deps))
+    offset, inside = _address(starts[grad.table], grad.indices, lines, f"{g}_")
+    for d in range(len(grad.indices)):
+        offset = offset.replace(f"args[{starts[grad.table] + 2 + 2 * d}]", f"gargs[{starts[grad.table] + 2 + 2 * d}]")
+    mask = f", mask={inside}" if inside else ""
+    match varies:
+        case (True, True):
+            mask = f", mask=seen & {inside}"
+        case (True, False):
+            lines.append(f"{g} = tl.sum({g}, 1)[:, None]")
+        case (False, True):
+            lines.append(f"{g} = tl.sum({g}, 0)[None, :]")
+        case (False, False):
+            lines.append(f"{g} = tl.sum(tl.sum({g}, 1), 0)")
+    lines.append(f'tl.atomic_add(gargs[{starts[grad.table]}] + {offset}, {g}{mask}, sem="relaxed")')
+    return lines
+
+
+def _function(name: str, parameters: str, body: list[str], result: str) -> str:
+    indented = "".join(f"    {line}\n" for line in [*body, f"return {result}"])
+    return f"\n\n@jit\ndef {name}({parameters}):\n{indented}"
+
+
+def source(
+    dialect: str,
+    score: Program | None,
+    gradient: tuple[Value, list[TableGradient]] | None,
+    split: int,
+    mask: Program | None,
+) -> str:
+    """The functions `score`, `score_grad` and `mask` of a variant, in one of the two dialects.
+
+    Args:
+        score: its operations up to `split` compute the score, the rest its derivative.
+        gradient: what `differentiate` returned for it.
+    """
+    text = HEADER[dialect] + HELPERS.format(dialect=dialect)
+    if score is not None and gradient is not None and score.result is not None:
+        forward = Program(score.ops[:split], score.tables, score.result)
+        text += _function("score", "s, b, h, q, k, off, args", _body(forward), _spread(score.result, frozenset("qk")))
+        ds, tables = gradient
+        scatters = [line for n, grad in enumerate(tables) for line in _scatter(n, grad, layout(score))]
+        if scatters:
+            scatters = ["if TABLES:", *("    " + line for line in scatters)]
+        text += _function(
+            "score_grad",
+            "s, g, b, h, q, k, off, seen, args, gargs, TABLES: tl.constexpr",
+            _body(score) + scatters,
+            _spread(ds, frozenset("qk")),
+        )
+    if mask is not None and mask.result is not None:
+        text += _function("mask", "b, h, q, k, off, args", _body(mask), mask.result.name)
+    return text
+
+
+def _folder() -> Path:
+    folder = Path.home() / ".cache" / "trainkit" / "variants"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="trainkit-variants-"))
+
+
+@cache
+def load(text: str) -> ModuleType:
+    """Import printed functions from a file named by their content (Triton reads sources back from disk)."""
+    name = "variant_" + hashlib.sha256(text.encode()).hexdigest()[:20]
+    # Triton's own cache knows a function argument by its name alone: the name must say the content.
+    for function in ("score_grad", "score", "mask"):
+        text = text.replace(f"def {function}(", f"def {name}_{function}(")
+    path = _folder() / f"{name}.py"
+    if not path.exists() or path.read_text() != text:
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_text(text)
+        partial.replace(path)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for function in ("score", "score_grad", "mask"):
+        setattr(module, function, getattr(module, f"{name}_{function}", None))
+    return module

@@ -1,0 +1,268 @@
+"""The Triton path: every variant, forward and backward, on any GPU that Triton serves (and on its interpreter)."""
+
+import importlib.util
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from trainkit.kernels._attention._codegen import arguments
+from trainkit.kernels._attention._dropout import threshold
+from trainkit.kernels._attention._spec import Packed, Spec
+from trainkit.kernels._attention._variant import Variant, build
+
+LARGEST_HEAD = 256
+
+
+class Tiling(NamedTuple):
+    """Queries and keys a tile, and how the kernel is launched."""
+
+    bm: int
+    bn: int
+    warps: int
+    stages: int
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels on the CPU, in Python."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def why_not(q: Tensor, v: Tensor, spec: Spec) -> str | None:
+    """The reason the Triton path cannot serve the call, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install 'trainkit[kernels]')"
+    if not q.is_cuda and not interpreted():
+        return f"Triton has no kernels on {q.device.type}"
+    if q.dtype == torch.float64:
+        return "fp64 is served by the reference"
+    if max(q.shape[3], v.shape[3]) > LARGEST_HEAD:
+        return f"kernels end at head_dim {LARGEST_HEAD}, got {max(q.shape[3], v.shape[3])}"
+    return None
+
+
+def _padded(d: int) -> int:
+    return max(16, 1 << (d - 1).bit_length())
+
+
+def _tiling(kind: str, d: int, dv: int, q: Tensor) -> Tiling:
+    """Tile sizes by head dimension; `kind` is forward, keys or queries."""
+    if not q.is_cuda:
+        return Tiling(32, 32, 4, 1)
+    wide = max(_padded(d), _padded(dv))
+    if q.dtype == torch.float32:
+        return Tiling(64, 32, 4, 2) if wide <= 64 else Tiling(32, 32, 4, 2) if wide <= 128 else Tiling(16, 16, 4, 1)
+    if getattr(torch.cuda.get_device_properties(q.device), "shared_memory_per_block_optin", 0) < 160 << 10:
+        side = 64 if wide <= 128 else 32
+        return Tiling(side, side, 4, 2 if wide <= 128 else 1)
+    table = {
+        "forward": (Tiling(128, 128, 8, 3), Tiling(128, 128, 8, 2), Tiling(128, 64, 8, 2)),
+        "keys": (Tiling(64, 128, 8, 3), Tiling(64, 128, 8, 2), Tiling(32, 64, 8, 2)),
+        "queries": (Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 2), Tiling(64, 32, 4, 2)),
+    }
+    return table[kind][0 if wide <= 64 else 1 if wide <= 128 else 2]
+
+
+class Call(NamedTuple):
+    """What forward and backward of one call share and that needs no gradient."""
+
+    spec: Spec
+    packed: Packed | None
+    variant: Variant
+
+
+def _rows(x: Tensor) -> Tensor:
+    """A tensor whose last dimension is laid out densely."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    return x.stride(0), x.stride(1), x.stride(2)
+
+
+def packed_tiles(bounds: tuple[int, ...], size: int, device: torch.device) -> Tensor:
+    """int32 `[tiles, 2]`: (sequence, tile) for each tile of `size` tokens, the sequences' last tiles first."""
+    tiles = [(i, t) for i in range(len(bounds) - 1) for t in range(-(-(bounds[i + 1] - bounds[i]) // size))]
+    tiles.sort(key=lambda pair: -pair[1])
+    return torch.tensor(tiles, dtype=torch.int32, device=device).reshape(-1, 2)
+
+
+def _common(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Scalars in the order of every kernel's signature, and the compile-time constants all kernels share."""
+    spec = call.spec
+    scalars = (
+        q.shape[2],
+        q.shape[1],
+        k.shape[1],
+        spec.window or 0,
+        spec.scale,
+        spec.seed,
+        threshold(spec.dropout_p),
+        1.0 / (1.0 - spec.dropout_p),
+        () if call.variant.score is None else arguments(call.variant.score),
+        () if call.variant.mask is None else arguments(call.variant.mask),
+    )
+    functions = call.variant.functions("triton")
+    constants = {
+        "GROUP": q.shape[2] // k.shape[2],
+        "D": q.shape[3],
+        "DV": v.shape[3],
+        "BD": _padded(q.shape[3]),
+        "BDV": _padded(v.shape[3]),
+        "CAUSAL": spec.causal,
+        "WINDOW": spec.window is not None,
+        "SIGMOID": spec.sigmoid,
+        "DROPOUT": spec.dropout_p > 0,
+        "PACKED": call.packed is not None,
+        "PRECISION": "tf32x3" if q.dtype == torch.float32 and q.is_cuda else "ieee",
+        "SCORE": functions.score,
+        "MASK": functions.mask,
+    }
+    return scalars, constants
+
+
+def _layout(call: Call, q: Tensor, k: Tensor, tiling: Tiling, by_keys: bool) -> tuple[Any, ...]:
+    """(grid, pointer arguments TILES to FULL, block strides, LISTED) of a launch over tiles of one side."""
+    size, tokens = (tiling.bn, k.shape[1]) if by_keys else (tiling.bm, q.shape[1])
+    heads = k.shape[2] if by_keys else q.shape[2]
+    if call.packed is not None:
+        bounds = call.packed.bounds_k if by_keys else call.packed.bounds_q
+        tiles = packed_tiles(bounds, size, q.device)
+        pointers = (tiles, call.packed.cu_q, call.packed.cu_k, None, None, None)
+        return (tiles.shape[0], heads, 1), pointers, (0, 0, 0), False
+    grid = (-(-tokens // size), heads, q.shape[0])
+    if call.variant.mask is None:
+        return grid, (None,) * 6, (0, 0, 0), False
+    from trainkit.kernels._attention import _blocks
+
+    shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    blocks, counts, full, *strides = _blocks.lists(
+        call.variant, call.spec, *shape, tiling.bm, tiling.bn, q.device, by_keys
+    )
+    return grid, (None, None, None, blocks, counts, full), tuple(strides), True
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
+    """Return out `[B, Sq, Hq, Dv]` and lse `[B, Hq, Sq]` fp32."""
+    from trainkit.kernels._attention import _triton_forward
+
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    out = q.new_empty(*q.shape[:3], v.shape[3])
+    lse = torch.zeros(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
+    tiling = _tiling("forward", q.shape[3], v.shape[3], q)
+    grid, pointers, strides, listed = _layout(call, q, k, tiling, False)
+    scalars, constants = _common(call, q, k, v)
+    if 0 not in grid:
+        _triton_forward.forward[grid](
+            q, k, v, out, lse, sinks, *pointers, *_strides(q), *_strides(k), *_strides(v), *_strides(out), *strides,
+            *scalars, **constants, SINK=sinks is not None, LISTED=listed,
+            BM=tiling.bm, BN=tiling.bn, num_warps=tiling.warps, num_stages=tiling.stages,
+        )  # fmt: skip
+    return out, lse
+
+
+def row_delta(out: Tensor, grad: Tensor, grad_lse: Tensor | None) -> Tensor:
+    """rowsum(out * grad) minus lse's gradient, fp32 `[B, H, Sq]`."""
+    from trainkit.kernels._attention import _triton_backward
+
+    B, S, H, DV = out.shape
+    delta = torch.empty(B, H, S, dtype=torch.float32, device=out.device)
+    bm = 64 if out.is_cuda else 32
+    if delta.numel():
+        _triton_backward.delta[(-(-S // bm), H, B)](
+            out, grad, None if grad_lse is None else grad_lse.contiguous(), delta, *_strides(out), *_strides(grad), H, S,
+            DV=DV, BDV=_padded(DV), BM=bm, GRAD_LSE=grad_lse is not None,
+        )  # fmt: skip
+    return delta
+
+
+def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """`[Hq]`: the sink's weight in each row, times what the row's weights as a whole receive."""
+    weight = torch.exp(sinks.float()[None, :, None] - lse).masked_fill(lse == -torch.inf, 0.0)
+    return -(weight * delta).sum((0, 2)).to(sinks.dtype)
+
+
+def backward(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor, grad: Tensor,
+    grad_lse: Tensor | None, call: Call,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, list[Tensor]]:  # fmt: skip
+    """Gradients of q, k, v, sinks, and of the captured tensors that learn (`call.variant.learned`)."""
+    from trainkit.kernels._attention import _triton_backward
+
+    q, k, v, grad = _rows(q), _rows(k), _rows(v), _rows(grad)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    dq, dk, dv = _rows(dq), _rows(dk), _rows(dv)
+    delta = row_delta(out, grad, grad_lse)
+    scalars, constants = _common(call, q, k, v)
+    constants["GRAD"] = call.variant.functions("triton").score_grad
+    inputs = (q, k, v, grad, lse, delta)
+    steps = (*_strides(q), *_strides(k), *_strides(v), *_strides(grad))
+
+    tiling = _tiling("keys", q.shape[3], v.shape[3], q)
+    grid, pointers, strides, listed = _layout(call, q, k, tiling, True)
+    if 0 not in grid:
+        _triton_backward.backward_keys[grid](
+            *inputs, dk, dv, *pointers, *steps, *_strides(dk), *_strides(dv), *strides, *scalars, **constants,
+            LISTED=listed, BM=tiling.bm, BN=tiling.bn, num_warps=tiling.warps, num_stages=tiling.stages,
+        )  # fmt: skip
+
+    learned = call.variant.learned
+    score = call.variant.score
+    tables = [torch.zeros_like(t, dtype=torch.float32) for t in score.tables] if score is not None and learned else []
+    flat: list[object] = []
+    for table in tables:
+        flat.append(table)
+        for size, stride in zip(table.shape, table.stride(), strict=True):
+            flat += [size, stride]
+    tiling = _tiling("queries", q.shape[3], v.shape[3], q)
+    grid, pointers, strides, listed = _layout(call, q, k, tiling, False)
+    if 0 not in grid:
+        _triton_backward.backward_queries[grid](
+            *inputs, dq, *pointers, *steps, *_strides(dq), *strides, *scalars, tuple(flat), **constants,
+            LISTED=listed, TABLES=bool(learned), BM=tiling.bm, BN=tiling.bn, num_warps=tiling.warps,
+            num_stages=tiling.stages,
+        )  # fmt: skip
+    dsinks = None if sinks is None else sink_gradient(sinks, lse, delta)
+    grads = [tables[i].to(score.tables[i].dtype) for i in learned] if score is not None else []
+    return dq, dk, dv, dsinks, grads
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: Call, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *learned: Tensor) -> Any:
+        out, lse = forward(q, k, v, sinks, call)
+        ctx.save_for_backward(q, k, v, sinks, out, lse)
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        q, k, v, sinks, out, lse = ctx.saved_tensors
+        grad = torch.zeros_like(out) if grads[0] is None else grads[0]
+        dq, dk, dv, dsinks, tables = backward(q, k, v, sinks, out, lse, grad, grads[1], ctx.call)
+        return None, dq, dk, dv, dsinks, *tables
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, spec: Spec, packed: Packed | None) -> tuple[Tensor, Tensor]:
+    """Attention through Triton, differentiable.
+
+    Raises:
+        Untraceable: a score_mod or mask_mod that no kernel can be made of.
+        ValueError: gradients of captured tensors asked for in deterministic mode.
+    """
+    variant = build(spec, q.device)
+    learned = [variant.score.tables[i] for i in variant.learned] if variant.score is not None else []
+    if learned and spec.deterministic and torch.is_grad_enabled():
+        raise ValueError(
+            f"captured tensors get their gradients by atomics, whose order varies: {len(learned)} require gradients with"
+            " deterministic=True; detach them or take backend='reference'"
+        )
+    if k.shape[1] == 0 or q.shape[1] == 0 or q.shape[0] == 0:
+        from trainkit.kernels._attention._reference import reference
+
+        return reference(q, k, v, spec, packed)
+    out, lse = _Attention.apply(Call(spec, packed, variant), q, k, v, spec.sinks, *learned)  # type: ignore[no-untyped-call]
+    return out, lse
