@@ -1,10 +1,13 @@
 // Cost and schedule of breadth-first broadcast on a direct-connect topology.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <array>
-#include <stdexcept>
+#include <optional>
 
 #include "direct.hpp"
 
@@ -17,6 +20,18 @@ namespace {
 void interruptible() {
   nb::gil_scoped_acquire held;
   if (PyErr_CheckSignals() != 0) throw nb::python_error();
+}
+
+// A pair (from, to) without a path, if there is one.
+std::optional<std::array<int, 2>> unreached(int nodes, Int32s tail, Int32s head) {
+  std::vector<uint16_t> distance;
+  distances_to(InLinks(nodes, tail.data(), head.data(), tail.size()), 0, distance);
+  for (int v = 0; v < nodes; ++v)
+    if (distance[v] == kFar) return {{v, 0}};
+  distances_to(InLinks(nodes, head.data(), tail.data(), tail.size()), 0, distance);
+  for (int v = 0; v < nodes; ++v)
+    if (distance[v] == kFar) return {{0, v}};
+  return {};
 }
 
 // For every step, over the given receivers: the greatest of the least link loads, as [step, (top, bottom)].
@@ -86,6 +101,8 @@ nb::ndarray<nb::numpy, int32_t, nb::ndim<2>> transfers(
 void bind_direct_search(nb::module_& m);
 
 void bind_direct(nb::module_& m) {
+  m.def("direct_unreached", &direct::unreached, nb::arg("nodes"), nb::arg("tail"), nb::arg("head"),
+        "A pair (from, to) of nodes without a path, or None.");
   m.def("direct_loads", &direct::loads, nb::arg("nodes"), nb::arg("tail"), nb::arg("head"), nb::arg("receivers"),
         "Step by step, the greatest of the receivers' least link loads as (numerator, denominator), in shards.");
   m.def("direct_transfers", &direct::transfers, nb::arg("nodes"), nb::arg("tail"), nb::arg("head"), nb::arg("chunks"),

@@ -118,23 +118,43 @@ bool draw(const uint16_t* right, int order, int degree, bool symmetric, Random& 
   return static_cast<int>(generators.size()) == degree;
 }
 
-using Found = std::tuple<int, int64_t, std::vector<int>>;
+using Found = std::tuple<int, int64_t, int64_t, std::vector<int>>;
 
-// Draws `trials` generator sets; keeps each that improves on `limit` (which tightens as it goes).
+// Draws `trials` generator sets; keeps each whose one-way sum is below one_way[depth], or whose sum over both
+// directions (the transpose has the inverse generators) is below both_ways[depth]. The limits tighten as it goes.
 std::vector<Found> search(
-    Table right, int degree, bool symmetric, int64_t unit, std::vector<int64_t> limit, int trials, uint64_t seed) {
+    Table right, int degree, bool symmetric, int64_t unit, std::vector<int64_t> one_way,
+    std::vector<int64_t> both_ways, int trials, uint64_t seed) {
   nb::gil_scoped_release released;
   const int order = static_cast<int>(right.shape(0));
+  const int64_t least = (order - 1) * (unit / degree);
+  const std::vector<int64_t> open(order + 1, INT64_MAX);
   Random random{seed};
   Evaluator evaluator(right.data(), order, degree, unit);
   std::vector<Found> found;
-  std::vector<int> generators;
+  std::vector<int> generators, inverses(degree);
+  std::vector<int64_t> wanted(one_way.size());
+  const auto tighten = [&](size_t depth, int64_t sum, int64_t total) {
+    for (size_t t = depth; t < wanted.size(); ++t) {
+      one_way[t] = std::min(one_way[t], sum);
+      both_ways[t] = std::min(both_ways[t], total);
+      wanted[t] = std::max(one_way[t], both_ways[t] - least);
+    }
+  };
+  tighten(0, INT64_MAX, INT64_MAX);
   for (int trial = 0; trial < trials; ++trial) {
     if (!draw(right.data(), order, degree, symmetric, random, generators)) continue;
-    const auto [sum, depth] = evaluator.run(generators, limit);
+    auto [sum, depth] = evaluator.run(generators, wanted);
     if (sum < 0) continue;
-    found.emplace_back(depth, sum, generators);
-    for (size_t t = depth; t < limit.size(); ++t) limit[t] = std::min(limit[t], sum);
+    int64_t back = sum;
+    if (!symmetric) {
+      for (int i = 0; i < degree; ++i) inverses[i] = inverse(right.data(), order, generators[i]);
+      back = evaluator.run(inverses, open).first;
+      if (back < sum) std::swap(back, sum), std::swap(inverses, generators);
+    }
+    if (sum >= one_way[depth] && sum + back >= both_ways[depth]) continue;
+    found.emplace_back(depth, sum, back, generators);
+    tighten(depth, sum, sum + back);
   }
   return found;
 }
@@ -153,8 +173,9 @@ std::pair<int, int64_t> evaluate(Table right, const std::vector<int>& generators
 
 void bind_direct_search(nb::module_& m) {
   m.def("direct_search", &direct::search, nb::arg("right"), nb::arg("degree"), nb::arg("symmetric"), nb::arg("unit"),
-        nb::arg("limit"), nb::arg("trials"), nb::arg("seed"),
-        "Random generator sets that improve on `limit`: (depth, sum of loads in 1/unit shards, generators).");
+        nb::arg("one_way"), nb::arg("both_ways"), nb::arg("trials"), nb::arg("seed"),
+        "Random generator sets that improve on a limit: (depth, sum of loads in 1/unit shards, the transpose's, "
+        "generators).");
   m.def("direct_evaluate", &direct::evaluate, nb::arg("right"), nb::arg("generators"), nb::arg("unit"),
         "Depth and sum of loads of one Cayley digraph; depth -1 where the generators do not span the group.");
 }
