@@ -1,0 +1,231 @@
+"""What the callback and the tuner share: plan, searches, rates of the kept steps, the record, resume."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from trainkit.autolrs._forecast import Forecast, forecast
+from trainkit.autolrs._history import History, StageRecord
+from trainkit.autolrs._paper import paper_forecast
+from trainkit.autolrs._plan import Plan, Search, Settings, plan
+from trainkit.autolrs._race import Outcome, Trials, race
+from trainkit.autolrs._schedule import LRSchedule, Piece
+from trainkit.autolrs._search import Backend, LRSearch
+from trainkit.autolrs._skopt import SkoptSearch
+
+_VERSION = 1
+
+
+class Controller:
+    """Decides; it runs no step itself.
+
+    Args:
+        settings: arguments of AutoLRS or Tuner.
+
+    Raises:
+        ValueError: an argument breaks its rule.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        settings.check()
+        self.settings = settings
+        self.plan: Plan | None = None
+        self.ratios: tuple[float, ...] = (1.0,)
+        self.history = History()
+        self._default = math.sqrt(settings.low * settings.high)
+        self._next = 0
+        self._backend = self._make_backend()
+
+    def _make_backend(self) -> Backend:
+        s = self.settings
+        if s.backend == "skopt" or s.preset == "paper":
+            return SkoptSearch(s.low, s.high, s.seed)
+        return LRSearch(s.low, s.high, s.seed)
+
+    @property
+    def keeps_winner(self) -> bool:
+        """Whether a search's winning steps are kept; the published algorithm runs them again."""
+        return self.settings.preset != "paper"
+
+    def begin(self, total: int, default: float, ratios: Sequence[float]) -> bool:
+        """Plans the run unless a checkpoint brought its plan.
+
+        Args:
+            total: steps of the run, in the sense of `count`.
+            default: the optimizer's own rate, for a run too short to search.
+            ratios: the groups' shares of a rate.
+
+        Returns:
+            Whether the run is long enough to search.
+
+        Raises:
+            ValueError: the checkpoint's run had another length.
+        """
+        if self.plan is None:
+            self.ratios = tuple(ratios)
+            self.plan = plan(self.settings, total)
+            self._default = min(max(default, self.settings.low), self.settings.high)
+        elif self.plan.total != total:
+            raise ValueError(
+                f"a resumed run must have the length it was planned for, but got {total} steps instead of "
+                f"{self.plan.total}: the annealed end depends on it; give the old max_steps or start anew"
+            )
+        return bool(self.plan.searches)
+
+    @property
+    def kept_total(self) -> int:
+        """Kept steps of the whole run, as far as is known: with count="all" each discarded step shortens it."""
+        assert self.plan is not None
+        return self.plan.total - (self.history.discarded_steps if self.settings.count == "all" else 0)
+
+    @property
+    def next_start(self) -> int | None:
+        """Kept step of the next search, None when all are done."""
+        if self.plan is None or self._next >= len(self.plan.searches):
+            return None
+        return self.plan.searches[self._next].start
+
+    def due(self, step: int) -> Search | None:
+        """The search to run before kept step `step`, if any.
+
+        With count="all" the plan was made for the most that searches may discard; what they saved lengthens stages.
+        """
+        start = self.next_start
+        if start is None or step < start:
+            return None
+        assert self.plan is not None
+        search = self.plan.searches[self._next]
+        last = self._next + 1 == len(self.plan.searches)
+        end = self.kept_total if last or self.settings.preset == "paper" else self.plan.searches[self._next + 1].start
+        horizon = min(end, self.plan.anneal_start(self.kept_total)) if last else search.horizon
+        horizon = max(horizon, step + search.trial_steps)
+        if step + search.trial_steps > self.kept_total:
+            self._next += 1
+            return None
+        return replace(search, start=step, horizon=horizon)
+
+    def search(self, search: Search, trials: Trials, report: Callable[[str], None] = lambda text: None) -> Outcome:
+        """Runs a due search; afterwards `rate` knows its choice.
+
+        Args:
+            search: from `due`.
+            trials: runs the steps.
+            report: told what is going on, in a few words.
+        """
+        stage, began = self._next, time.monotonic()
+
+        def told(trial: int, of: int, rate: float) -> None:
+            report(f"stage {stage + 1} trial {trial}/{of} lr {rate:.1e}")
+
+        outcome = race(
+            trials,
+            self._backend,
+            search,
+            stage=stage,
+            rate_at=lambda rate, step: rate * self.schedule.warmup(step),
+            forecaster=self._forecast,
+            fallback=self._fallback,
+            halving=self.keeps_winner,
+            keep=self.keeps_winner,
+            report=told,
+        )
+        self._backend.next_stage()
+        self._next += 1
+        before = self.history
+        stages = [*before.stages]
+        if stages:
+            stages[-1] = replace(stages[-1], steps=search.start - stages[-1].start)
+        stages.append(StageRecord(search.start, max(search.horizon - search.start, 1), outcome.rate, False))
+        self.history = replace(
+            before,
+            stages=tuple(stages),
+            trials=(*before.trials, *outcome.trials),
+            discarded_steps=before.discarded_steps + outcome.discarded,
+            search_seconds=before.search_seconds + time.monotonic() - began,
+        )
+        self._settle()
+        return outcome
+
+    def note(self, *, kept: int | None = None, forwards: int = 0) -> None:
+        """Counts kept steps so far and extra forward passes."""
+        self.history = replace(
+            self.history,
+            kept_steps=self.history.kept_steps if kept is None else kept,
+            extra_forwards=self.history.extra_forwards + forwards,
+        )
+
+    def rate(self, step: int) -> float:
+        """The rate of kept step `step`, warmup included, before the groups' ratios."""
+        return self.schedule.rate(step)
+
+    @property
+    def schedule(self) -> LRSchedule:
+        """Rates of the kept steps, as far as they are decided."""
+        if self.plan is None:
+            return LRSchedule(())
+        stages = self.history.stages or (StageRecord(0, self.kept_total, self._default, False),)
+        if self._next >= len(self.plan.searches) and not stages[-1].anneal:
+            stages = self._with_anneal(stages)
+        pieces = [Piece(s.start, s.steps, s.rate, 0.0 if s.anneal else s.rate) for s in stages]
+        return LRSchedule(pieces, self.plan.warmup_steps, self.ratios)
+
+    def _with_anneal(self, stages: tuple[StageRecord, ...]) -> tuple[StageRecord, ...]:
+        assert self.plan is not None
+        last, end = stages[-1], self.kept_total
+        start = max(self.plan.anneal_start(end), last.start)
+        flat = replace(last, steps=start - last.start)
+        tail = (StageRecord(start, end - start, last.rate, True),) if start < end else ()
+        return (*stages[:-1], flat, *tail)
+
+    def _settle(self) -> None:
+        """After the last search the end is known: the annealed part becomes a stage of its own."""
+        assert self.plan is not None
+        if self._next >= len(self.plan.searches):
+            self.history = replace(self.history, stages=self._with_anneal(self.history.stages))
+
+    def _forecast(self, steps: Sequence[int], losses: Sequence[float], horizon: int) -> Forecast:
+        if self.settings.preset == "paper":
+            return paper_forecast(losses, horizon, steps=steps)
+        return forecast(losses, horizon, steps=steps)
+
+    def _fallback(self, lowest: float) -> float:
+        known = self.history.stages[-1].rate if self.history.stages else self._default
+        return min(lowest / 10.0, known)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values only: loads with `weights_only`."""
+        return {
+            "version": _VERSION,
+            "settings": asdict(self.settings),
+            "total": self.plan.total if self.plan else None,
+            "ratios": list(self.ratios),
+            "default": self._default,
+            "next": self._next,
+            "history": self.history.as_dict(),
+            "backend": self._backend.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back `state_dict`'s result.
+
+        Raises:
+            ValueError: it is another version's, or was made with other arguments.
+        """
+        if state.get("version") != _VERSION:
+            raise ValueError(f"AutoLRS reads state version {_VERSION}, but the checkpoint has {state.get('version')!r}")
+        mine = asdict(self.settings)
+        changed = [
+            f"{k}={state['settings'].get(k)!r} is now {v!r}" for k, v in mine.items() if state["settings"].get(k) != v
+        ]
+        if changed:
+            raise ValueError(
+                f"a resumed search needs the arguments it began with, but {', '.join(changed)}: restore them"
+            )
+        self.ratios, self._default = tuple(state["ratios"]), state["default"]
+        self.plan = plan(self.settings, state["total"]) if state["total"] is not None else None
+        self._next = int(state["next"])
+        self.history = History.from_dict(state["history"])
+        self._backend = self._make_backend()
+        self._backend.load_state_dict(state["backend"])

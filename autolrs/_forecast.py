@@ -1,0 +1,242 @@
+"""Where will this loss be? Extrapolation of a short loss curve with an honest standard deviation.
+
+AutoLRS (Jin et al., ICLR 2021, section 4.2) fits one exponential `a exp(b t) + c`. Real curves are sums of many rates and
+a hundred noisy losses seldom tell which, so the answer here is an average over many curve shapes by their evidence.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import log_ndtr, ndtr
+
+Array = NDArray[np.float64]
+
+_MOST_POINTS = 128
+# Coefficients are those of the drop inside the observed window, in units of the curve's own range.
+_PRIOR_STD = 2.0
+# A falling component is the rule, a rising one the exception.
+_RISING = 0.02
+_LEAST_NOISE = 1e-4
+_OUTLIER = 3.5
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The noise-free loss at the horizon.
+
+    Attributes:
+        mean: expected loss, in the unit of the losses; inf for a curve that diverged.
+        std: standard deviation of the noise-free value (not of a single noisy loss); inf where nothing is known.
+    """
+
+    mean: float
+    std: float
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    """Decay shapes on the unit window: `fast` and `slow` hold one function per model, falling from 1 at u = 0."""
+
+    rates: Array  # [M, 2] rates per window, 0 where the model has no such term
+    powers: Array  # [M, 2] exponent and time scale of a power law, 0 where the model is exponential
+    log_prior: Array  # [M]
+
+
+@cache
+def _shapes() -> _Shapes:
+    singles = np.geomspace(0.02, 60.0, 25)
+    coarse = np.geomspace(0.02, 60.0, 14)
+    pairs = [(fast, slow) for i, slow in enumerate(coarse) for fast in coarse[i + 2 :]]
+    laws = [(p, scale) for p in (0.3, 0.6, 1.0) for scale in (0.003, 0.01, 0.03, 0.1, 0.3)]
+    rates = [(0.0, 0.0)] + [(r, 0.0) for r in singles] + pairs + [(0.0, 0.0)] * len(laws)
+    powers = [(0.0, 0.0)] * (1 + len(singles) + len(pairs)) + laws
+    share = (
+        [0.1] + [0.4 / len(singles)] * len(singles) + [0.3 / len(pairs)] * len(pairs) + [0.2 / len(laws)] * len(laws)
+    )
+    return _Shapes(np.array(rates), np.array(powers), np.log(np.array(share)))
+
+
+def _terms(shapes: _Shapes, u: Array) -> Array:
+    """The two terms of every model at times `u` (in windows): [M, len(u), 2], each 1 at u = 0 and 0 at u = 1."""
+    rates, powers = shapes.rates[:, None, :], shapes.powers
+    with np.errstate(invalid="ignore", divide="ignore"):
+        value = np.exp(-rates * u[None, :, None])
+        last = np.exp(-rates)
+        terms = np.where(rates > 0, (value - last) / (1.0 - last), 0.0)
+        exponent, scale = powers[:, :1], powers[:, 1:]
+        value = (1.0 + u[None, :] / scale) ** -exponent
+        last = (1.0 + 1.0 / scale) ** -exponent
+        law = np.where(exponent > 0, (value - last) / (1.0 - last), 0.0)
+    terms[:, :, 0] += law
+    return np.asarray(terms)
+
+
+def _difference_noise(t: Array, y: Array) -> float:
+    """Robust noise level from second differences on an uneven grid (Gasser, Sroka and Jennen-Steinmetz, 1986)."""
+    gap = t[2:] - t[:-2]
+    left, right = (t[2:] - t[1:-1]) / gap, (t[1:-1] - t[:-2]) / gap
+    residual = (left * y[:-2] + right * y[2:] - y[1:-1]) / np.sqrt(left**2 + right**2 + 1.0)
+    return float(1.4826 * np.median(np.abs(residual)))
+
+
+def _binned(t: Array, y: Array) -> tuple[Array, Array, Array]:
+    """At most `_MOST_POINTS` means of neighbouring points, with their counts."""
+    parts = np.array_split(np.arange(len(t)), min(len(t), _MOST_POINTS))
+    return (
+        np.array([t[p].mean() for p in parts]),
+        np.array([y[p].mean() for p in parts]),
+        np.array([float(len(p)) for p in parts]),
+    )
+
+
+@dataclass(frozen=True)
+class _Fit:
+    log_weight: Array  # [M] log posterior weight, not normalised
+    mean: Array  # [M, 3]
+    covariance: Array  # [M, 3, 3]
+    fitted: Array  # [M, n]
+
+
+def _fit(design: Array, y: Array, weight: Array, noise: float, log_prior: Array) -> _Fit:
+    """Gaussian linear regression of every model at once, with its log evidence and its terms' signs weighed."""
+    precision = weight / noise**2
+    weighted = design * precision[None, :, None]
+    information = np.swapaxes(weighted, 1, 2) @ design
+    information += np.eye(3) / _PRIOR_STD**2
+    covariance = np.asarray(np.linalg.inv(information), dtype=np.float64)
+    mean = np.einsum("mij,mj->mi", covariance, np.swapaxes(weighted, 1, 2) @ y)
+    fitted = np.einsum("mni,mi->mn", design, mean)
+    misfit = ((y - fitted) ** 2 * precision).sum(1) + (mean**2).sum(1) / _PRIOR_STD**2
+    _, log_det = np.linalg.slogdet(information)
+    log_evidence = -0.5 * misfit - 0.5 * log_det - 3.0 * np.log(_PRIOR_STD)
+    std = np.sqrt(np.maximum(np.diagonal(covariance, axis1=1, axis2=2), 0.0))
+    used = np.abs(design).max(1) > 0
+    falling = np.where(used[:, 1:], log_ndtr(mean[:, 1:] / np.maximum(std[:, 1:], 1e-300)), 0.0).sum(1)
+    return _Fit(log_prior + log_evidence + np.logaddexp(falling, np.log(_RISING)), mean, covariance, fitted)
+
+
+def _refined_rate(u: Array, y: Array, weight: Array) -> float:
+    """The single exponential's best rate per window: the grid alone would limit a noise-free forecast."""
+    rates = np.geomspace(0.02, 60.0, 60)
+    for _ in range(4):
+        phi = np.exp(-rates[:, None] * u[None, :])
+        total = weight.sum()
+        phi = phi - (phi * weight).sum(1, keepdims=True) / total
+        centred = y - (y * weight).sum() / total
+        gain = (phi * weight) @ centred
+        explained = gain**2 / np.maximum((phi**2 * weight).sum(1), 1e-300)
+        best = int(np.argmax(explained))
+        low, high = rates[max(best - 1, 0)], rates[min(best + 1, len(rates) - 1)]
+        rates = np.geomspace(low, high, 17)
+    return float(rates[len(rates) // 2])
+
+
+def _above(mean: Array, std: Array, floor: float) -> tuple[Array, Array]:
+    """Moments of each Gaussian component once it is known to lie above `floor`."""
+    safe = np.maximum(std, 1e-12)
+    z = (floor - mean) / safe
+    # Mills ratio by logarithms: the tail far below the floor must not become 0/0.
+    ratio = np.exp(-0.5 * z**2 - 0.5 * np.log(2 * np.pi) - log_ndtr(-z))
+    return mean + safe * ratio, safe * np.sqrt(np.clip(1.0 + z * ratio - ratio**2, 1e-6, 1.0))
+
+
+def forecast(
+    losses: ArrayLike, horizon: float, *, steps: ArrayLike | None = None, floor: float | None = None
+) -> Forecast:
+    """Forecasts the noise-free loss at step `horizon` from a short curve. Never raises.
+
+    Every shape (constant, one exponential, two exponentials, power law) is fitted to the raw losses in units of the
+    curve's own range; the shapes are averaged by their evidence, so a curve whose asymptote cannot be identified gets
+    a wide band instead of a confident guess.
+
+    Args:
+        losses: [n] loss values, any scale and offset; non-finite ones inside the curve are dropped.
+        horizon: step to forecast, on the axis of `steps`.
+        steps: [n] increasing step numbers of the losses, default 0, 1, ...
+        floor: a value that the noise-free loss cannot fall below (0 for a cross entropy), if known.
+
+    Returns:
+        The forecast. A curve that ends in nan or inf, or has no finite loss, diverged: mean and std are inf. One
+        loss is its own forecast with std inf; two are forecast by the last, with twice their difference as std.
+    """
+    y = np.asarray(losses, dtype=np.float64).ravel()
+    t = np.arange(len(y), dtype=np.float64) if steps is None else np.asarray(steps, dtype=np.float64).ravel()[: len(y)]
+    y = y[: len(t)]
+    if len(y) == 0 or not np.isfinite(y[-1]):
+        return Forecast(float("inf"), float("inf"))
+    good = np.isfinite(y) & np.isfinite(t)
+    t, y = t[good], y[good]
+    if len(y) == 0:
+        return Forecast(float("inf"), float("inf"))
+    if len(y) < 3 or t[-1] <= t[0]:
+        std = 2.0 * float(np.ptp(y)) if len(y) > 1 else float("inf")
+        return _floored(float(y[-1]), std, floor)
+    offset = float(np.median(y))
+    t, y, count = _binned(t, y)
+    scale = float(np.ptp(y))
+    if scale <= 1e-12 * max(abs(offset), 1e-300):
+        return _floored(offset, 0.0, floor)
+    mean, std = _average(
+        t, (y - offset) / scale, count, float(horizon), None if floor is None else (floor - offset) / scale
+    )
+    return _floored(offset + scale * mean, scale * std, floor)
+
+
+def _floored(mean: float, std: float, floor: float | None) -> Forecast:
+    return Forecast(mean if floor is None else max(mean, float(floor)), std)
+
+
+def _average(t: Array, y: Array, count: Array, horizon: float, floor: float | None) -> tuple[float, float]:
+    """Mean and std at the horizon of the evidence-weighted mixture, in the curve's own units."""
+    window = t[-1] - t[0]
+    u, ahead = (t - t[0]) / window, np.array([max(horizon - t[0], 0.0) / window])
+    shapes = _shapes()
+    refined = _refined_rate(u, y, count)
+    shapes = _Shapes(
+        np.vstack([shapes.rates, [[refined, 0.0]]]),
+        np.vstack([shapes.powers, [[0.0, 0.0]]]),
+        np.append(shapes.log_prior, np.log(0.05)),
+    )
+    design = np.concatenate([np.ones((len(shapes.rates), len(u), 1)), _terms(shapes, u)], axis=2)
+    at_horizon = np.concatenate([np.ones((len(shapes.rates), 1)), _terms(shapes, ahead)[:, 0, :]], axis=1)
+
+    noise = max(_difference_noise(u, y), _LEAST_NOISE)
+    weight = count / count.mean()
+    for _ in range(2):
+        fit = _fit(design, y, weight, noise, shapes.log_prior)
+        best = fit.fitted[int(np.argmax(fit.log_weight))]
+        residual = y - best
+        spread = max(1.4826 * float(np.median(np.abs(residual))), _LEAST_NOISE)
+        weight = count / count.mean() / np.maximum(np.abs(residual) / (_OUTLIER * spread), 1.0) ** 2
+        noise = max(_noise_level(residual, weight), _LEAST_NOISE)
+    fit = _fit(design, y, weight, noise, shapes.log_prior)
+
+    posterior = np.exp(fit.log_weight - fit.log_weight.max())
+    means = np.einsum("mi,mi->m", at_horizon, fit.mean)
+    stds = np.sqrt(np.maximum(np.einsum("mi,mij,mj->m", at_horizon, fit.covariance, at_horizon), 0.0))
+    if floor is not None:
+        posterior = posterior * np.maximum(ndtr((means - floor) / np.maximum(stds, 1e-12)), 1e-12)
+        means, stds = _above(means, stds, floor)
+    posterior = posterior / posterior.sum()
+    mean = float(posterior @ means)
+    return mean, float(np.sqrt(posterior @ (stds**2 + (means - mean) ** 2)))
+
+
+def _noise_level(residual: Array, weight: Array) -> float:
+    """Standard deviation of the residuals, raised where neighbours agree: a wandering curve holds fewer facts."""
+    freedom = max(len(residual) - 3.0, 1.0)
+    variance = float((weight * residual**2).sum()) / freedom
+    if variance <= 0.0 or len(residual) < 6:
+        return float(np.sqrt(variance))
+    correlation = float((residual[1:] * residual[:-1]).sum() / (residual**2).sum())
+    correlation = min(max(correlation, 0.0), 0.9)
+    return float(np.sqrt(variance * (1.0 + correlation) / (1.0 - correlation)))
+
+
+def forecast_last(losses: Sequence[float]) -> float:
+    """The last finite loss, inf if there is none."""
+    finite = [value for value in losses if np.isfinite(value)]
+    return float(finite[-1]) if finite else float("inf")

@@ -1,0 +1,272 @@
+"""The exact state of a training run, put back in place: same tensors, same addresses, same random numbers."""
+
+import copy
+import random
+import tempfile
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+Where = Literal["device", "cpu", "disk"]
+
+
+class Stateful(Protocol):
+    """A grad scaler, a scheduler, a callback: whatever can say and take back its state."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's own part of a tensor: the shard of a DTensor (FSDP2), else the tensor's data."""
+    part = getattr(tensor, "_local_tensor", tensor)
+    assert isinstance(part, Tensor)
+    return part.detach()
+
+
+class _Store:
+    """Copies of tensors, on the device, in (pinned) host memory, or in an unnamed file."""
+
+    def __init__(self, where: Where) -> None:
+        self._where = where
+        self._copies: list[Tensor] = []
+        self._file: Any = None
+
+    def save(self, tensors: Sequence[Tensor]) -> None:
+        if self._where == "disk":
+            self._file = self._file or tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the snapshot
+            self._file.seek(0)
+            self._file.truncate()
+            torch.save([t.cpu() for t in tensors], self._file)
+            return
+        if len(self._copies) != len(tensors) or any(
+            c.shape != t.shape or c.dtype != t.dtype for c, t in zip(self._copies, tensors, strict=True)
+        ):
+            self._copies = [self._room(t) for t in tensors]
+        for kept, tensor in zip(self._copies, tensors, strict=True):
+            kept.copy_(tensor)
+
+    def _room(self, tensor: Tensor) -> Tensor:
+        if self._where == "device":
+            return torch.empty_like(tensor)
+        return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+
+    def load(self) -> list[Tensor]:
+        if self._where == "disk":
+            self._file.seek(0)
+            loaded = torch.load(self._file, weights_only=True)
+            assert isinstance(loaded, list)
+            return loaded
+        return self._copies
+
+
+def rng_state() -> dict[str, Any]:
+    """States of the random generators of Python, NumPy, torch and every visible CUDA device, as plain values."""
+    version, internal, gauss = random.getstate()
+    name, keys, pos, has_gauss, cached = np.random.get_state()
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [name, [int(k) for k in keys], int(pos), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],  # type: ignore[no-untyped-call],
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Puts back what `rng_state` returned."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, pos, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), pos, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+class Snapshot:
+    """The state of modules, optimizers and companions, to be put back any number of times.
+
+    Kept: parameters and all buffers (non-persistent ones too), torchmetrics' states, modules' extra state, the
+    optimizers' state and group options, the random generators of this process, and every companion's state dict.
+    Restoring copies into the tensors that existed at `save`, so fused and capturable optimizers, compiled graphs and
+    CUDA graphs keep their addresses; optimizer state that did not exist yet is removed again. Of an FSDP2 module each
+    rank keeps its own shards; nothing is gathered.
+
+    Memory: parameters, buffers and optimizer state once per snapshot (with Adam three times the parameters).
+
+    Args:
+        modules: modules, shared parts counted once.
+        optimizers: optimizers.
+        companions: anything with `state_dict` and `load_state_dict`, e.g. a grad scaler or a scheduler.
+        where: "device", "cpu" (pinned for CUDA tensors) or "disk" (a temporary file without a name).
+        grads: whether gradients are part of the state (in the midst of an accumulation).
+        rng: whether the random generators are.
+
+    Raises:
+        ValueError: unknown `where`.
+    """
+
+    def __init__(
+        self,
+        modules: Iterable[nn.Module],
+        optimizers: Iterable[torch.optim.Optimizer] = (),
+        *,
+        companions: Iterable[Stateful] = (),
+        where: Where = "device",
+        grads: bool = True,
+        rng: bool = True,
+    ) -> None:
+        if where not in ("device", "cpu", "disk"):
+            raise ValueError(f"a snapshot lies on 'device', 'cpu' or 'disk', but got where={where!r}")
+        self._modules, self._optimizers = list(modules), list(optimizers)
+        self._companions, self._grads, self._rng = list(companions), grads, rng
+        self._store = _Store(where)
+        self.saved = False
+
+    @torch.no_grad()
+    def save(self) -> None:
+        """Takes the current state, over what was saved before."""
+        self._slots = list(self._module_slots())
+        self._tensors = [local(holder[name]) for holder, name in self._slots]
+        self._owners = [holder[name] for holder, name in self._slots]
+        self._gradients: list[tuple[Tensor, Tensor | None]] = []
+        if self._grads:
+            for parameter in self._parameters():
+                self._gradients.append((parameter, parameter.grad))
+                if parameter.grad is not None:
+                    self._tensors.append(local(parameter.grad))
+        self._optimizer_states = [self._take_optimizer(o) for o in self._optimizers]
+        self._store.save(self._tensors)
+        self._others = [(m, _metric_state(m), _extra_state(m)) for m in self._submodules()]
+        self._companion_states = [copy.deepcopy(c.state_dict()) for c in self._companions]
+        self._rng_state = rng_state() if self._rng else None
+        self.saved = True
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Puts the saved state back.
+
+        Raises:
+            RuntimeError: nothing was saved.
+        """
+        if not self.saved:
+            raise RuntimeError("a snapshot is restored after save(), but nothing was saved: call save() first")
+        for tensor, kept in zip(self._tensors, self._store.load(), strict=True):
+            tensor.copy_(kept)
+        for (holder, name), owner in zip(self._slots, self._owners, strict=True):
+            holder[name] = owner
+        for parameter, grad in self._gradients:
+            parameter.grad = grad
+        for optimizer, state in zip(self._optimizers, self._optimizer_states, strict=True):
+            self._put_optimizer(optimizer, state)
+        for module, metric, extra in self._others:
+            for name, value in metric.items():
+                setattr(module, name, _cloned(value))
+            if extra is not None:
+                module.set_extra_state(copy.deepcopy(extra))
+        for companion, kept_state in zip(self._companions, self._companion_states, strict=True):
+            companion.load_state_dict(copy.deepcopy(kept_state))
+        if self._rng_state is not None:
+            set_rng_state(self._rng_state)
+
+    def _submodules(self) -> list[nn.Module]:
+        return list({id(m): m for root in self._modules for m in root.modules()}.values())
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return list({id(p): p for root in self._modules for p in root.parameters()}.values())
+
+    def _module_slots(self) -> Iterable[tuple[dict[str, Any], str]]:
+        """(holder, name) of every parameter and buffer, each tensor once."""
+        seen: set[int] = set()
+        for module in self._submodules():
+            for holder in (module._parameters, module._buffers):
+                for name, tensor in holder.items():
+                    if tensor is not None and id(tensor) not in seen:
+                        seen.add(id(tensor))
+                        yield holder, name
+
+    def _take_optimizer(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """State with every tensor replaced by its number in `_tensors`, and the groups' options."""
+        states = {p: {k: self._take(v) for k, v in state.items()} for p, state in optimizer.state.items()}
+        groups = [{k: self._take(v) for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        return {"state": states, "groups": groups}
+
+    def _take(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            self._tensors.append(local(value))
+            return _Held(value)
+        if isinstance(value, list | tuple | dict):  # nested state (LBFGS) is copied, not kept in place
+            return _Copied(_cloned(value))
+        return _Copied(copy.deepcopy(value))
+
+    def _put_optimizer(self, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+        for parameter in [p for p in optimizer.state if p not in saved["state"]]:
+            del optimizer.state[parameter]
+        for parameter, state in saved["state"].items():
+            current = optimizer.state[parameter]
+            current.clear()
+            current.update({k: v.value() for k, v in state.items()})
+        for group, options in zip(optimizer.param_groups, saved["groups"], strict=True):
+            group.update({k: v.value() for k, v in options.items()})
+
+
+class _Held:
+    """A tensor of the optimizer that stays where it is; its content lies in the store."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def value(self) -> Tensor:
+        return self._tensor
+
+
+class _Copied:
+    """A value that is copied out anew at each restore."""
+
+    def __init__(self, kept: Any) -> None:
+        self._kept = kept
+
+    def value(self) -> Any:
+        return _cloned(self._kept)
+
+
+def _cloned(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {k: _cloned(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_cloned(v) for v in value]
+    if type(value) is tuple:
+        return tuple(_cloned(v) for v in value)
+    return copy.deepcopy(value)
+
+
+def _metric_state(module: nn.Module) -> dict[str, Any]:
+    """A torchmetrics metric's accumulators: they are plain attributes, in no state dict unless persistent."""
+    names = getattr(module, "_defaults", None)
+    if not isinstance(names, dict) or not hasattr(module, "_reductions"):
+        return {}
+    bookkeeping = ("_update_count", "_computed", "_forward_cache", "_cache", "_is_synced")
+    return {name: _cloned(getattr(module, name)) for name in (*names, *bookkeeping) if hasattr(module, name)}
+
+
+def _extra_state(module: nn.Module) -> Any:
+    if type(module).get_extra_state is nn.Module.get_extra_state:
+        return None
+    return copy.deepcopy(module.get_extra_state())
+
+
+def metric_states(module: nn.Module) -> list[tuple[nn.Module, dict[str, Any]]]:
+    """Every metric below `module` with a copy of its state, for `set_metric_states`."""
+    return [(m, state) for m in module.modules() if (state := _metric_state(m))]
+
+
+def set_metric_states(states: list[tuple[nn.Module, dict[str, Any]]]) -> None:
+    """Puts back what `metric_states` returned."""
+    for module, state in states:
+        for name, value in state.items():
+            setattr(module, name, value)
