@@ -72,6 +72,9 @@ Bound search(const Network &net, const Ints &weight, const std::vector<int> &sin
 std::vector<std::vector<char>> violated_cuts(const Network &net, const Ints &weight, const std::vector<int> &sinks,
                                              Int need, bool all, const Tick &tick);
 
+// The largest capacities within net.cap that every vertex of `through` passes on entirely.
+Ints balanced(const Network &net, const std::vector<char> &through, const Tick &tick);
+
 // Trees in one flat form. Edge e of a tree goes edge_tail[e] -> edge_head[e] over path[path_start[e]..path_start[e+1]).
 struct Trees {
   Ints root, multiplicity, edge_start{0}, edge_tail, edge_head, path_start{0}, path;

@@ -72,6 +72,14 @@ void bind_forest(nb::module_ &m) {
       "n"_a, "tail"_a, "head"_a, "cap"_a, "weight"_a, "sinks"_a, "need"_a, "all"_a, "progress"_a = nb::none(),
       "Cuts that let less than `need` from the weighted sources reach a sink.");
   m.def(
+      "balanced",
+      [](int n, const Array &tail, const Array &head, const Array &cap, const Array &through, const Progress &progress) {
+        const Ints mask = ints(through);
+        return numpy(balanced(network(n, tail, head, cap), std::vector<char>(mask.begin(), mask.end()), ticking(progress)));
+      },
+      "n"_a, "tail"_a, "head"_a, "cap"_a, "through"_a, "progress"_a = nb::none(),
+      "The largest capacities within `cap` that every vertex marked in `through` passes on entirely.");
+  m.def(
       "pack_trees",
       [](int n, const Array &tail, const Array &head, const Array &cap, const Array &weight, const Array &terminals, int deal,
          const Progress &progress) {

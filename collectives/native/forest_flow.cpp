@@ -178,4 +178,19 @@ std::vector<std::vector<char>> violated_cuts(const Network &net, const Ints &wei
   return {found.begin(), found.end()};
 }
 
+Ints balanced(const Network &net, const std::vector<char> &through, const Tick &tick) {
+  tick("balance", 0, 1);
+  // All vertices but the ones to balance are one source for what they send and one sink for what they take.
+  const int source = net.n, sink = net.n + 1;
+  MaxFlow flow(net.n + 2);
+  for (int e = 0; e < net.arcs(); e++)
+    flow.add(through[net.tail[e]] ? net.tail[e] : source, through[net.head[e]] ? net.head[e] : sink);
+  flow.freeze();
+  for (int e = 0; e < net.arcs(); e++) flow.set(e, net.cap[e]);
+  flow.run(source, sink, kInfinite);
+  Ints used(net.arcs());
+  for (int e = 0; e < net.arcs(); e++) used[e] = net.cap[e] - flow.residual(e);
+  return used;
+}
+
 }  // namespace forest

@@ -1,0 +1,142 @@
+"""Which integer capacities the trees are cut from: all of them, a balanced part of them, or their whole multiples."""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import reduce
+from math import gcd, lcm
+
+import numpy as np
+
+import trainkit.collectives._native as _native
+from trainkit.collectives._topology import Ints
+from trainkit.collectives.trees._problem import Problem
+from trainkit.collectives.trees._program import CutProgram
+
+
+@dataclass(frozen=True)
+class Share:
+    """A problem whose capacities count trees."""
+
+    problem: Problem
+    """Balanced at every passing vertex; link e carries `problem.cap[e]` trees."""
+    k: int
+    """Trees per unit of root weight."""
+    unit: Fraction
+    """Trees per unit of integer capacity: `problem.cap <= floor(unit * capacity)`."""
+    exact: bool
+    """Whether no schedule without switch multicast (or with no other k, if k was given) is faster."""
+
+
+def achievable(problem: Problem) -> tuple[Fraction, Problem]:
+    """The best rate when passing vertices cannot copy.
+
+    Returns:
+        (max over cuts of weight / capacity, in integer capacities, of the best balanced part of the capacities; that
+        part as a problem of its own, its capacities scaled up to integers).
+    """
+    rate, _ = problem.search()
+    if problem.balanced():
+        return rate, problem
+    trimmed = problem.within(_native.balanced(*problem.graph, problem.passing, problem.progress))
+    if trimmed.cap.any() and _rate(trimmed) == rate:
+        return rate, trimmed
+    solution = CutProgram([problem], free_roots=False).solve()
+    scale = lcm(*(capacity.denominator for capacity in solution.sides[0]))
+    part = problem.within(np.array([int(capacity * scale) for capacity in solution.sides[0]], dtype=np.int64))
+    if not part.balanced():
+        raise RuntimeError(
+            "the balanced part of the capacities could not be made exact: give capacities in a coarser unit"
+        )
+    return part.search()[0] * scale, part
+
+
+def _rate(problem: Problem) -> Fraction | None:
+    """The cut bound, or None where some vertex to span takes in nothing."""
+    _, _, head, cap = problem.graph
+    taken = np.zeros(problem.size, dtype=np.int64)
+    np.add.at(taken, head, cap)
+    return problem.search()[0] if (taken[problem.spanned] > 0).all() else None
+
+
+def best_share(problem: Problem) -> Share:
+    """The optimum: as few trees as reach it."""
+    rate, part = achievable(problem)
+    own = part.search()[0]
+    common = reduce(gcd, (int(c) for c in part.cap), own.denominator)
+    scale = own / rate  # the part's capacities are at most this multiple's share of the problem's
+    cap = part.cap // common * own.numerator
+    return Share(part.within(cap), own.denominator // common, Fraction(own.numerator, common) / scale, True)
+
+
+def fixed_share(problem: Problem, k: int) -> Share:
+    """The best rate with k trees per unit of root weight.
+
+    Exact where rounding down keeps every passing vertex balanced (equal capacities both ways, or no switches).
+    """
+    rate, part = achievable(problem)
+    if _two_way(problem):
+        unit = _smallest_unit(problem, k, rate)
+        return Share(problem.within(_floors(problem.cap, unit)), k, unit, True)
+    # Rounded capacities must be balanced anew; raise the unit by what the rounding cost until k trees fit.
+    unit = k * rate
+    scale = part.search()[0] / rate  # the part's capacities are scaled up by its inverse
+    for _ in range(256):
+        rounded = problem.within(np.minimum(_floors(problem.cap, unit), -_floors(-part.cap, unit * scale)))
+        rounded = rounded.within(_native.balanced(*rounded.graph, problem.passing, problem.progress))
+        reached = _rate(rounded)
+        if reached is not None and reached * k <= 1:
+            return Share(rounded, k, unit, unit == k * rate)
+        unit = max(_next_unit(problem.cap, unit), unit * min(reached * k, Fraction(2)) if reached is not None else unit)
+    raise ValueError(
+        f"no balanced rounding of the capacities for {k} trees per root was found: take another trees_per_root"
+    )
+
+
+def _two_way(problem: Problem) -> bool:
+    _, tail, head, cap = problem.graph
+    back = {(int(v), int(u)): int(c) for u, v, c in zip(tail, head, cap, strict=True)}
+    passing = problem.passing
+    return all(
+        back.get((int(u), int(v))) == int(c)
+        for u, v, c in zip(tail, head, cap, strict=True)
+        if passing[u] or passing[v]
+    )
+
+
+def _floors(cap: Ints, unit: Fraction) -> Ints:
+    distinct, where = np.unique(cap, return_inverse=True)
+    return np.array([int(c) * unit.numerator // unit.denominator for c in distinct], dtype=np.int64)[where]
+
+
+def _next_unit(cap: Ints, unit: Fraction) -> Fraction:
+    """The next unit at which some link carries one tree more."""
+    return min(Fraction(int(c) * unit.numerator // unit.denominator + 1, int(c)) for c in np.unique(cap))
+
+
+def _smallest_unit(problem: Problem, k: int, rate: Fraction) -> Fraction:
+    """The smallest unit whose rounded-down capacities carry k trees: a whole number over some capacity."""
+    distinct = [int(c) for c in np.unique(problem.cap)]
+    weight = problem.weight * k
+    need = int(weight.sum())
+    size, tail, head, _ = problem.graph
+
+    def snapped(unit: Fraction) -> Fraction:
+        return max(Fraction(c * unit.numerator // unit.denominator, c) for c in distinct)
+
+    def fits(unit: Fraction) -> bool:
+        cap = _floors(problem.cap, unit)
+        return not _native.violated_cuts(size, tail, head, cap, weight, problem.spanned, need, False, problem.progress)
+
+    low = k * rate  # nothing below carries k trees
+    if fits(low):
+        return snapped(low)
+    high = snapped(low + Fraction(1, min(distinct)))
+    low = _next_unit(problem.cap, low)
+    while low < high:
+        # Units between two candidates round alike, so a test decides for the candidate below and the one above.
+        middle = (low + high) / 2
+        if fits(middle):
+            high = max(snapped(middle), low)
+        else:
+            low = _next_unit(problem.cap, middle)
+    return high

@@ -1,0 +1,66 @@
+"""Switches that copy (or, reducing, add) in the network: spanned by the trees like members, then folded into paths."""
+
+import numpy as np
+
+from trainkit.collectives._topology import Ints
+from trainkit.collectives.trees._capacity import achievable
+from trainkit.collectives.trees._flat import Flat
+from trainkit.collectives.trees._problem import Problem
+
+
+def choose_copying(problem: Problem) -> Problem:
+    """The problem with those copying switches spanned that cost no rate.
+
+    A tree that spans a copying switch enters it once and leaves it as often as it likes. Spanning one that takes in too
+    little would slow every tree down, so the switches in the way are left out, worst first.
+    """
+    copying = [problem.topology.index[name] for name in sorted(problem.topology.multicast)]
+    plain = None
+    while copying:
+        trial = problem.spanning(copying)
+        rate, cut = trial.search() if _fed(trial) else (None, None)
+        plain = plain or achievable(problem)[0]
+        if rate is not None and cut is not None:
+            if trial.balanced() and rate <= plain:
+                return trial
+            if not trial.balanced():
+                rate = achievable(trial)[0]
+            if rate <= plain:
+                return trial
+            outside = [w for w in copying if not cut[w]]
+            copying = [w for w in copying if w not in outside] if outside else copying[:-1]
+        else:
+            _, _, head, _ = problem.graph
+            copying = [w for w in copying if (head == w).any()]
+            if len(copying) == len(trial.spanned) - len(trial.members):
+                break
+    return problem
+
+
+def _fed(problem: Problem) -> bool:
+    _, _, head, cap = problem.graph
+    taken = np.zeros(problem.size, dtype=np.int64)
+    np.add.at(taken, head, cap)
+    return bool((taken[problem.spanned] > 0).all())
+
+
+def without_copying_vertices(flat: Flat, members: Ints) -> Flat:
+    """The same trees between members only: an edge's path runs through the copying switches above it."""
+    member = set(members.tolist())
+    edge_tail, edge_head, path, path_start, edge_start = [], [], [], [0], [0]
+    for t in range(len(flat)):
+        through: dict[int, list[int]] = {}  # copying switch -> path from the member above it
+        for e in range(int(flat.edge_start[t]), int(flat.edge_start[t + 1])):
+            tail, head = int(flat.edge_tail[e]), int(flat.edge_head[e])
+            own = flat.path[flat.path_start[e] : flat.path_start[e + 1]].tolist()
+            whole = through[tail] + own[1:] if tail in through else own
+            if head not in member:
+                through[head] = whole
+                continue
+            edge_tail.append(whole[0])
+            edge_head.append(head)
+            path.extend(whole)
+            path_start.append(len(path))
+        edge_start.append(len(edge_tail))
+    arrays = (np.array(values, dtype=np.int64) for values in (edge_start, edge_tail, edge_head, path_start, path))
+    return Flat(flat.root, flat.multiplicity, *arrays)

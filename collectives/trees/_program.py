@@ -1,0 +1,247 @@
+"""Linear programs over cuts, solved by generation and made exact.
+
+Two quantities need one: what a network reaches when its switches are unbalanced and cannot copy, and the native
+all-reduce, where each link is split between the reduction and the broadcast. Both are: capacities that pass through
+every switch, such that no cut holds back more root weight than the capacity leaving it. Cuts come from integer max-flows,
+variables are one per orbit of verified symmetries (averaging over a group keeps a solution feasible and as good), and
+the float optimum is turned into the exact vertex behind it, with an exact dual as the proof.
+"""
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import linprog
+from scipy.sparse import csr_matrix
+
+import trainkit.collectives._native as _native
+from trainkit.collectives._topology import Ints
+from trainkit.collectives.trees._exact import solve_near
+from trainkit.collectives.trees._problem import Problem
+
+Row = dict[int, int]
+Floats = npt.NDArray[np.float64]
+_GRAIN = 2**26  # float capacities become integers of this many steps for the max-flows
+_TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True)
+class Solution:
+    """An exact optimum, or an exact lower and upper bound on it."""
+
+    value: Fraction
+    """Total root weight carried, in integer capacities; reached."""
+    bound: Fraction
+    """No solution carries more."""
+    roots: list[Fraction]
+    """[vertices] root weight of each."""
+    sides: list[list[Fraction]]
+    """Per side, [links] the capacity it uses."""
+
+
+class CutProgram:
+    """max sum(roots) such that each side's capacities carry the roots' weight past every cut.
+
+    Args:
+        sides: one problem per direction, all on the same links numbered alike; side 1 of an all-reduce is on the
+            transposed network.
+        free_roots: the weights of the roots are variables; else they are `weight` times one variable.
+    """
+
+    def __init__(self, sides: list[Problem], free_roots: bool) -> None:
+        self.sides, self.free_roots = sides, free_roots
+        first = sides[0]
+        self.arc, self.vertex = self._orbits(first)
+        self.arcs, count = int(self.arc.max()) + 1, first.size
+        owners = [v for v in range(count) if first.weight[v] > 0]
+        self.root_of = {v: int(self.vertex[v]) for v in owners}
+        orbits = sorted(set(self.root_of.values()))
+        self.roots = {orbit: i if free_roots else 0 for i, orbit in enumerate(orbits)}
+        self.head = len(orbits) if free_roots else 1
+        self.variables = self.head + self.arcs * len(sides)
+        self.limits: list[int] = [0] * self.arcs
+        for e, orbit in enumerate(self.arc):
+            self.limits[orbit] = int(first.cap[e])
+        self.objective = [0] * self.variables
+        for v in owners:
+            self.objective[self.roots[self.root_of[v]]] += 1 if free_roots else int(first.weight[v])
+        self.upper: list[Row] = [
+            {self.head + side * self.arcs + a: 1 for side in range(len(sides))} for a in range(self.arcs)
+        ]
+        self.right: list[int] = list(self.limits)
+        self.equal = [row for side in range(len(sides)) for row in self._balance(side)]
+        self.seen: set[tuple[tuple[int, int], ...]] = set()
+        self.sinks = [self._representatives(problem) for problem in sides]
+        for side, problem in enumerate(sides):
+            for v in self.sinks[side]:
+                cut = np.ones(problem.size, dtype=np.int64)
+                cut[v] = 0
+                self._add_cut(side, cut)
+
+    def _orbits(self, first: Problem) -> tuple[Ints, Ints]:
+        colour = first.colour
+        for side in self.sides[1:]:
+            colour = colour * 16 + side.colour
+        arc, vertex = _native.orbits(*first.graph, colour, first.topology.compute, first.progress)
+        return arc, vertex
+
+    def _representatives(self, problem: Problem) -> Ints:
+        _, first = np.unique(self.vertex[problem.spanned], return_index=True)
+        return problem.spanned[np.sort(first)]
+
+    def _balance(self, side: int) -> list[Row]:
+        problem = self.sides[side]
+        _, tail, head, _ = problem.graph
+        rows, passing = [], np.flatnonzero(problem.passing)
+        _, first = np.unique(self.vertex[passing], return_index=True)
+        for w in passing[first]:
+            row: Row = {}
+            for ends, sign in ((head, 1), (tail, -1)):
+                for e in np.flatnonzero(ends == w):
+                    at = self.head + side * self.arcs + int(self.arc[e])
+                    row[at] = row.get(at, 0) + sign
+            rows.append({at: value for at, value in row.items() if value})
+        return [row for row in rows if row]
+
+    def _add_cut(self, side: int, cut: Ints) -> bool:
+        problem = self.sides[side]
+        _, tail, head, _ = problem.graph
+        row: Row = {}
+        for v, orbit in self.root_of.items():
+            if cut[v]:
+                at = self.roots[orbit]
+                row[at] = row.get(at, 0) + (1 if self.free_roots else int(problem.weight[v]))
+        leaving = (cut[tail] == 1) & (cut[head] == 0)
+        for orbit, times in zip(*np.unique(self.arc[leaving], return_counts=True), strict=True):
+            row[self.head + side * self.arcs + int(orbit)] = -int(times)
+        key = tuple(sorted(row.items()))
+        if key in self.seen:
+            return False
+        self.seen.add(key)
+        self.upper.append(row)
+        self.right.append(0)
+        return True
+
+    def solve(self) -> Solution:
+        """Generate cuts until none is violated, then make the vertex exact.
+
+        Raises:
+            RuntimeError: the linear solver gave up.
+        """
+        while True:
+            point, upper_dual, equal_dual = self._solve_floats()
+            new = False
+            for side in range(len(self.sides)):
+                for cut in self._violated(side, point):
+                    new = self._add_cut(side, cut) or new
+            if not new:
+                return self._exact(point, upper_dual, equal_dual)
+
+    def _solve_floats(self) -> tuple[Floats, Floats, Floats]:
+        # Capacities relative to the largest: the solver's tolerances are absolute.
+        unit = max(self.limits)
+        result = linprog(
+            -np.array(self.objective, dtype=float),
+            A_ub=_matrix(self.upper, self.variables),
+            b_ub=np.array(self.right, dtype=float) / unit,
+            A_eq=_matrix(self.equal, self.variables) if self.equal else None,
+            b_eq=np.zeros(len(self.equal)) if self.equal else None,
+            method="highs-ds",
+        )
+        if result.status != 0:
+            raise RuntimeError(f"the linear program was not solved: {result.message}")
+        return result.x * unit, -result.ineqlin.marginals, -result.eqlin.marginals if self.equal else np.zeros(0)
+
+    def _violated(self, side: int, point: Floats) -> list[Ints]:
+        problem = self.sides[side]
+        size, tail, head, _ = problem.graph
+        largest = max(self.limits)
+        first = self.head + side * self.arcs
+        cap = np.rint(point[first : first + self.arcs][self.arc] / largest * _GRAIN).astype(np.int64)
+        weight = np.zeros(size, dtype=np.int64)
+        for v, orbit in self.root_of.items():
+            times = 1 if self.free_roots else int(problem.weight[v])
+            weight[v] = round(point[self.roots[orbit]] * times / largest * _GRAIN)
+        # A cut of rounded capacities may be short by its arcs: only more than that is a violation.
+        need = int(weight.sum()) - len(tail)
+        found: list[Ints] = _native.violated_cuts(
+            size, tail, head, cap, weight, self.sinks[side], need, True, problem.progress
+        )
+        return found
+
+    def _exact(self, point: Floats, upper_dual: Floats, equal_dual: Floats) -> Solution:
+        unit = max(self.limits)
+        value = self._exact_primal(point, unit)
+        bound = self._exact_dual(upper_dual, equal_dual)
+        roots = [Fraction(0)] * self.sides[0].size
+        for v, orbit in self.root_of.items():
+            roots[v] = value[self.roots[orbit]] * (1 if self.free_roots else int(self.sides[0].weight[v]))
+        sides = []
+        for side in range(len(self.sides)):
+            first = self.head + side * self.arcs
+            sides.append([value[first + int(orbit)] for orbit in self.arc])
+        return Solution(sum(roots, Fraction(0)), bound, roots, sides)
+
+    def _exact_primal(self, point: Floats, unit: int) -> list[Fraction]:
+        zero = point < unit * _TOLERANCE
+        rows: list[tuple[Row, int]] = [({at: 1}, 0) for at in np.flatnonzero(zero).tolist()]
+        rows += [(row, 0) for row in self.equal]
+        for row, limit in zip(self.upper, self.right, strict=True):
+            if limit - sum(value * point[at] for at, value in row.items()) < unit * _TOLERANCE * len(row):
+                rows.append((row, limit))
+        value = [max(v, Fraction(0)) for v in solve_near(rows, point)]
+        # What the rows leave over is scaled back into them: a valid point, if not the vertex, whatever the floats did.
+        over = max(
+            (
+                Fraction(sum(c * value[at] for at, c in row.items())) / b
+                for row, b in zip(self.upper, self.right, strict=True)
+                if b
+            ),
+            default=Fraction(1),
+        )
+        if over > 1:
+            value = [v / over for v in value]
+        share = min(
+            (self._cut_share(row, value) for row, b in zip(self.upper, self.right, strict=True) if not b),
+            default=Fraction(1),
+        )
+        if share < 1:
+            value = [v * share if at < self.head else v for at, v in enumerate(value)]
+        return value
+
+    def _cut_share(self, row: Row, value: list[Fraction]) -> Fraction:
+        inside = sum((c * value[at] for at, c in row.items() if at < self.head), Fraction(0))
+        leaving = -sum((c * value[at] for at, c in row.items() if at >= self.head), Fraction(0))
+        return leaving / inside if inside > leaving else Fraction(1)
+
+    def _exact_dual(self, upper_dual: Floats, equal_dual: Floats) -> Fraction:
+        # Unknown: the multipliers that are not 0; equations: the variables whose column they meet exactly.
+        guess = np.concatenate([upper_dual, equal_dual])
+        columns: list[Row] = [{} for _ in range(self.variables)]
+        for i, row in enumerate([*self.upper, *self.equal]):
+            for at, value in row.items():
+                columns[at][i] = value
+        short = [
+            sum(v * guess[i] for i, v in column.items()) - c for column, c in zip(columns, self.objective, strict=True)
+        ]
+        rows: list[tuple[Row, int]] = [({i: 1}, 0) for i in range(len(self.upper)) if guess[i] < _TOLERANCE]
+        rows += [(columns[at], self.objective[at]) for at in range(self.variables) if abs(short[at]) < 1e-7]
+        dual = solve_near(rows, guess)
+        dual[: len(self.upper)] = [max(v, Fraction(0)) for v in dual[: len(self.upper)]]
+        # Where the columns fall short, raise all multipliers of capacities: each variable is in a capacity row or a root.
+        total = sum((dual[i] * b for i, b in enumerate(self.right)), Fraction(0))
+        worst = Fraction(1)
+        for column, c in zip(columns, self.objective, strict=True):
+            have = sum((v * dual[i] for i, v in column.items()), Fraction(0))
+            if have < c:
+                if have <= 0 or c <= 0:
+                    return Fraction(-1)
+                worst = max(worst, Fraction(c) / have)
+        return total * worst
+
+
+def _matrix(rows: list[Row], width: int) -> csr_matrix:
+    places = [(i, at, value) for i, row in enumerate(rows) for at, value in row.items()]
+    i, at, value = zip(*places, strict=True)
+    return csr_matrix((np.array(value, dtype=float), (i, at)), shape=(len(rows), width))
