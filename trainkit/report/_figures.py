@@ -48,7 +48,7 @@ def staircase(rows: Rows, history: Mapping[str, Any]) -> Figure:
     above.set(yscale="log", ylabel="learning rate")
     below.set(xlabel="kept optimiser step", ylabel="search loss, bits a byte")
     shown = set()
-    for trial in history["trials"]:
+    for number, trial in enumerate(history["trials"]):
         status, colour = trial["status"], _TRIAL_COLOURS[trial["status"]]
         above.scatter(
             trial["start"], trial["rate"], s=22, color=colour, zorder=3, label=None if status in shown else status
@@ -62,11 +62,14 @@ def staircase(rows: Rows, history: Mapping[str, Any]) -> Figure:
         below.plot(*zip(*measured, strict=True), color=colour, linewidth=1.2)
         if trial["mean"] is None or trial["std"] is None:
             continue
-        mean, band = trial["mean"] * _NATS_TO_BITS, 2 * trial["std"] * _NATS_TO_BITS
-        below.plot(
-            [measured[-1][0], trial["horizon"]], [measured[-1][1], mean], color=colour, linewidth=0.8, linestyle=":"
+        # forecasts of one search share a horizon: stand them side by side
+        mean, band, at = (
+            trial["mean"] * _NATS_TO_BITS,
+            2 * trial["std"] * _NATS_TO_BITS,
+            trial["horizon"] + 0.5 * (number % 8),
         )
-        below.errorbar(trial["horizon"], mean, yerr=band, color=colour, capsize=3, linewidth=1)
+        below.plot([measured[-1][0], at], [measured[-1][1], mean], color=colour, linewidth=0.7, linestyle=":")
+        below.errorbar(at, mean, yerr=band, color=colour, capsize=2, linewidth=1, marker="o", markersize=3)
     limits = [
         v * _NATS_TO_BITS for t in history["trials"] if t["status"] != "diverged" for v in t["losses"] if v is not None
     ]
