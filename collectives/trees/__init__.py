@@ -1,5 +1,7 @@
 """Trees: bounds, forests, the native all-reduce."""
 
+from trainkit.collectives.trees._allreduce import AllreduceForest as AllreduceForest
+from trainkit.collectives.trees._allreduce import allreduce_forest as allreduce_forest
 from trainkit.collectives.trees._flat import ForestError as ForestError
 from trainkit.collectives.trees._forest import Forest as Forest
 from trainkit.collectives.trees._forest import Tree as Tree

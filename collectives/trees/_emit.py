@@ -3,7 +3,7 @@
 from bisect import bisect_right
 from collections.abc import Iterable
 from fractions import Fraction
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from trainkit.collectives._topology import Topology, capacities
@@ -70,7 +70,9 @@ def emit_allreduce(forest: "AllreduceForest", chunks: int) -> Schedule:
                 wave = chunk + int(forest.reduce.flat.heights[up])
                 tree_hops(hops, forest.broadcast.flat, forest.topology.nodes, down, piece, wave, False, arrived)
                 place += 1
-    return assemble(f"all-reduce forest of {forest.topology.name}", "allreduce", forest.reduce.members, hops, forest.topology)
+    return assemble(
+        f"all-reduce forest of {forest.topology.name}", "allreduce", forest.reduce.members, hops, forest.topology
+    )
 
 
 def tree_hops(
@@ -141,12 +143,14 @@ def shard_slices(forest: "Forest") -> list[tuple[Fraction, Fraction]]:
     """Member -> its slice of the message."""
     weights = [int(forest.weight[forest.topology.index[name]]) for name in forest.members]
     ends = [0, *accumulate(weights)]
-    return [(Fraction(a, ends[-1]), Fraction(b, ends[-1])) for a, b in zip(ends, ends[1:], strict=False)]
+    return [(Fraction(a, ends[-1]), Fraction(b, ends[-1])) for a, b in pairwise(ends)]
 
 
 def tree_slices(forest: "Forest") -> list[tuple[Fraction, Fraction]]:
     """Tree -> its slice of the message: a root's trees divide its shard by their multiplicities."""
-    begin = {forest.topology.index[name]: piece[0] for name, piece in zip(forest.members, shard_slices(forest), strict=True)}
+    begin = {
+        forest.topology.index[name]: piece[0] for name, piece in zip(forest.members, shard_slices(forest), strict=True)
+    }
     slices = []
     for root, share in zip(forest.flat.root.tolist(), forest.shares(), strict=True):
         slices.append((begin[root], begin[root] + share))

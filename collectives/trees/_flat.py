@@ -88,7 +88,7 @@ def check(flat: Flat, topology: Topology, members: Ints, copying: Ints, quota: I
         ForestError: naming the first tree, root or link that breaks a rule.
     """
     nodes = topology.nodes
-    size, count, edges = len(nodes), len(flat), len(flat.edge_head)
+    size, edges = len(nodes), len(flat.edge_head)
     tree = flat.tree_of_edge
     is_member = np.zeros(size, dtype=bool)
     is_member[members] = True
@@ -102,13 +102,18 @@ def check(flat: Flat, topology: Topology, members: Ints, copying: Ints, quota: I
         raise ForestError("a tree is rooted at a vertex that takes no part")
     short = np.flatnonzero(np.diff(flat.edge_start) != len(members) - 1)
     if len(short):
-        raise ForestError(f"tree {short[0]} does not span: it has {np.diff(flat.edge_start)[short[0]]} edges, not {len(members) - 1}")
+        raise ForestError(
+            f"tree {short[0]} does not span: it has {np.diff(flat.edge_start)[short[0]]} edges, not {len(members) - 1}"
+        )
     refuse(np.flatnonzero(~is_member[flat.edge_head]), "reaches a vertex that takes no part")
     refuse(np.flatnonzero(flat.edge_head == flat.root[tree]), "comes back to the root")
     heads = tree * size + flat.edge_head
     if len(np.unique(heads)) < edges:
         raise ForestError("a tree reaches a vertex twice")
-    refuse(np.flatnonzero((flat.parent_edge == -2) | (flat.parent_edge >= np.arange(edges))), "leaves a vertex not yet reached")
+    refuse(
+        np.flatnonzero((flat.parent_edge == -2) | (flat.parent_edge >= np.arange(edges))),
+        "leaves a vertex not yet reached",
+    )
     if (flat.multiplicity <= 0).any():
         raise ForestError(f"tree {int(np.argmin(flat.multiplicity))} has no multiplicity")
     have = np.zeros(size, dtype=np.int64)
@@ -118,7 +123,10 @@ def check(flat: Flat, topology: Topology, members: Ints, copying: Ints, quota: I
         raise ForestError(f"root {nodes[wrong[0]]} has {have[wrong[0]]} trees, not {quota[wrong[0]]}")
 
     first, last = flat.path_start[:-1], flat.path_start[1:] - 1
-    refuse(np.flatnonzero((flat.path[first] != flat.edge_tail) | (flat.path[last] != flat.edge_head)), "has another path's ends")
+    refuse(
+        np.flatnonzero((flat.path[first] != flat.edge_tail) | (flat.path[last] != flat.edge_head)),
+        "has another path's ends",
+    )
     inner = np.ones(len(flat.path), dtype=bool)
     inner[first] = inner[last] = False
     edge_of = np.repeat(np.arange(edges), np.diff(flat.path_start))

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
-from trainkit.collectives._topology import Ints, Topology, names
+from trainkit.collectives._topology import Ints, Topology
 from trainkit.collectives.schedule import Schedule
 from trainkit.collectives.schedule._units import bytes_per_second
-from trainkit.collectives.trees._capacity import Share, achievable, best_share, fixed_share
+from trainkit.collectives.trees._capacity import Share, best_share, fixed_share
 from trainkit.collectives.trees._copying import choose_copying, without_copying_vertices
-from trainkit.collectives.trees._flat import Flat, ForestError, check, share_of
+from trainkit.collectives.trees._flat import Flat, check, share_of
 from trainkit.collectives.trees._pack import pack
-from trainkit.collectives.trees._problem import Collective, Problem, Progress, problem
+from trainkit.collectives.trees._problem import Collective, Progress, problem
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -225,6 +225,3 @@ def build(share: Share, max_height: int | None) -> Flat:
     asked = share.problem
     packed = pack(asked, asked.weight * share.k, max_height)
     return packed if len(asked.spanned) == len(asked.members) else without_copying_vertices(packed, asked.members)
-
-
-__all__ = ["Forest", "ForestError", "Problem", "Tree", "Trees", "achievable", "build", "forest", "names"]

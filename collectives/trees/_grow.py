@@ -16,7 +16,8 @@ from trainkit.collectives.trees._problem import Problem
 def grow(problem: Problem, quota: Ints) -> Flat | None:
     """Trees that fill `problem.cap`, `quota[v]` at each root, or None where growth does not find them."""
     group = np.array(
-        _native.free_rotations(*problem.graph, problem.colour, problem.topology.compute, problem.progress), dtype=np.int64
+        _native.free_rotations(*problem.graph, problem.colour, problem.topology.compute, problem.progress),
+        dtype=np.int64,
     )
     klass, budget = _classes(problem, group)
     roots = np.flatnonzero(quota)

@@ -89,7 +89,9 @@ def pack(problem: Problem, quota: Ints, max_height: int | None) -> Flat:
     if best is None:
         raise RuntimeError("no packing was tried")
     if max_height is not None and best.height > max_height:
-        raise ValueError(f"max_height={max_height} was not reached: the least height of all splittings tried is {best.height}")
+        raise ValueError(
+            f"max_height={max_height} was not reached: the least height of all splittings tried is {best.height}"
+        )
     return best
 
 

@@ -1,0 +1,143 @@
+"""The native all-reduce: every link split between the reduction and the broadcast, both running at once.
+
+Reducing and gathering one after the other leaves links idle wherever the two directions of a network differ: a slow
+link is a bottleneck of both phases in turn. Here both run together and the split of each link is a variable, as are the
+shares of the roots. The optimum is that of all schedules that reduce along trees and then broadcast along trees.
+"""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import reduce
+from math import gcd, lcm
+
+import numpy as np
+
+from trainkit.collectives._topology import Ints, Topology
+from trainkit.collectives.schedule import Schedule
+from trainkit.collectives.schedule._units import bytes_per_second
+from trainkit.collectives.trees._capacity import Share
+from trainkit.collectives.trees._copying import choose_copying
+from trainkit.collectives.trees._flat import ForestError
+from trainkit.collectives.trees._forest import Forest, build
+from trainkit.collectives.trees._problem import Problem, Progress, problem
+from trainkit.collectives.trees._program import CutProgram, Solution
+
+
+@dataclass(frozen=True)
+class AllreduceForest:
+    """Reduction trees and broadcast trees that share the links."""
+
+    topology: Topology
+    """The network."""
+    time_per_byte: Fraction
+    """A message M takes M * time_per_byte, in the network's own unit of capacity: what the trees prove."""
+    exact: bool
+    """Whether an exact dual proves that no reduction and broadcast along trees is faster."""
+    reduce: Forest
+    """Trees towards the roots."""
+    broadcast: Forest
+    """Trees away from the roots, with the same shares."""
+
+    @property
+    def height(self) -> int:
+        """The most hops between compute nodes up a tree and down another."""
+        return self.reduce.height + self.broadcast.height
+
+    def verify(self) -> None:
+        """Check both forests on the physical links, and that together no link carries more than its capacity.
+
+        Raises:
+            ForestError: naming what breaks.
+        """
+        up, down = self.reduce.loads(), self.broadcast.loads()
+        for u, v, capacity in self.topology.links:
+            if up[u, v] + down[u, v] > self.reduce.unit * capacity:
+                raise ForestError(
+                    f"link {u} -> {v} carries {up[u, v]} reducing and {down[u, v]} broadcasting trees, "
+                    f"its capacity is {self.reduce.unit * capacity}"
+                )
+
+    def seconds(self, nbytes: int) -> Fraction:
+        """Time for a message of `nbytes` without latency and with fine chunks.
+
+        Raises:
+            ValueError: the network has no unit.
+        """
+        return nbytes * self.time_per_byte / bytes_per_second(self.topology.unit)
+
+    def schedule(self, chunks: int = 1) -> Schedule:
+        """Both phases as one schedule; pieces of the second start as soon as the first has finished them."""
+        from trainkit.collectives.trees._emit import emit_allreduce
+
+        return emit_allreduce(self, chunks)
+
+
+def allreduce_forest(
+    topology: Topology,
+    *,
+    trees_per_root: int | None = None,
+    max_height: int | None = None,
+    progress: Progress = None,
+) -> AllreduceForest:
+    """The best all-reduce along trees, verified on the physical links.
+
+    Args:
+        topology: the network; its "aggregate" switches may add and its "multicast" switches may copy.
+        trees_per_root: None solves the linear program and takes as many trees as its optimum needs. A number takes that
+            many broadcast trees per root and their mirror images as reduction trees where links have equal capacities
+            both ways, each using half of every link: simpler, for runtimes with few channels.
+        max_height: as for `forest`, for each of the two phases.
+        progress: called with (phase, done, total) now and then.
+
+    Raises:
+        ValueError: as `forest`.
+    """
+    down = choose_copying(problem(topology, progress=progress))
+    up = choose_copying(problem(topology, "reduce_scatter", progress=progress))
+    if trees_per_root is not None:
+        return _mirrored(topology, trees_per_root, max_height, progress)
+    free = CutProgram([down, up], free_roots=True).solve()
+    # Equal shares mostly do as well, and need far fewer trees.
+    even = CutProgram([down, up], free_roots=False).solve()
+    chosen = even if even.value >= free.value else free
+    scale = _whole(chosen)
+    weight = np.array([int(x * scale) for x in chosen.roots], dtype=np.int64)
+    unit = scale * topology.scale
+    halves = []
+    for half, capacity in ((down, chosen.sides[0]), (up, chosen.sides[1])):
+        part = _part(half, capacity, scale, weight)
+        flat = build(Share(part, 1, Fraction(scale), True), max_height)
+        kind = "allgather" if half is down else "reduce_scatter"
+        halves.append(Forest(topology, kind, 1, Fraction(unit), True, topology.compute_nodes, weight, flat))  # type: ignore[arg-type]
+    total = int(weight.sum())
+    result = AllreduceForest(
+        topology, Fraction(unit, total), Fraction(total, scale) == free.bound, halves[1], halves[0]
+    )
+    result.verify()
+    return result
+
+
+def _whole(solution: Solution) -> Fraction:
+    """The least multiple of the solution that is whole everywhere."""
+    values = [value for side in (solution.roots, *solution.sides) for value in side if value]
+    return Fraction(lcm(*(v.denominator for v in values)), reduce(gcd, (v.numerator for v in values)))
+
+
+def _part(half: Problem, capacity: list[Fraction], scale: Fraction, weight: Ints) -> Problem:
+    cap = np.array([int(c * scale) for c in capacity], dtype=np.int64)
+    return Problem(half.topology, half.members, weight, half.spanned, cap, half.progress)
+
+
+def _mirrored(topology: Topology, k: int, max_height: int | None, progress: Progress) -> AllreduceForest:
+    from trainkit.collectives.trees._forest import forest
+
+    down = forest(topology, trees_per_root=k, max_height=max_height, progress=progress)
+    up = forest(topology, "reduce_scatter", trees_per_root=k, max_height=max_height, progress=progress)
+    # One unit of time for both: each link has room for the two phases at the slower one's pace.
+    unit = down.unit + up.unit
+    halves = [
+        Forest(topology, half.collective, k, unit, False, half.members, half.weight, half.flat) for half in (down, up)
+    ]
+    result = AllreduceForest(topology, unit / k / len(topology.compute_nodes), False, halves[1], halves[0])
+    result.verify()
+    return result
