@@ -1,7 +1,5 @@
 """Socket buffers and what a packet takes of them."""
 
-import os
-import select
 import socket
 
 _WANTED = 8 << 20
@@ -35,11 +33,3 @@ def parse_address(text: str, what: str) -> tuple[str, int]:
     if not colon or not host or not port.isdigit() or int(port) > 65535:
         raise ValueError(f"{what} is host:port with a port of 0 to 65535, got {text!r}: for example 127.0.0.1:48864")
     return host, int(port)
-
-
-def readable(endpoint: socket.socket, wake: int, timeout: float) -> bool:
-    """Wait for packets or for the event descriptor `wake`, at most `timeout` seconds; whether there are packets."""
-    ready = select.select([endpoint.fileno(), wake], [], [], timeout)[0]
-    if wake in ready:
-        os.eventfd_read(wake)
-    return endpoint.fileno() in ready

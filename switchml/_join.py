@@ -27,7 +27,7 @@ def open_socket(options: Options) -> tuple[socket.socket, int]:
     """
     host, port = parse_address(options.switch, "switch")
     try:
-        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, socket.AF_INET, socket.SOCK_DGRAM)[0]
         endpoint = socket.socket(family, kind, proto)
         if options.interface:
             endpoint.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, options.interface.encode())

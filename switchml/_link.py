@@ -8,15 +8,13 @@ from collections import deque
 from concurrent.futures import Future
 
 from trainkit.switchml import _control as control
-from trainkit.switchml._buffers import readable
+from trainkit.switchml import _native
 from trainkit.switchml._errors import SessionLost, SwitchMLError, SwitchUnreachable, WorkerMissing
 from trainkit.switchml._fixed_point import Floats
 from trainkit.switchml._join import join, open_socket
 from trainkit.switchml._options import Options
-from trainkit.switchml._worker import Worker
 
 _PING = 0.25
-_BATCH = 64
 COUNTED = (
     "sent_bytes", "received_bytes", "sent_packets", "received_packets",
     "buckets", "chunks", "retransmissions", "stale", "foreign", "malformed",
@@ -46,13 +44,15 @@ class Link:
             self._socket.close()
             raise
         self.error: SwitchMLError | None = None
-        self._worker = Worker(self.member)
+        self._worker = _native.Worker(self.member)
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
+        self._port = _native.Port(self._socket.fileno(), self._wake, self._worker)
         self._lock = threading.Lock()
         self._arrivals: deque[tuple[Floats, Floats, Future[None]]] = deque()
-        self._waiting: deque[Future[None]] = deque()
+        # the arrays are kept here while the native core reads and writes them
+        self._waiting: deque[tuple[Floats, Floats, Future[None]]] = deque()
         self._stopping = False
-        self._bytes_sent = self._bytes_received = self._packets_received = self._done = 0
+        self._done = self._chunks = 0
         self._status: control.Message = {}
         self._began = self._next_ping = 0.0
         self._ponged = time.monotonic()
@@ -75,13 +75,7 @@ class Link:
 
     def counters(self) -> dict[str, int]:
         """What has travelled and what became of it: the names of `COUNTED`."""
-        return {
-            "sent_bytes": self._bytes_sent,
-            "received_bytes": self._bytes_received,
-            "received_packets": self._packets_received,
-            "buckets": self._done,
-            **self._worker.counters,
-        }
+        return {"buckets": self._done, **self._worker.counters}
 
     def close(self) -> None:
         """Leave the session and end the thread; what was not finished fails."""
@@ -113,42 +107,24 @@ class Link:
         if now >= self._next_ping:
             self._next_ping = now + _PING
             self._tell({"op": "ping"})
-        due = self._worker.due()
-        timeout = max(0.0, min(self._next_ping, due if due is not None else self._next_ping) - now)
-        ready = readable(self._socket, self._wake, timeout)
+        heard = self._worker.drive(self._port, self._next_ping)
         now = time.monotonic()
         while self._arrivals:
-            values, out, done = self._arrivals.popleft()
+            arrival = self._arrivals.popleft()
             if not self._waiting:
                 self._began = now
-            self._waiting.append(done)
-            self._send(self._worker.submit(values, out, now))
-        before = self._worker.counters["chunks"]
-        if ready:
-            self._drain(now)
-        self._send(self._worker.poll(now))
+            self._waiting.append(arrival)
+            self._send(self._worker.submit(*arrival[:2], now))
         while self._done < self._worker.finished:
             self._done += 1
-            self._waiting.popleft().set_result(None)
-        if self._worker.counters["chunks"] != before:
-            self._began = now
+            self._waiting.popleft()[2].set_result(None)
+        for data, _ in heard:
+            self._hear(control.decode(data, self._key), now)
+        chunks = self._worker.counters["chunks"]
+        if chunks != self._chunks:
+            self._chunks, self._began = chunks, now
         elif self._waiting and now - self._began > self.options.deadline_s:
             raise self._stalled(now)
-
-    def _drain(self, now: float) -> None:
-        for _ in range(_BATCH):
-            try:
-                data = self._socket.recv(65535)
-            except BlockingIOError:
-                return
-            except OSError:  # nobody listens there: the deadline decides
-                return
-            if control.is_control(data):
-                self._hear(control.decode(data, self._key), now)
-                continue
-            self._packets_received += 1
-            self._bytes_received += len(data)
-            self._send(self._worker.receive(data, now))
 
     def _hear(self, message: control.Message | None, now: float) -> None:
         if message is None or message.get("epoch") != self.member.epoch:
@@ -186,7 +162,6 @@ class Link:
 
     def _send(self, packets: list[bytes]) -> None:
         for data in packets:
-            self._bytes_sent += len(data)
             with contextlib.suppress(OSError):  # lost like any other packet: the repeat timer decides
                 self._socket.send(data)
 
@@ -199,8 +174,8 @@ class Link:
     def _fail(self, error: SwitchMLError) -> None:
         with self._lock:
             self.error = self.error or error
-            pending = [*self._waiting, *(done for _, _, done in self._arrivals)]
+            pending = [*self._waiting, *self._arrivals]
             self._waiting.clear()
             self._arrivals.clear()
-        for done in pending:
+        for _, _, done in pending:
             done.set_exception(error)

@@ -1,20 +1,19 @@
 """The software switch: a socket, a thread, the switch's state machine and its sessions."""
 
+import contextlib
 import os
 import socket
 import threading
 import time
-from collections import Counter
 from types import TracebackType
 from typing import Any
 
 from trainkit.switchml import _control as control
-from trainkit.switchml._buffers import enlarge, parse_address, readable
+from trainkit.switchml import _native
+from trainkit.switchml._buffers import enlarge, parse_address
 from trainkit.switchml._options import read_token
 from trainkit.switchml._session import Limits, Sessions
-from trainkit.switchml._switch import Switch
 
-_BATCH = 64
 _SWEEP = 5.0
 
 
@@ -63,11 +62,12 @@ class SoftwareSwitch:
         buffer = enlarge(self._socket)
         self._socket.setblocking(False)
         self.address = "{}:{}".format(*self._socket.getsockname())
-        self._switch = Switch()
+        self._switch = _native.Switch()
         self._lock = threading.Lock()
         self._sessions = Sessions(self._switch, token, buffer, limits)
-        self._traffic: Counter[str] = Counter()
+        self._refused = 0
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
+        self._port = _native.Port(self._socket.fileno(), self._wake, self._switch)
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="switchml-switch", daemon=True)
         self._thread.start()
@@ -75,7 +75,8 @@ class SoftwareSwitch:
     def counters(self) -> dict[str, int]:
         """Packets and bytes each way, finished chunks, and packets refused by their cause, all sessions together."""
         with self._lock:
-            return {name: self._traffic[name] + self._switch.total(name) for name in COUNTED}
+            totals = {name: self._switch.total(name) for name in COUNTED}
+            return {**totals, "forged": totals["forged"] + self._refused}
 
     def sessions(self) -> list[control.Message]:
         """A row a session: name, epoch, agreed sizes, seconds since each worker was heard."""
@@ -102,48 +103,26 @@ class SoftwareSwitch:
     def _run(self) -> None:
         sweep = time.monotonic() + _SWEEP
         while not self._stopping:
-            ready = readable(self._socket, self._wake, 1.0)
+            heard = self._switch.drive(self._port, sweep)
+            now = time.monotonic()
             with self._lock:
-                now = time.monotonic()
-                if ready:
-                    self._drain(now)
+                for data, source in heard:
+                    self._hear(data, source, now)
                 if now > sweep:
                     sweep = now + _SWEEP
                     self._sessions.sweep(now)
 
-    def _drain(self, now: float) -> None:
-        for _ in range(_BATCH):
-            try:
-                data, source = self._socket.recvfrom(65535)
-            except BlockingIOError:
-                return
-            except OSError:  # a worker's port is closed: its packets are lost like any other
-                continue
-            if control.is_control(data):
-                self._hear(data, source, now)
-                continue
-            self._count("received", data)
-            for address, answer in self._switch.receive(data, source):
-                self._count("sent", answer)
-                self._send(answer, address)
-
     def _hear(self, data: bytes, source: tuple[str, int], now: float) -> None:
         message = control.decode(data, self._key)
         if message is None:
-            self._traffic["forged"] += 1
+            self._refused += 1
             return
         for address, answer in self._sessions.receive(message, source, now):
             self._send(control.encode(answer, self._key), address)
 
-    def _count(self, way: str, data: bytes) -> None:
-        self._traffic[f"{way}_packets"] += 1
-        self._traffic[f"{way}_bytes"] += len(data)
-
     def _send(self, data: bytes, address: Any) -> None:
-        try:
+        with contextlib.suppress(OSError):  # lost like any other packet
             self._socket.sendto(data, address)
-        except OSError:  # lost like any other packet
-            self._traffic["unsent"] += 1
 
 
 COUNTED = (

@@ -181,7 +181,8 @@ class Worker:
         place, member = number - bucket.base, self.member
         out = bucket.out[bucket.span(place - bucket.lead)] if place >= bucket.lead else bucket.out[:0]
         expected = member.elements if out.size and member.profile == "core" else out.size
-        if header.elements != expected or header.wire != packet.DOWN_BYTES[member.wire]:
+        smaller = place < bucket.chunks and header.exponent < bucket.exponents[place]
+        if header.elements != expected or header.wire != packet.DOWN_BYTES[member.wire] or smaller:
             self.counters["malformed"] += 1
             return []
         del self._flights[number]

@@ -1,0 +1,51 @@
+// The sockets' side of the native packet path: packets between a UDP socket and a state machine, in batches.
+#pragma once
+
+#include <sys/socket.h>
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "switch.hpp"
+#include "worker.hpp"
+
+namespace switchml {
+
+double monotonic();
+
+// A control packet and where it came from.
+using Control = std::pair<std::string, Address>;
+
+// A non-blocking UDP socket that is read and written in batches; the kernel joins and splits runs of equal packets
+// (UDP_GRO, UDP_SEGMENT) where it can.
+class Port {
+ public:
+  Port(int socket, int wake, Counters& counters);
+
+  // Waits until there are packets, the wake descriptor is signalled, or `until`. False: woken.
+  bool wait(double until);
+  // Calls take(packet, bytes, source) for every packet there is, up to some; false where there was none.
+  template <class Take>
+  bool receive(Take take);
+  // Sends what is for `worker` (or for all), to `to`, or to the connected peer where it is 0.
+  void send(Outbox& box, int worker, Address to);
+
+ private:
+  struct Datagram;
+  void flush(std::vector<Datagram>& run);
+  bool deliver(mmsghdr* messages, size_t count);
+
+  int socket_, wake_;
+  Counters& counters_;
+  bool segment_ = true;
+  std::vector<uint8_t> buffer_, control_;
+};
+
+// Drives a worker until control packets came, a bucket was finished, the wake descriptor was signalled, or `until`.
+std::vector<Control> drive(Worker& worker, Port& port, double until);
+
+// Drives a switch until control packets came, the wake descriptor was signalled, or `until`.
+std::vector<Control> drive(Switch& core, Port& port, double until);
+
+}  // namespace switchml

@@ -1,0 +1,108 @@
+#include "switch.hpp"
+
+#include <algorithm>
+
+#include "fixed_point.hpp"
+
+namespace switchml {
+
+Aggregation::Aggregation(Member member, std::vector<Address> addresses, Counters& counters)
+    : member_(std::move(member)), addresses_(std::move(addresses)), counters_(counters), tagger_(member_.key),
+      versions_(2 * member_.slots), values_(2 * size_t{member_.slots} * member_.elements),
+      all_seen_(member_.world == 64 ? ~uint64_t{0} : (uint64_t{1} << member_.world) - 1) {}
+
+void Aggregation::receive(const uint8_t* packet, size_t bytes, Address source, Outbox& send) {
+  if (!tagger_.open(packet, bytes)) return counters_.add(kForged);
+  std::optional<Header> header = decode(packet, bytes);
+  if (!header || header->kind == kControl) return counters_.add(kMalformed);
+  const Header& h = *header;
+  if (h.worker >= member_.world || addresses_[h.worker] != source) return counters_.add(kForeign);
+  if (h.slot != slot_field(h.chunk, member_.slots) || !fits(h)) return counters_.add(kMalformed);
+  size_t index = size_t{h.chunk % member_.slots} * 2 + (h.slot & kVersionBit ? 1 : 0);
+  Version& v = versions_[index];
+  int64_t held = v.epoch == member_.epoch ? v.chunk : -1;
+  bool started = h.chunk == held, counted = started && v.seen >> h.worker & 1;
+  if (h.chunk < held) return counters_.add(kStale);
+  if (counted) return repeated(index, h.worker, send);
+  if (h.kind == kQuery) return progress(h.chunk, started ? v.seen : 0, h.worker, send);
+  if (started && h.elements != v.elements) return counters_.add(kMalformed);
+  if (!started) v = {h.chunk, member_.epoch, 0, 0, h.elements};
+  accumulate(sums(index), packet + kHeaderBytes, h.elements, member_.up, !started);
+  v.seen |= uint64_t{1} << h.worker;
+  v.exponent = std::max(v.exponent, h.exponent);
+  if (v.seen != all_seen_) return;
+  ++chunks_;
+  counters_.add(kChunks);
+  result(index, Outbox::kAll, send);
+}
+
+bool Aggregation::fits(const Header& h) const {
+  if (h.kind == kQuery) return !member_.core;
+  bool whole = !member_.core || h.elements == member_.elements;
+  return h.kind == kData && h.wire == member_.up && (h.elements == 0 || (h.elements <= member_.elements && whole));
+}
+
+void Aggregation::repeated(size_t index, uint32_t worker, Outbox& send) {
+  counters_.add(kRepeats);
+  const Version& v = versions_[index];
+  if (v.seen == all_seen_) return result(index, static_cast<int>(worker), send);
+  for (uint32_t rank = 0; rank < member_.world; ++rank)
+    if (!(v.seen >> rank & 1)) progress(static_cast<uint32_t>(v.chunk), v.seen, static_cast<int>(rank), send);
+}
+
+void Aggregation::result(size_t index, int worker, Outbox& send) {
+  const Version& v = versions_[index];
+  uint8_t* packet = send.begin(member_.largest_packet());
+  store_sums(sums(index), v.elements, member_.down, packet + kHeaderBytes);
+  Header h{.kind = kResult, .chunk = static_cast<uint32_t>(v.chunk), .exponent = v.exponent, .elements = v.elements,
+           .wire = static_cast<uint8_t>(member_.down)};
+  finish(h, packet, size_t{v.elements} * member_.down, worker, send);
+}
+
+void Aggregation::progress(uint32_t chunk, uint64_t seen, int worker, Outbox& send) {
+  counters_.add(kSentProgress);
+  uint8_t* packet = send.begin(member_.largest_packet());
+  store64(packet + kHeaderBytes, seen);
+  finish({.kind = kProgress, .chunk = chunk, .wire = static_cast<uint8_t>(member_.up)}, packet, kBitmapBytes, worker, send);
+}
+
+void Aggregation::finish(Header h, uint8_t* packet, size_t payload, int worker, Outbox& send) {
+  h.session = member_.session, h.epoch = member_.epoch, h.slot = slot_field(h.chunk, member_.slots);
+  h.worker = kFromSwitch, h.lane = member_.lane;
+  encode(h, packet);
+  send.commit(tagger_.seal(packet, kHeaderBytes + payload), worker);
+}
+
+uint64_t Aggregation::unfinished() const {
+  const Version* lowest = nullptr;
+  for (const Version& v : versions_)
+    if (v.seen != 0 && v.seen != all_seen_ && (!lowest || v.chunk < lowest->chunk)) lowest = &v;
+  return lowest ? lowest->seen ^ all_seen_ : 0;
+}
+
+void Switch::install(Member member, std::vector<Address> addresses) {
+  uint16_t session = member.session;
+  sessions_.erase(session);
+  sessions_.try_emplace(session, std::move(member), std::move(addresses), counters);
+}
+
+Aggregation* Switch::find(uint16_t session) {
+  auto found = sessions_.find(session);
+  return found == sessions_.end() ? nullptr : &found->second;
+}
+
+Aggregation* Switch::receive(const uint8_t* packet, size_t bytes, Address source, Outbox& send) {
+  if (bytes < kHeaderBytes) {
+    counters.add(kMalformed);
+    return nullptr;
+  }
+  Aggregation* session = find(load16(packet + 2));
+  if (!session || session->member().epoch != load32(packet + 4)) {
+    counters.add(kForeign);
+    return nullptr;
+  }
+  session->receive(packet, bytes, source, send);
+  return session;
+}
+
+}  // namespace switchml

@@ -1,0 +1,206 @@
+#include "worker.hpp"
+
+#include <algorithm>
+#include <limits>
+
+#include "fixed_point.hpp"
+
+namespace switchml {
+namespace {
+
+constexpr int kPassed = 3;
+constexpr double kFirst = 0.05, kFloor = 0.02, kCeiling = 1.0;
+constexpr double kNever = std::numeric_limits<double>::infinity();
+
+}  // namespace
+
+void RoundTrip::sample(double seconds) {
+  if (smoothed_ == 0) {
+    smoothed_ = seconds, deviation_ = seconds / 2;
+    return;
+  }
+  deviation_ += (std::abs(seconds - smoothed_) - deviation_) / 4;
+  smoothed_ += (seconds - smoothed_) / 8;
+}
+
+double RoundTrip::timeout(int tries) const {
+  double first = smoothed_ == 0 ? kFirst : std::max(kFloor, smoothed_ + 4 * deviation_);
+  return std::min(kCeiling, first * (1 << std::min(tries - 1, 10)));
+}
+
+Worker::Worker(Member member)
+    : member_(std::move(member)), tagger_(member_.key), next_(member_.slots), flights_(member_.slots), due_(kNever) {
+  for (uint32_t slot = 0; slot < member_.slots; ++slot) next_[slot] = slot;
+}
+
+void Worker::submit(const float* values, float* out, size_t count, double now, Outbox& send) {
+  size_t elements = member_.elements, chunks = (count + elements - 1) / elements;
+  Bucket b{end_, 0, 0, static_cast<uint32_t>(std::min<size_t>(member_.slots, chunks)), static_cast<uint32_t>(chunks),
+           values, out, count, std::vector<uint8_t>(chunks), std::vector<uint8_t>(chunks)};
+  for (size_t chunk = 0; chunk < chunks; ++chunk)
+    b.exponents[chunk] = block_exponent(values + chunk * elements, std::min(elements, count - chunk * elements));
+  b.left = uint64_t{b.lead} + chunks;
+  b.end = end_ = b.base + b.left;
+  uint64_t base = b.base, last = std::min<uint64_t>(b.end, base + member_.slots);
+  buckets_.push_back(std::move(b));
+  retire();
+  for (uint64_t number = base; number < last; ++number) attempt(number, now, send);
+}
+
+void Worker::receive(const uint8_t* packet, size_t bytes, double now, Outbox& send) {
+  std::optional<Header> header;
+  if (tagger_.open(packet, bytes)) header = decode(packet, bytes);
+  if (!header) return counters.add(kMalformed);
+  const Header& h = *header;
+  if (h.session != member_.session || h.epoch != member_.epoch || h.lane != member_.lane || h.worker != kFromSwitch)
+    return counters.add(kForeign);
+  if (h.slot != slot_field(h.chunk, member_.slots)) return counters.add(kMalformed);
+  if (h.kind == kResult) return result(h, packet + kHeaderBytes, now, send);
+  if (h.kind == kProgress) return progress(h, load64(packet + kHeaderBytes), now, send);
+  counters.add(kForeign);
+}
+
+void Worker::poll(double now, Outbox& send) {
+  if (now < due_) return;
+  std::vector<Flight*> late;
+  for (int slot = oldest_; slot >= 0; slot = flights_[slot].newer)
+    if (flights_[slot].due <= now) late.push_back(&flights_[slot]);
+  due_ = kNever;
+  for (Flight* each : late) repeat(*each, now, false, send);
+  for (int slot = oldest_; slot >= 0; slot = flights_[slot].newer) due_ = std::min(due_, flights_[slot].due);
+}
+
+Worker::Bucket* Worker::bucket(uint64_t number) {
+  for (Bucket& b : buckets_)
+    if (b.base <= number && number < b.end) return &b;
+  return nullptr;
+}
+
+Worker::Flight* Worker::flight(uint64_t number) {
+  Flight& f = flights_[number % member_.slots];
+  return f.active && f.number == number ? &f : nullptr;
+}
+
+void Worker::attempt(uint64_t number, double now, Outbox& send) {
+  Bucket* b = bucket(number);
+  Flight& f = flights_[number % member_.slots];
+  if (!b || f.active || next_[number % member_.slots] != number) return;
+  if (number - b->base >= b->lead && !done(number - b->lead)) return;
+  f.active = true, f.number = static_cast<uint32_t>(number), f.tries = 1;
+  ++in_flight_;
+  append(f, now);
+  data(*b, f.number, send);
+}
+
+void Worker::data(Bucket& b, uint32_t number, Outbox& send) {
+  uint64_t place = number - b.base;
+  Header h{.kind = kData, .chunk = number, .exponent = place < b.chunks ? b.exponents[place] : uint8_t{0}};
+  uint8_t* packet = send.begin(member_.largest_packet());
+  size_t payload = 0;
+  if (place >= b.lead) {
+    size_t chunk = place - b.lead, from = chunk * member_.elements;
+    size_t count = std::min<size_t>(member_.elements, b.count - from);
+    quantise(b.values + from, count, b.agreed[chunk], member_.world, member_.up, packet + kHeaderBytes);
+    payload = count * member_.up;
+    if (member_.core && count < member_.elements) {  // hardware knows one size
+      std::memset(packet + kHeaderBytes + payload, 0, (member_.elements - count) * member_.up);
+      count = member_.elements, payload = count * member_.up;
+    }
+    h.elements = static_cast<uint16_t>(count);
+  }
+  finish(h, packet, payload, send);
+}
+
+void Worker::finish(Header h, uint8_t* packet, size_t payload, Outbox& send) {
+  h.session = member_.session, h.epoch = member_.epoch, h.slot = slot_field(h.chunk, member_.slots);
+  h.worker = static_cast<uint8_t>(member_.worker), h.wire = static_cast<uint8_t>(member_.up), h.lane = member_.lane;
+  encode(h, packet);
+  send.commit(tagger_.seal(packet, kHeaderBytes + payload), 0);
+  counters.add(kSentPackets);
+}
+
+void Worker::result(const Header& h, const uint8_t* payload, double now, Outbox& send) {
+  uint64_t number = h.chunk;
+  Flight* f = flight(number);
+  Bucket* b = bucket(number);
+  if (!f || !b) return counters.add(kStale);
+  uint64_t place = number - b->base;
+  size_t chunk = place - b->lead, from = chunk * member_.elements;
+  size_t count = place >= b->lead ? std::min<size_t>(member_.elements, b->count - from) : 0;
+  size_t expected = count && member_.core ? member_.elements : count;
+  bool smaller = place < b->chunks && h.exponent < b->exponents[place];
+  if (h.elements != expected || h.wire != member_.down || smaller) return counters.add(kMalformed);
+  double sent = f->sent;
+  int tries = f->tries;
+  unlink(*f);
+  f->active = false;
+  --in_flight_;
+  next_[number % member_.slots] = number + member_.slots;
+  if (place < b->chunks) b->agreed[place] = h.exponent;
+  if (count) {
+    dequantise(payload, count, b->agreed[chunk], member_.world, member_.up, member_.down, b->out + from);
+    if (tries == 1) round_trip_.sample(now - sent);
+  }
+  counters.add(kChunks);
+  uint32_t lead = b->lead;
+  --b->left;
+  retire();
+  attempt(number + member_.slots, now, send);
+  if (lead != member_.slots) attempt(number + lead, now, send);
+  early(sent, now, send);
+}
+
+void Worker::retire() {
+  while (!buckets_.empty() && buckets_.front().left == 0) {
+    buckets_.pop_front();
+    finished_.store(finished() + 1, std::memory_order_relaxed);
+  }
+}
+
+void Worker::early(double sent, double now, Outbox& send) {
+  if (member_.core || oldest_ < 0 || flights_[oldest_].sent >= sent) return;
+  std::vector<Flight*> lost;
+  for (int slot = oldest_; slot >= 0 && flights_[slot].sent < sent; slot = flights_[slot].newer) {
+    Flight& f = flights_[slot];
+    if (++f.passed >= kPassed && now - f.sent >= round_trip_.smoothed()) lost.push_back(&f);
+  }
+  for (Flight* f : lost) repeat(*f, now, false, send);
+}
+
+void Worker::progress(const Header& h, uint64_t seen, double now, Outbox& send) {
+  if (seen >> member_.worker & 1) return counters.add(kStale);
+  double patience = round_trip_.smoothed() / 2;
+  if (Flight* f = flight(h.chunk)) {
+    if (f->tries > 1 || now - f->sent >= patience) repeat(*f, now, true, send);
+    return;
+  }
+  Flight* behind = h.chunk >= member_.slots ? flight(h.chunk - member_.slots) : nullptr;
+  if (behind && now - behind->sent >= patience) return repeat(*behind, now, false, send);
+  counters.add(kStale);
+}
+
+void Worker::repeat(Flight& f, double now, bool payload, Outbox& send) {
+  ++f.tries;
+  f.passed = 0;
+  unlink(f);
+  append(f, now);
+  counters.add(kRetransmissions);
+  if (payload || member_.core) return data(*bucket(f.number), f.number, send);
+  finish({.kind = kQuery, .chunk = f.number}, send.begin(kHeaderBytes + kTagBytes), 0, send);
+}
+
+void Worker::append(Flight& f, double now) {
+  int slot = static_cast<int>(&f - flights_.data());
+  f.sent = now, f.due = now + round_trip_.timeout(f.tries), f.passed = 0;
+  f.older = newest_, f.newer = -1;
+  (newest_ >= 0 ? flights_[newest_].newer : oldest_) = slot;
+  newest_ = slot;
+  due_ = std::min(due_, f.due);
+}
+
+void Worker::unlink(Flight& f) {
+  (f.older >= 0 ? flights_[f.older].newer : oldest_) = f.newer;
+  (f.newer >= 0 ? flights_[f.newer].older : newest_) = f.older;
+}
+
+}  // namespace switchml

@@ -1,0 +1,85 @@
+// The worker as a pure state machine; _worker.py says how it works and is its oracle.
+#pragma once
+
+#include <deque>
+#include <vector>
+
+#include "counters.hpp"
+#include "packet.hpp"
+#include "tag.hpp"
+
+namespace switchml {
+
+class RoundTrip {
+ public:
+  void sample(double seconds);
+  double timeout(int tries) const;
+  double smoothed() const { return smoothed_; }
+
+ private:
+  double smoothed_ = 0, deviation_ = 0;
+};
+
+class Worker {
+ public:
+  explicit Worker(Member member);
+
+  // Takes a bucket of `count` values; `values` and `out` stay valid until it is finished.
+  void submit(const float* values, float* out, size_t count, double now, Outbox& send);
+  void receive(const uint8_t* packet, size_t bytes, double now, Outbox& send);
+  void poll(double now, Outbox& send);
+  // No earlier than this has poll something to do; infinite with nothing on its way.
+  double due() const { return due_; }
+
+  const Member& member() const { return member_; }
+  uint64_t finished() const { return finished_.load(std::memory_order_relaxed); }
+  uint32_t in_flight() const { return in_flight_; }
+  uint64_t next_number() const { return end_; }
+  Counters counters;
+
+ private:
+  struct Bucket {
+    uint64_t base, end, left;
+    uint32_t lead, chunks;
+    const float* values;
+    float* out;
+    size_t count;
+    std::vector<uint8_t> exponents, agreed;
+  };
+  struct Flight {
+    bool active = false;
+    uint32_t number = 0;
+    int tries = 0, passed = 0;
+    double sent = 0, due = 0;
+    int older = -1, newer = -1;  // slots sent before and after
+  };
+
+  Bucket* bucket(uint64_t number);
+  Flight* flight(uint64_t number);
+  bool done(uint64_t number) const { return next_[number % member_.slots] > number; }
+  void attempt(uint64_t number, double now, Outbox& send);
+  void data(Bucket& bucket, uint32_t number, Outbox& send);
+  void finish(Header header, uint8_t* packet, size_t payload, Outbox& send);
+  void result(const Header& header, const uint8_t* payload, double now, Outbox& send);
+  void early(double sent, double now, Outbox& send);
+  void progress(const Header& header, uint64_t seen, double now, Outbox& send);
+  void repeat(Flight& flight, double now, bool payload, Outbox& send);
+  void append(Flight& flight, double now);
+  void unlink(Flight& flight);
+  void retire();
+
+  Member member_;
+  Tagger tagger_;
+  RoundTrip round_trip_;
+  std::deque<Bucket> buckets_;
+  std::vector<uint64_t> next_;
+  std::vector<Flight> flights_;
+  std::vector<uint8_t> padding_;
+  std::atomic<uint64_t> finished_ = 0;
+  uint64_t end_ = 0;
+  uint32_t in_flight_ = 0;
+  int oldest_ = -1, newest_ = -1;
+  double due_;
+};
+
+}  // namespace switchml
