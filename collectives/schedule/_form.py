@@ -122,7 +122,7 @@ class Schedule:
             raise ValueError(f"op {op.id}: ranks must be below {size}, got {op.src} -> {op.dst}")
         # whole numbers: comparing Fractions would take half the time of building a large schedule
         (start, under), (stop, below) = op.start.as_integer_ratio(), op.stop.as_integer_ratio()
-        if not (0 <= start and start * below < stop * under and stop <= below):
+        if not (start >= 0 and start * below < stop * under and stop <= below):
             raise ValueError(f"op {op.id}: a slice lies within [0, 1] and is not empty, got [{op.start}, {op.stop})")
         if (op.src == op.dst) != (op.kind == "copy") or (op.source is None) == (op.kind == "copy"):
             raise ValueError(f"op {op.id}: a copy stays on one rank and has a source, and only a copy does, got {op}")
