@@ -8,10 +8,10 @@ from collections import deque
 from concurrent.futures import Future
 
 from trainkit.switchml import _control as control
-from trainkit.switchml import _native
 from trainkit.switchml._errors import SessionLost, SwitchMLError, SwitchUnreachable, WorkerMissing
 from trainkit.switchml._fixed_point import Floats
 from trainkit.switchml._join import join, open_socket
+from trainkit.switchml._native import Port, Worker
 from trainkit.switchml._options import Options
 
 _PING = 0.25
@@ -44,9 +44,9 @@ class Link:
             self._socket.close()
             raise
         self.error: SwitchMLError | None = None
-        self._worker = _native.Worker(self.member)
+        self._worker = Worker(self.member)
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
-        self._port = _native.Port(self._socket.fileno(), self._wake, self._worker)
+        self._port = Port(self._socket.fileno(), self._wake, self._worker)
         self._lock = threading.Lock()
         self._arrivals: deque[tuple[Floats, Floats, Future[None]]] = deque()
         # the arrays are kept here while the native core reads and writes them

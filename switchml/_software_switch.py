@@ -9,8 +9,8 @@ from types import TracebackType
 from typing import Any
 
 from trainkit.switchml import _control as control
-from trainkit.switchml import _native
 from trainkit.switchml._buffers import enlarge, parse_address
+from trainkit.switchml._native import Port, Switch
 from trainkit.switchml._options import read_token
 from trainkit.switchml._session import Limits, Sessions
 
@@ -62,12 +62,12 @@ class SoftwareSwitch:
         buffer = enlarge(self._socket)
         self._socket.setblocking(False)
         self.address = "{}:{}".format(*self._socket.getsockname())
-        self._switch = _native.Switch()
+        self._switch = Switch()
         self._lock = threading.Lock()
         self._sessions = Sessions(self._switch, token, buffer, limits)
         self._refused = 0
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
-        self._port = _native.Port(self._socket.fileno(), self._wake, self._switch)
+        self._port = Port(self._socket.fileno(), self._wake, self._switch)
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="switchml-switch", daemon=True)
         self._thread.start()

@@ -64,10 +64,12 @@ class PublishedSwitch:
             if self.count[version, slot] == 0:
                 return [(self.addresses[header.worker], self._result(header, version, slot))]
             return []
+        first = self.seen[version, slot] == 0
         self.seen[version, slot] |= bit
         self.seen[version ^ 1, slot] &= ~bit
         if self.count[version, slot] == 0:
             self.count[version, slot] = self.member.world
+        if first:
             self.pool[version, slot] = values, header.exponent
         else:
             held, exponent = self.pool[version, slot]

@@ -190,7 +190,7 @@ NB_MODULE(_native, m) {
           return nb::bytes(sealed.data(), bytes);
         },
         "packet"_a, "key"_a, "The packet with its tag.");
-  m.def("open",
+  m.def("unseal",
         [](nb::bytes packet, nb::bytes key) -> std::optional<nb::bytes> {
           Tagger tagger(std::string(key.c_str(), key.size()));
           size_t bytes = packet.size();
