@@ -1,6 +1,7 @@
 """Pictures of networks and forests."""
 
 import math
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def draw_forest(forest: "Forest") -> "Figure":
         start = int(forest.flat.edge_start[panel])
         depths = forest.flat.depth[start : start + len(tree.edges)].tolist()
         for path, depth in zip(tree.paths, depths[::-1] if forest.reducing else depths, strict=True):
-            for u, v in zip(path, path[1:], strict=False):
+            for u, v in pairwise(path):
                 axes.annotate(
                     "",
                     places[v],
