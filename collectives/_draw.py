@@ -26,7 +26,7 @@ def _places(topology: "Topology") -> dict[str, tuple[float, float]]:
             near[u].append(v)
     for turn, name in enumerate(topology.switches):
         around = [places[other] for other in near[name] if other in places] or [(0.0, 0.0)]
-        x, y = (sum(axis) / len(around) for axis in zip(*around, strict=True))
+        x, y = (sum(place[axis] for place in around) / len(around) for axis in (0, 1))
         # A little apart, since several switches may see the same neighbours.
         places[name] = (0.7 * x + 0.08 * math.cos(turn), 0.7 * y + 0.08 * math.sin(turn))
     return places

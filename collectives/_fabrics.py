@@ -7,7 +7,7 @@ Infinity Fabric 50 GB/s a link.
 
 import re
 from collections.abc import Iterable, Sequence
-from itertools import product
+from itertools import pairwise, product
 
 from trainkit.collectives._topology import Topology, TopologyError
 
@@ -20,12 +20,10 @@ def both(u: str, v: str, rate: Rate) -> Links:
     return [(u, v, rate), (v, u, rate)]
 
 
-def _build(
-    name: str, compute: Sequence[str], links: Iterable[tuple[str, str, Rate]], unit: str | None, **more: object
-) -> Topology:
+def _build(name: str, compute: Sequence[str], links: Iterable[tuple[str, str, Rate]], unit: str | None) -> Topology:
     rows = list(links)
     nodes = list(dict.fromkeys([*compute, *(end for u, v, _ in rows for end in (u, v))]))
-    return Topology(name, nodes, compute, rows, unit=unit, **more)  # type: ignore[arg-type]
+    return Topology(name, nodes, compute, rows, unit=unit)
 
 
 def _at_least(least: int, **values: int) -> None:
@@ -82,16 +80,14 @@ def kautz(degree: int, length: int, rate: Rate = 1, *, unit: str | None = None) 
     """Kautz digraph: words of `length` + 1 letters out of `degree` + 1, no letter twice in a row; one-way links."""
     _at_least(1, degree=degree, length=length)
     letters = range(degree + 1)
-    words = [w for w in product(letters, repeat=length + 1) if all(a != b for a, b in zip(w, w[1:], strict=False))]
+    words = [w for w in product(letters, repeat=length + 1) if all(a != b for a, b in pairwise(w))]
     links: Links = [
         ("".join(map(str, w)), "".join(map(str, (*w[1:], x))), rate) for w in words for x in letters if x != w[-1]
     ]
     return _build(f"kautz {degree} {length}", ["".join(map(str, w)) for w in words], links, unit)
 
 
-def dragonfly(
-    groups: int, routers: int, hosts: int, *, host: Rate = 1, local: Rate = 1, across: Rate = 1, unit: str | None = None
-) -> Topology:
+def dragonfly(groups: int, routers: int, hosts: int, *, host: Rate = 1, local: Rate = 1, across: Rate = 1) -> Topology:
     """Groups of fully meshed routers with hosts; one link between any two groups, dealt over the routers."""
     _at_least(1, routers=routers, hosts=hosts)
     _at_least(2, groups=groups)
@@ -105,7 +101,7 @@ def dragonfly(
                 links += both(f"r{g}_{r}", f"r{g}_{other}", local)
         for far in range(g + 1, groups):
             links += both(f"r{g}_{(far - g - 1) % routers}", f"r{far}_{(groups - 1 - far + g) % routers}", across)
-    return _build(f"dragonfly {groups}x{routers}x{hosts}", compute, links, unit)
+    return _build(f"dragonfly {groups}x{routers}x{hosts}", compute, links, None)
 
 
 def boxes(
@@ -169,7 +165,6 @@ def rail_fat_tree(
     inside: Rate = 450,
     uplink: int = 50,
     oversubscription: int = 1,
-    unit: str | None = "GB/s",
 ) -> Topology:
     """Rail-optimised fat-tree: device i of every box of a pod on leaf i of the pod, all leaves on a spine per rail.
 
@@ -180,7 +175,6 @@ def rail_fat_tree(
         inside: rate of a device into its box's switch.
         uplink: rate of a device into its leaf.
         oversubscription: a leaf's rate down over its rate up.
-        unit: of the rates.
 
     Raises:
         ValueError: the leaf's rate up would not be whole.
@@ -197,12 +191,10 @@ def rail_fat_tree(
                 links += both(f"g{p}_{b}_{i}", f"nv{p}_{b}", inside) + both(f"g{p}_{b}_{i}", f"leaf{p}_{i}", uplink)
         if pods > 1:
             links += [link for i in range(size) for link in both(f"leaf{p}_{i}", f"spine{i}", down // oversubscription)]
-    return _build(f"rail fat-tree {pods}x{boxes_per_pod}x{size} {oversubscription}:1", compute, links, unit)
+    return _build(f"rail fat-tree {pods}x{boxes_per_pod}x{size} {oversubscription}:1", compute, links, "GB/s")
 
 
-def fat_tree(
-    leaves: int, hosts: int, *, uplink: int = 50, oversubscription: int = 1, unit: str | None = "GB/s"
-) -> Topology:
+def fat_tree(leaves: int, hosts: int, *, uplink: int = 50, oversubscription: int = 1) -> Topology:
     """Two levels: hosts on leaves, leaves on one spine, `oversubscription` : 1 between them."""
     _at_least(1, leaves=leaves, hosts=hosts, oversubscription=oversubscription)
     down = uplink * hosts
@@ -211,12 +203,8 @@ def fat_tree(
     links = [link for n in range(leaves) for i in range(hosts) for link in both(f"h{n}_{i}", f"leaf{n}", uplink)]
     if leaves > 1:
         links += [link for n in range(leaves) for link in both(f"leaf{n}", "spine", down // oversubscription)]
-    return _build(
-        f"fat-tree {leaves}x{hosts} {oversubscription}:1",
-        [f"h{n}_{i}" for n in range(leaves) for i in range(hosts)],
-        links,
-        unit,
-    )
+    compute = [f"h{n}_{i}" for n in range(leaves) for i in range(hosts)]
+    return _build(f"fat-tree {leaves}x{hosts} {oversubscription}:1", compute, links, "GB/s")
 
 
 _NEARNESS = {"PIX": 0, "PXB": 1, "PHB": 2, "NODE": 3, "SYS": 4}

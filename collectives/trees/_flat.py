@@ -44,7 +44,8 @@ class Flat:
         reached = np.full(len(self) * size, -2, dtype=np.int64)
         reached[self.tree_of_edge * size + self.edge_head] = np.arange(len(self.edge_head))
         reached[np.arange(len(self)) * size + self.root] = -1
-        return reached[self.tree_of_edge * size + self.edge_tail]
+        parent: Ints = reached[self.tree_of_edge * size + self.edge_tail]
+        return parent
 
     @cached_property
     def depth(self) -> Ints:

@@ -106,7 +106,8 @@ def _least_height(problem: Problem, quota: Ints) -> int:
     root = int(np.flatnonzero(quota)[0])
     seen, layer, hops = {root}, [root], 0
     while True:
-        reached, stack = [], list(layer)
+        reached: list[int] = []
+        stack = list(layer)
         while stack:
             for v in near[stack.pop()]:
                 if v not in seen:
