@@ -15,6 +15,7 @@ from typing import Any
 
 _PR_SET_PDEATHSIG = 1
 _POLL_S = 0.05
+_STDERR = 2
 
 
 class WorkerFailed(RuntimeError):
@@ -43,7 +44,7 @@ class Workers:
     """`count` processes that run `python -m MODULE JOB`, where JOB is `job` plus rank, world size and a port to meet at.
 
     A worker writes the error it ends with to `error-RANK.txt` in `logs`; its output goes to `worker-RANK.log` there,
-    except rank 0's, whose progress bar is ours.
+    except rank 0's, whose progress bar goes to our standard error.
 
     Args:
         module: to run.
@@ -63,7 +64,7 @@ class Workers:
         for rank in range(count):
             words = json.dumps({**job, "rank": rank, "world_size": count, "port": port, "parent": os.getpid()})
             with (logs / f"worker-{rank}.log").open("ab") as log:
-                output = None if rank == 0 else log
+                output = _STDERR if rank == 0 else log
                 self._processes.append(
                     subprocess.Popen(
                         [sys.executable, "-m", module, words],
