@@ -14,13 +14,14 @@ from scipy.special import log_ndtr, ndtr
 
 Array = NDArray[np.float64]
 
-_MOST_POINTS = 128
+_MOST_POINTS = 64
 # Coefficients are those of the drop inside the observed window, in units of the curve's own range.
 _PRIOR_STD = 2.0
 # A falling component is the rule, a rising one the exception.
 _RISING = 0.02
 _LEAST_NOISE = 1e-4
 _OUTLIER = 3.5
+_DOUBT = 0.25
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,10 @@ def _difference_noise(t: Array, y: Array) -> float:
 
 
 def _binned(t: Array, y: Array) -> tuple[Array, Array, Array]:
-    """At most `_MOST_POINTS` means of neighbouring points, with their counts."""
-    parts = np.array_split(np.arange(len(t)), min(len(t), _MOST_POINTS))
+    """At most `_MOST_POINTS` points: the first ones, where a curve bends most, and means of the rest, with their counts."""
+    head = min(len(t), _MOST_POINTS // 2)
+    rest = np.array_split(np.arange(head, len(t)), min(len(t) - head, _MOST_POINTS // 2)) if len(t) > head else []
+    parts = [np.array([i]) for i in range(head)] + rest
     return (
         np.array([t[p].mean() for p in parts]),
         np.array([y[p].mean() for p in parts]),
@@ -118,20 +121,32 @@ def _fit(design: Array, y: Array, weight: Array, noise: float, log_prior: Array)
     return _Fit(log_prior + log_evidence + np.logaddexp(falling, np.log(_RISING)), mean, covariance, fitted)
 
 
-def _refined_rate(u: Array, y: Array, weight: Array) -> float:
-    """The single exponential's best rate per window: the grid alone would limit a noise-free forecast."""
+def _explained(phi: Array, y: Array, weight: Array) -> Array:
+    """[M] sum of squares that each shape [M, n] and a constant explain."""
+    total = weight.sum()
+    phi = phi - (phi * weight).sum(1, keepdims=True) / total
+    gain = (phi * weight) @ (y - (y * weight).sum() / total)
+    return np.asarray(gain**2 / np.maximum((phi**2 * weight).sum(1), 1e-300))
+
+
+def _refined(u: Array, y: Array, weight: Array) -> tuple[float, float, float]:
+    """The best single exponential's rate and the best power law's exponent and scale.
+
+    Between the table's entries a nearly noise-free curve would fit none of them.
+    """
     rates = np.geomspace(0.02, 60.0, 60)
-    for _ in range(4):
-        phi = np.exp(-rates[:, None] * u[None, :])
-        total = weight.sum()
-        phi = phi - (phi * weight).sum(1, keepdims=True) / total
-        centred = y - (y * weight).sum() / total
-        gain = (phi * weight) @ centred
-        explained = gain**2 / np.maximum((phi**2 * weight).sum(1), 1e-300)
-        best = int(np.argmax(explained))
-        low, high = rates[max(best - 1, 0)], rates[min(best + 1, len(rates) - 1)]
-        rates = np.geomspace(low, high, 17)
-    return float(rates[len(rates) // 2])
+    exponents, scales = np.linspace(0.2, 1.4, 13), np.geomspace(0.003, 0.3, 9)
+    for _ in range(3):
+        best = int(np.argmax(_explained(np.exp(-rates[:, None] * u), y, weight)))
+        rate = float(rates[best])
+        rates = np.geomspace(rates[max(best - 1, 0)], rates[min(best + 1, len(rates) - 1)], 17)
+        laws = (1.0 + u / scales[:, None, None]) ** -exponents[:, None]
+        flat = int(np.argmax(_explained(laws.reshape(-1, len(u)), y, weight)))
+        i, j = divmod(flat, len(exponents))
+        scale, exponent = float(scales[i]), float(exponents[j])
+        scales = np.geomspace(scales[max(i - 1, 0)], scales[min(i + 1, len(scales) - 1)], 7)
+        exponents = np.linspace(exponents[max(j - 1, 0)], exponents[min(j + 1, len(exponents) - 1)], 7)
+    return rate, exponent, scale
 
 
 def _above(mean: Array, std: Array, floor: float) -> tuple[Array, Array]:
@@ -194,11 +209,11 @@ def _average(t: Array, y: Array, count: Array, horizon: float, floor: float | No
     window = t[-1] - t[0]
     u, ahead = (t - t[0]) / window, np.array([max(horizon - t[0], 0.0) / window])
     shapes = _shapes()
-    refined = _refined_rate(u, y, count)
+    rate, exponent, scale = _refined(u, y, count)
     shapes = _Shapes(
-        np.vstack([shapes.rates, [[refined, 0.0]]]),
-        np.vstack([shapes.powers, [[0.0, 0.0]]]),
-        np.append(shapes.log_prior, np.log(0.05)),
+        np.vstack([shapes.rates, [[rate, 0.0], [0.0, 0.0]]]),
+        np.vstack([shapes.powers, [[0.0, 0.0], [exponent, scale]]]),
+        np.append(shapes.log_prior, np.log([0.05, 0.05])),
     )
     design = np.concatenate([np.ones((len(shapes.rates), len(u), 1)), _terms(shapes, u)], axis=2)
     at_horizon = np.concatenate([np.ones((len(shapes.rates), 1)), _terms(shapes, ahead)[:, 0, :]], axis=1)
@@ -217,6 +232,8 @@ def _average(t: Array, y: Array, count: Array, horizon: float, floor: float | No
     posterior = np.exp(fit.log_weight - fit.log_weight.max())
     means = np.einsum("mi,mi->m", at_horizon, fit.mean)
     stds = np.sqrt(np.maximum(np.einsum("mi,mij,mj->m", at_horizon, fit.covariance, at_horizon), 0.0))
+    # No family is the true one: part of every drop still to come is doubt.
+    stds = np.hypot(stds, _DOUBT * np.abs(means - fit.mean[:, 0]))
     if floor is not None:
         posterior = posterior * np.maximum(ndtr((means - floor) / np.maximum(stds, 1e-12)), 1e-12)
         means, stds = _above(means, stds, floor)

@@ -18,6 +18,8 @@ T = TypeVar("T")
 AGREE_EVERY = 16
 # A trial is given up when its forecast is worse than the best one by this many standard deviations, and its loss too.
 _DOMINATED = 1.0
+# ... but not before this share of its steps: the first losses of a slow rate say little about its end.
+_LEAST_SEEN = 0.25
 # ... or when its loss has risen above the start by this many times the best trial's gain.
 _EXPLODED = 2.0
 
@@ -100,7 +102,9 @@ def race(
     best: int | None = None
     while len(records) < search.candidates:
         spent = sum(r.steps for r in records) - (records[best].steps if best is not None and keep else 0)
-        if spent + search.trial_steps > search.discards and (best is not None or records):
+        # Whichever loses, this trial or the best, its steps are thrown away.
+        longest = max(search.trial_steps, records[best].steps if best is not None and keep else 0)
+        if records and spent + longest > search.discards:
             break
         rate = trials.agree(backend.ask())
         report(len(records) + 1, search.candidates, rate)
@@ -159,7 +163,7 @@ def _trial(
             status, prediction = "diverged", Forecast(math.inf, math.inf)
             break
         prediction = trials.agree(forecaster(steps, losses, search.horizon - search.start))
-        if best is not None and done < search.trial_steps and trials.agree(_dominated(steps, losses, prediction, best)):
+        if best is not None and _LEAST_SEEN * search.trial_steps <= done < search.trial_steps and trials.agree(_dominated(steps, losses, prediction, best)):
             status = "stopped"
             break
     return TrialRecord(
