@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-STEPS = 40
+STEPS = 120
 
 
 def demo(out: Path, *words: str) -> list[str]:

@@ -16,7 +16,7 @@ import torch
 
 from trainkit.demo import SIZES, Config, WorkerFailed, prepare
 from trainkit.demo._checkpoint import newest_checkpoint
-from trainkit.demo._corpus import WindowLoader
+from trainkit.demo._corpus import WindowLoader, write_corpus
 from trainkit.demo._model import GPT
 from trainkit.demo._processes import Workers
 
@@ -119,6 +119,7 @@ def test_prepare_refuses_a_folder_with_a_run(tmp_path: Path) -> None:
     config = Config(**TINY)  # type: ignore[arg-type]
     prepare(config, tmp_path / "run", overwrite=False)
     assert Config.load(tmp_path / "run") == config
+    write_corpus(tmp_path / "run")
     for split in ("train", "validation"):
         assert (tmp_path / "run" / f"{split}.bin").stat().st_size > 1 << 16
     with pytest.raises(ValueError, match="--resume it, --overwrite it or name another"):

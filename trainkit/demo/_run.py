@@ -18,7 +18,7 @@ from trainkit.demo._processes import Workers
 
 
 def prepare(config: Config, folder: Path, *, overwrite: bool) -> None:
-    """Make a run's folder: `config.json` and its own copy of the corpus.
+    """Make a run's folder with its `config.json`.
 
     Raises:
         ValueError: the folder holds a run already.
@@ -30,7 +30,6 @@ def prepare(config: Config, folder: Path, *, overwrite: bool) -> None:
         (folder / "config.json").unlink()
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_corpus(folder)
     config.save(folder)
 
 
@@ -70,6 +69,8 @@ def run(config: Config, folder: Path, *, switch: str | None = None, port: int = 
     console = Console(stderr=True)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_locked(folder))
+        if not (folder / "validation.bin").exists():  # written last
+            write_corpus(folder)
         if switch is None:
             switch = stack.enter_context(SoftwareSwitch(f"127.0.0.1:{port}")).address
         results = []
