@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from trainkit.collectives import _native
+from trainkit.collectives._native import direct_loads, direct_unreached
 from trainkit.collectives.direct._digraph import MOST_NODES, Digraph
 from trainkit.collectives.direct._transfers import Chunking, Transfers, chunking
 from trainkit.collectives.schedule import Schedule, compose
@@ -144,7 +144,7 @@ def bfb(graph: "nx.DiGraph[Any] | nx.MultiDiGraph[Any] | Digraph", *, vertex_tra
     labels = tuple(range(digraph.nodes)) if isinstance(graph, Digraph) else tuple(graph.nodes)
     if not 2 <= digraph.nodes <= MOST_NODES:
         raise ValueError(f"a topology has 2 to {MOST_NODES} hosts, got {digraph.nodes}")
-    stuck = _native.direct_unreached(digraph.nodes, digraph.tail, digraph.head)
+    stuck = direct_unreached(digraph.nodes, digraph.tail, digraph.head)
     if stuck is not None:
         source, target = (labels[at] for at in stuck)
         raise ValueError(f"every host must reach every other, but {source!r} does not reach {target!r}: add links")
@@ -167,5 +167,5 @@ def bfb(graph: "nx.DiGraph[Any] | nx.MultiDiGraph[Any] | Digraph", *, vertex_tra
 
 def _loads(graph: Digraph, vertex_transitive: bool) -> tuple[Fraction, ...]:
     receivers = np.arange(1 if vertex_transitive else graph.nodes, dtype=np.int32)
-    loads = _native.direct_loads(graph.nodes, graph.tail, graph.head, receivers)
+    loads = direct_loads(graph.nodes, graph.tail, graph.head, receivers)
     return tuple(Fraction(top, bottom) for top, bottom in loads)

@@ -10,7 +10,7 @@ from typing import Any
 
 from trainkit.collectives.direct._digraph import MOST_NODES, Digraph
 from trainkit.collectives.direct._expansions import degree_expansion, line, power, product
-from trainkit.collectives.direct._family import Facts, Family
+from trainkit.collectives.direct._family import Facts
 from trainkit.collectives.direct._geometry import GEOMETRY, flags
 from trainkit.collectives.direct._groups import Metacyclic, cayley
 from trainkit.collectives.direct._rings import RINGS, circulant, dicirculant
@@ -61,6 +61,17 @@ def build(name: str) -> Digraph:
     if not 2 <= made.nodes <= MOST_NODES:
         raise ValueError(f"a topology has 2 to {MOST_NODES} hosts, {name!r} has {made.nodes}")
     return made
+
+
+def cayley_parts(name: str) -> tuple[Metacyclic, list[int]] | None:
+    """The group and the generators in the name of a Cayley digraph; None for other topologies."""
+    match ast.parse(name, mode="eval").body:
+        case ast.Call(func=ast.Name(id="cayley"), args=[group, *generators]):
+            made = _value(group)
+            elements = [g for g in map(_value, generators) if isinstance(g, int)]
+            return (made, elements) if isinstance(made, Metacyclic) else None
+        case _:
+            return None
 
 
 def _value(tree: ast.expr) -> "Digraph | Metacyclic | int":

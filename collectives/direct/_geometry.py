@@ -40,7 +40,7 @@ def johnson(n: int, k: int) -> Digraph:
 
 
 def odd(degree: int) -> Digraph:
-    """Odd graph: (degree - 1)-subsets of 2 degree - 1 things, linked where disjoint; odd(3) is Petersen's."""
+    """Subsets of degree - 1 out of 2 degree - 1 things, linked where disjoint: at degree 3 Petersen's graph."""
     sets = [frozenset(c) for c in combinations(range(2 * degree - 1), degree - 1)]
     return _two_way((a, b) for a, b in combinations(sets, 2) if not a & b)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from math import gcd
 
 import numpy as np
@@ -76,6 +76,16 @@ def cayley(group: Metacyclic, *generators: int) -> Digraph:
     return Digraph.of_arrays(group.order, np.repeat(np.arange(group.order), len(generators)), heads.reshape(-1))
 
 
+@cache
+def multiplicative_order(r: int, m: int) -> int:
+    """The least j > 0 with r^j = 1 modulo m."""
+    power, order = r % m, 1
+    while power != 1 % m:
+        power, order = power * r % m, order + 1
+    return order
+
+
+@cache
 def groups(order: int) -> Sequence[Sequence[Metacyclic]]:
     """The metacyclic groups of an order, by their normal subgroup; not up to isomorphism."""
     found = [list(_with(m, order // m)) for m in range(1, order + 1) if order % m == 0]

@@ -12,7 +12,7 @@ from trainkit.collectives.direct._family import Facts, Family, balanced
 
 
 def _steps(nodes: int, steps: list[int]) -> Digraph:
-    """x -> x + s (mod nodes) for every s."""
+    """Links x -> x + s (mod nodes) for every s."""
     tail = np.repeat(np.arange(nodes), len(steps))
     return Digraph.of_arrays(nodes, tail, (tail + np.tile(np.array(steps), nodes)) % nodes)
 
@@ -30,12 +30,12 @@ def biring(degree: int, nodes: int) -> Digraph:
 
 
 def circulant(nodes: int, *offsets: int) -> Digraph:
-    """x <-> x + o for every offset; an offset of nodes / 2 is two parallel links."""
+    """Links x <-> x + o for every offset; an offset of nodes / 2 is two parallel links."""
     return _steps(nodes, [sign * offset for offset in offsets for sign in (1, -1)])
 
 
 def dicirculant(nodes: int, *offsets: int) -> Digraph:
-    """x -> x + o for every offset."""
+    """Links x -> x + o for every offset."""
     return _steps(nodes, list(offsets))
 
 
@@ -75,9 +75,9 @@ def torus(*sides: int) -> Digraph:
 
 
 def twisted_torus(side: int) -> Digraph:
-    """side x side x 2 side torus whose short wraps also shift the long axis by `side` (as TPU v4's 4 x 4 x 8)."""
-    twist = (0, 0, side)
-    moves = [(axis, sign, twist if axis < 2 else ()) for axis in range(3) for sign in (1, -1)]
+    """A side x side x 2 side torus whose short wraps also shift the long axis by `side` (as TPU v4's 4 x 4 x 8)."""
+    twists: list[tuple[int, ...]] = [(0, 0, side), (0, 0, side), ()]
+    moves = [(axis, sign, twist) for axis, twist in enumerate(twists) for sign in (1, -1)]
     return _grid((side, side, 2 * side), moves)
 
 

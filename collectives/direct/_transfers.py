@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from trainkit.collectives import _native
+from trainkit.collectives._native import direct_transfers
 from trainkit.collectives.direct._digraph import Digraph, Ints
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Transfers:
     @classmethod
     def breadth_first(cls, graph: Digraph, split: Chunking) -> "Transfers":
         """Breadth-first broadcast from all hosts at once, split by integral flows."""
-        rows = _native.direct_transfers(graph.nodes, graph.tail, graph.head, split.chunks, list(split.limits))
+        rows = direct_transfers(graph.nodes, graph.tail, graph.head, split.chunks, list(split.limits))
         return cls.of_rows(graph, split.chunks, rows)
 
     @classmethod

@@ -100,9 +100,8 @@ int inverse(const uint16_t* right, int order, int g) {
   return static_cast<int>(std::find(row, row + order, 0) - row);
 }
 
-// False where the draw of an inverse-closed set missed the degree.
+// Completes `generators` at random; false where the draw of an inverse-closed set missed the degree.
 bool draw(const uint16_t* right, int order, int degree, bool symmetric, Random& random, std::vector<int>& generators) {
-  generators.clear();
   const bool repeats = degree >= order;
   while (static_cast<int>(generators.size()) < degree) {
     const int g = 1 + random.below(order - 1);
@@ -118,13 +117,24 @@ bool draw(const uint16_t* right, int order, int degree, bool symmetric, Random& 
   return static_cast<int>(generators.size()) == degree;
 }
 
+// Takes one or two generators (of a symmetric set: with their inverses) out of `start`.
+void thin(const uint16_t* right, int order, bool symmetric, Random& random, std::vector<int>& start) {
+  for (int count = 1 + random.below(2); count > 0 && !start.empty(); --count) {
+    const int g = start[random.below(static_cast<int>(start.size()))];
+    start.erase(std::find(start.begin(), start.end(), g));
+    const auto back = symmetric ? std::find(start.begin(), start.end(), inverse(right, order, g)) : start.end();
+    if (back != start.end() && *back != g) start.erase(back);
+  }
+}
+
 using Found = std::tuple<int, int64_t, int64_t, std::vector<int>>;
 
-// Draws `trials` generator sets; keeps each whose one-way sum is below one_way[depth], or whose sum over both
+// Draws `trials` generator sets, afresh or, where there is a `start`, by changing one or two of its generators (it moves
+// to each better set found); keeps each whose one-way sum is below one_way[depth], or whose sum over both
 // directions (the transpose has the inverse generators) is below both_ways[depth]. The limits tighten as it goes.
 std::vector<Found> search(
     Table right, int degree, bool symmetric, int64_t unit, std::vector<int64_t> one_way,
-    std::vector<int64_t> both_ways, int trials, uint64_t seed) {
+    std::vector<int64_t> both_ways, int trials, uint64_t seed, std::vector<int> start) {
   nb::gil_scoped_release released;
   const int order = static_cast<int>(right.shape(0));
   const int64_t least = (order - 1) * (unit / degree);
@@ -143,6 +153,8 @@ std::vector<Found> search(
   };
   tighten(0, INT64_MAX, INT64_MAX);
   for (int trial = 0; trial < trials; ++trial) {
+    generators = start;
+    thin(right.data(), order, symmetric, random, generators);
     if (!draw(right.data(), order, degree, symmetric, random, generators)) continue;
     auto [sum, depth] = evaluator.run(generators, wanted);
     if (sum < 0) continue;
@@ -154,6 +166,7 @@ std::vector<Found> search(
     }
     if (sum >= one_way[depth] && sum + back >= both_ways[depth]) continue;
     found.emplace_back(depth, sum, back, generators);
+    if (!start.empty()) start = generators;
     tighten(depth, sum, sum + back);
   }
   return found;
@@ -173,7 +186,7 @@ std::pair<int, int64_t> evaluate(Table right, const std::vector<int>& generators
 
 void bind_direct_search(nb::module_& m) {
   m.def("direct_search", &direct::search, nb::arg("right"), nb::arg("degree"), nb::arg("symmetric"), nb::arg("unit"),
-        nb::arg("one_way"), nb::arg("both_ways"), nb::arg("trials"), nb::arg("seed"),
+        nb::arg("one_way"), nb::arg("both_ways"), nb::arg("trials"), nb::arg("seed"), nb::arg("start"),
         "Random generator sets that improve on a limit: (depth, sum of loads in 1/unit shards, the transpose's, "
         "generators).");
   m.def("direct_evaluate", &direct::evaluate, nb::arg("right"), nb::arg("generators"), nb::arg("unit"),
