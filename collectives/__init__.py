@@ -2,6 +2,11 @@
 
 from trainkit.collectives._topology import Topology as Topology
 from trainkit.collectives._topology import TopologyError as TopologyError
+from trainkit.collectives.direct import BFB as BFB
+from trainkit.collectives.direct import FoundTopology as FoundTopology
+from trainkit.collectives.direct import bfb as bfb
+from trainkit.collectives.direct import find_topologies as find_topologies
+from trainkit.collectives.direct import named_topology as named_topology
 from trainkit.collectives.schedule import Op as Op
 from trainkit.collectives.schedule import Schedule as Schedule
 from trainkit.collectives.schedule import ScheduleError as ScheduleError

@@ -6,10 +6,14 @@ from fractions import Fraction
 from math import log
 from typing import TYPE_CHECKING, Any
 
-from trainkit.collectives.direct._bfb import BFB
+from trainkit.collectives.direct._bfb import BFB, bfb
+from trainkit.collectives.direct._cabling import Cable, cables, cabling_csv
+from trainkit.collectives.direct._catalog import build
+from trainkit.collectives.direct._draw import draw
 
 if TYPE_CHECKING:
     import networkx as nx
+    from matplotlib.figure import Figure
 
     from trainkit.collectives.schedule import Schedule
 
@@ -19,7 +23,7 @@ class FoundTopology:
     """One topology and what it costs; `t_l` in steps of alpha seconds, `t_b` in units of M / B, for one phase."""
 
     name: str
-    """How to build it: `topology_graph(name)`, `trainkit topology show NAME`."""
+    """How to build it: `named_topology(name)`, `trainkit topology show NAME`."""
     bfb: BFB
     """The figures and schedules."""
 
@@ -60,6 +64,31 @@ class FoundTopology:
     def schedule(self, *args: Any, **kwargs: Any) -> "Schedule":
         """See `BFB.schedule`."""
         return self.bfb.schedule(*args, **kwargs)
+
+    def cables(self) -> list[Cable]:
+        """Which port of which host goes to which; `cabling_csv` writes it."""
+        return cables(self.bfb.digraph)
+
+    def cabling_csv(self, hosts: Sequence[str] | None = None) -> str:
+        """The cabling list as CSV, hosts called by number or by `hosts`."""
+        return cabling_csv(self.bfb.digraph, hosts)
+
+    def draw(self) -> "Figure":
+        """Hosts on a circle, links as chords."""
+        return draw(self.bfb.digraph, f"{self.name}\n{self.bfb.nodes} hosts, degree {self.bfb.degree}")
+
+
+def named_topology(name: str) -> FoundTopology:
+    """The topology of a name of the catalogue, such as `torus(4, 8)` or `line(kautz(4, 20))`.
+
+    Raises:
+        ValueError: there is no such topology, or some host does not reach another.
+
+    Example:
+        >>> named_topology("hypercube(4)").t_b
+        Fraction(15, 16)
+    """
+    return FoundTopology(name, bfb(build(name)))
 
 
 def least_steps(nodes: int, degree: int, *, directed: bool = True) -> int:

@@ -7,9 +7,8 @@ from math import lcm
 import numpy as np
 
 from trainkit.collectives._native import direct_search
-from trainkit.collectives.direct._bfb import bfb
-from trainkit.collectives.direct._catalog import build, cayley_parts, members
-from trainkit.collectives.direct._frontier import FoundTopology, Frontier
+from trainkit.collectives.direct._catalog import cayley_parts, members
+from trainkit.collectives.direct._frontier import FoundTopology, Frontier, named_topology
 from trainkit.collectives.direct._groups import Metacyclic, groups, multiplicative_order, table
 
 # A multiplication table takes 2 N^2 bytes; a candidate's Hall bound 2^d operations a step.
@@ -39,7 +38,7 @@ class Pool:
 
     def add(self, name: str) -> bool:
         """Evaluate a topology in full, both directions; whether it was an improvement."""
-        one = FoundTopology(name, bfb(build(name)))
+        one = named_topology(name)
         if (one.bfb.nodes, one.bfb.degree) != (self.nodes, self.degree):
             raise ValueError(
                 f"{name} has {one.bfb.nodes} hosts of degree {one.bfb.degree}, not {self.nodes} of {self.degree}"
@@ -64,7 +63,7 @@ class Pool:
         """
         random = np.random.default_rng([self.seed, self.nodes, self.degree, self.directed, self.batches])
         elite = [parts for parts in map(cayley_parts, sorted(self.names())) if parts]
-        group, start = self._draw(random), []
+        group, start = self._draw(random), list[int]()
         # links that carry both ways waste a port on the way back, but now and then they are the better choice
         symmetric = not self.directed or self.batches % 8 == 7
         if self.batches % 3 == 2 and elite:

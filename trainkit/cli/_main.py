@@ -11,6 +11,8 @@ _VERBS: dict[str, str] = {
     "doctor": "trainkit.cli._doctor",
     "report": "trainkit.cli._report",
     "switch": "trainkit.cli._switch",
+    "topology find": "trainkit.cli._topology_find",
+    "topology show": "trainkit.cli._topology_show",
 }
 
 

@@ -13,7 +13,8 @@ from jsonargparse import ArgumentParser
 class Verb:
     """One `trainkit` verb.
 
-    `options` is a frozen dataclass whose fields each carry a docstring: the flags and their help are read from it.
+    `options` is a frozen dataclass whose fields each carry a docstring: the flags and their help are read from it
+    (a field with the metadata `positional` is a word without a flag).
     `run` takes an instance of it and returns the exit code; everything heavy is imported inside it, so that
     `--help` loads neither torch nor Lightning.
     """
@@ -37,7 +38,9 @@ class Verb:
         for field in dataclasses.fields(self.options):
             flag = "--" + field.name.replace("_", "-")
             about = (helps.get(field.name) or "").replace("%", "%%")
-            if hints[field.name] is bool:
+            if field.metadata.get("positional"):
+                parser.add_argument(field.name, type=hints[field.name], help=about)
+            elif hints[field.name] is bool:
                 parser.add_argument(flag, action="store_true", help=about)
             elif field.default is dataclasses.MISSING:
                 parser.add_argument(flag, type=hints[field.name], required=True, help=about)
