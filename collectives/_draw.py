@@ -35,8 +35,8 @@ def _places(topology: "Topology") -> dict[str, tuple[float, float]]:
 def _nodes(axes: "Axes", topology: "Topology", places: dict[str, tuple[float, float]]) -> None:
     for names, marker, colour in ((topology.compute_nodes, "o", "tab:blue"), (topology.switches, "s", "tab:gray")):
         if names:
-            x, y = zip(*(places[name] for name in names), strict=True)
-            axes.scatter(x, y, marker=marker, color=colour, s=30, zorder=3)
+            across, up = zip(*(places[name] for name in names), strict=True)
+            axes.scatter(across, up, marker=marker, color=colour, s=30, zorder=3)
     if len(topology.nodes) <= _LABELLED:
         for name, (x, y) in places.items():
             axes.annotate(name, (x, y), xytext=(4, 4), textcoords="offset points", fontsize="x-small")

@@ -143,7 +143,7 @@ Bound search(const Network &net, const Ints &weight, const std::vector<int> &sin
     });
   Rooted rooted(net, weight);
   std::size_t passed = 0, at = 0;
-  while (passed < sinks.size()) {
+  while (passed < sinks.size() && best.q > 0) {
     tick("search", static_cast<Int>(passed), static_cast<Int>(sinks.size()));
     const Int need = checked(Wide(total) * best.q);
     best.maxflows++;

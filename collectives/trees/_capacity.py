@@ -38,7 +38,7 @@ def achievable(problem: Problem) -> tuple[Fraction, Problem]:
     if problem.balanced():
         return rate, problem
     trimmed = problem.within(_native.balanced(*problem.graph, problem.passing, problem.progress))
-    if trimmed.cap.any() and _rate(trimmed) == rate:
+    if _rate(trimmed) == rate:
         return rate, trimmed
     solution = CutProgram([problem], free_roots=False).solve()
     scale = lcm(*(capacity.denominator for capacity in solution.sides[0]))
@@ -51,11 +51,14 @@ def achievable(problem: Problem) -> tuple[Fraction, Problem]:
 
 
 def _rate(problem: Problem) -> Fraction | None:
-    """The cut bound, or None where some vertex to span takes in nothing."""
+    """The cut bound, or None where something to span is cut off."""
     _, _, head, cap = problem.graph
     taken = np.zeros(problem.size, dtype=np.int64)
     np.add.at(taken, head, cap)
-    return problem.search()[0] if (taken[problem.spanned] > 0).all() else None
+    if not (taken[problem.spanned] > 0).all():
+        return None
+    p, q, _, _ = _native.search(*problem.graph, problem.weight, problem.spanned, problem.progress)
+    return Fraction(p, q) if q else None
 
 
 def best_share(problem: Problem) -> Share:

@@ -1,0 +1,69 @@
+"""Which forest a runtime with limits can take: the fastest that fits, and what it loses."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+from trainkit.collectives._topology import Topology
+from trainkit.collectives.schedule import Schedule
+from trainkit.collectives.schedule.export import ExportError, msccl_xml, mscclpp_json
+from trainkit.collectives.trees._allreduce import allreduce_forest
+from trainkit.collectives.trees._forest import forest
+
+Runtime = Literal["msccl", "mscclpp"]
+RUNTIMES: dict[str, Callable[[Schedule], str]] = {"msccl": msccl_xml, "mscclpp": mscclpp_json}
+_MOST_TREES = 8  # trees per root tried: more do not fit, or gain next to nothing
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A forest for a runtime."""
+
+    trees_per_root: int | None
+    """What was asked of the forest; None stands for the optimum's own number."""
+    loss: Fraction
+    """Time over the optimum's, less 1."""
+    schedule: Schedule
+    """The schedule behind the file."""
+    text: str
+    """The file."""
+
+
+def fit(topology: Topology, collective: str, runtime: Runtime) -> Fit:
+    """The fastest forest that fits a runtime's limits.
+
+    Args:
+        topology: the network.
+        collective: "allgather", "reduce_scatter" or "allreduce".
+        runtime: "msccl" or "mscclpp".
+
+    Raises:
+        ExportError: not even one tree per root fits; the message names the limit.
+    """
+    if runtime not in RUNTIMES:
+        raise ValueError(f"runtime must be one of {', '.join(RUNTIMES)}, got {runtime!r}")
+    refusal: ExportError | None = None
+    for k, loss, schedule in _candidates(topology, collective):
+        try:
+            return Fit(k, loss, schedule, RUNTIMES[runtime](schedule))
+        except ExportError as error:
+            refusal = error
+    raise refusal or ExportError("no forest was tried")
+
+
+def _candidates(topology: Topology, collective: str) -> Iterator[tuple[int | None, Fraction, Schedule]]:
+    """(trees per root, loss, schedule), fastest first."""
+
+    def made(k: int | None) -> tuple[Fraction, Callable[[], Schedule]]:
+        if collective == "allreduce":
+            both = allreduce_forest(topology, trees_per_root=k)
+            return both.time_per_byte, both.schedule
+        one = forest(topology, collective, trees_per_root=k)  # type: ignore[arg-type]
+        return one.inv_rate, one.schedule
+
+    best, schedule = made(None)
+    yield None, Fraction(0), schedule()
+    rest = sorted(((made(k), k) for k in range(1, _MOST_TREES + 1)), key=lambda entry: (entry[0][0], -entry[1]))
+    for (rate, schedule), k in rest:
+        yield k, rate / best - 1, schedule()
