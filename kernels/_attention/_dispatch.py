@@ -4,12 +4,13 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from trainkit.kernels._attention import _sdpa, _triton
+from trainkit.kernels._attention import _hopper, _sdpa, _triton
+from trainkit.kernels._attention._autograd import attend
 from trainkit.kernels._attention._packed import make_packed
 from trainkit.kernels._attention._reference import reference
 from trainkit.kernels._attention._spec import MaskMod, Packed, ScoreMod, Spec, check_tensors, make_spec
 
-BACKENDS = ("auto", "triton", "sdpa", "reference")
+BACKENDS = ("auto", "hopper", "triton", "sdpa", "reference")
 
 
 class Explanation(NamedTuple):
@@ -29,16 +30,18 @@ def _choose(
         if refusal:
             raise ValueError(f"backend='sdpa' cannot serve this call: {refusal}; take backend='auto'")
         return Explanation("sdpa", "asked for")
-    lack = _triton.why_not(q, v, spec)
-    if backend == "triton":
-        if lack:
-            raise ValueError(f"backend='triton' cannot serve this call: {lack}; take backend='auto'")
-        return Explanation("triton", "asked for")
-    if q.is_cuda and lack is None:
-        return Explanation("triton", f"a variant that SDPA lacks: {refusal}" if refusal else "plain attention")
+    lacks = {"hopper": _hopper.why_not(q, k, v, spec), "triton": _triton.why_not(q, v, spec)}
+    if backend in lacks:
+        if lacks[backend]:
+            raise ValueError(f"backend={backend!r} cannot serve this call: {lacks[backend]}; take backend='auto'")
+        return Explanation(backend, "asked for")
+    if q.is_cuda and lacks["hopper"] is None:
+        return Explanation("hopper", "16-bit attention on a Hopper GPU")
+    if q.is_cuda and lacks["triton"] is None and refusal is not None:
+        return Explanation("triton", f"{refusal}; {lacks['hopper']}")
     if refusal is None:
         return Explanation("sdpa", f"plain attention on {q.device.type}")
-    return Explanation("reference", f"{refusal}; {lack}")
+    return Explanation("reference", f"{refusal}; {lacks['triton']}")
 
 
 def attention(
@@ -122,8 +125,8 @@ def attention(
     lse: Tensor | None = None
     if explanation.path == "sdpa":
         out = _sdpa.sdpa(q, k, v, spec)
-    elif explanation.path == "triton":
-        out, lse = _triton.attend(q, k, v, spec, packed)
+    elif explanation.path in ("hopper", "triton"):
+        out, lse = attend(q, k, v, spec, packed, hopper=explanation.path == "hopper")
     else:
         out, lse = reference(q, k, v, spec, packed)
     results: tuple[Any, ...] = (out,)

@@ -9,7 +9,7 @@ from torch import Tensor
 from trainkit.kernels._attention._codegen import arguments
 from trainkit.kernels._attention._dropout import threshold
 from trainkit.kernels._attention._spec import Packed, Spec
-from trainkit.kernels._attention._variant import Variant, build
+from trainkit.kernels._attention._variant import Variant
 
 LARGEST_HEAD = 256
 
@@ -71,6 +71,8 @@ class Call(NamedTuple):
     spec: Spec
     packed: Packed | None
     variant: Variant
+    hopper: bool = False
+    """Forward in Gluon, and backward too unless captured tensors learn."""
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -78,7 +80,7 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _strides(x: Tensor) -> tuple[int, int, int]:
+def strides_of(x: Tensor) -> tuple[int, int, int]:
     return x.stride(0), x.stride(1), x.stride(2)
 
 
@@ -123,7 +125,7 @@ def _common(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[tuple[Any, ...
     return scalars, constants
 
 
-def _layout(call: Call, q: Tensor, k: Tensor, tiling: Tiling, by_keys: bool) -> tuple[Any, ...]:
+def layout(call: Call, q: Tensor, k: Tensor, tiling: Tiling, by_keys: bool) -> tuple[Any, ...]:
     """(grid, pointer arguments TILES to FULL, block strides, LISTED) of a launch over tiles of one side."""
     size, tokens = (tiling.bn, k.shape[1]) if by_keys else (tiling.bm, q.shape[1])
     heads = k.shape[2] if by_keys else q.shape[2]
@@ -152,11 +154,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: Call) -
     out = q.new_empty(*q.shape[:3], v.shape[3])
     lse = torch.zeros(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
     tiling = _tiling("forward", q.shape[3], v.shape[3], q)
-    grid, pointers, strides, listed = _layout(call, q, k, tiling, False)
+    grid, pointers, strides, listed = layout(call, q, k, tiling, False)
     scalars, constants = _common(call, q, k, v)
     if 0 not in grid:
         _triton_forward.forward[grid](
-            q, k, v, out, lse, sinks, *pointers, *_strides(q), *_strides(k), *_strides(v), *_strides(out), *strides,
+            q, k, v, out, lse, sinks, *pointers, *strides_of(q), *strides_of(k), *strides_of(v), *strides_of(out), *strides,
             *scalars, **constants, SINK=sinks is not None, LISTED=listed,
             BM=tiling.bm, BN=tiling.bn, num_warps=tiling.warps, num_stages=tiling.stages,
         )  # fmt: skip
@@ -172,7 +174,7 @@ def row_delta(out: Tensor, grad: Tensor, grad_lse: Tensor | None) -> Tensor:
     bm = 64 if out.is_cuda else 32
     if delta.numel():
         _triton_backward.delta[(-(-S // bm), H, B)](
-            out, grad, None if grad_lse is None else grad_lse.contiguous(), delta, *_strides(out), *_strides(grad), H, S,
+            out, grad, None if grad_lse is None else grad_lse.contiguous(), delta, *strides_of(out), *strides_of(grad), H, S,
             DV=DV, BDV=_padded(DV), BM=bm, GRAD_LSE=grad_lse is not None,
         )  # fmt: skip
     return delta
@@ -185,26 +187,24 @@ def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
 
 
 def backward(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor, grad: Tensor,
-    grad_lse: Tensor | None, call: Call,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, list[Tensor]]:  # fmt: skip
-    """Gradients of q, k, v, sinks, and of the captured tensors that learn (`call.variant.learned`)."""
+    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, grad: Tensor, delta: Tensor, call: Call
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Gradients of q, k, v, and of the captured tensors that learn (`call.variant.learned`); `delta` is `row_delta`."""
     from trainkit.kernels._attention import _triton_backward
 
     q, k, v, grad = _rows(q), _rows(k), _rows(v), _rows(grad)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     dq, dk, dv = _rows(dq), _rows(dk), _rows(dv)
-    delta = row_delta(out, grad, grad_lse)
     scalars, constants = _common(call, q, k, v)
     constants["GRAD"] = call.variant.functions("triton").score_grad
     inputs = (q, k, v, grad, lse, delta)
-    steps = (*_strides(q), *_strides(k), *_strides(v), *_strides(grad))
+    steps = (*strides_of(q), *strides_of(k), *strides_of(v), *strides_of(grad))
 
     tiling = _tiling("keys", q.shape[3], v.shape[3], q)
-    grid, pointers, strides, listed = _layout(call, q, k, tiling, True)
+    grid, pointers, strides, listed = layout(call, q, k, tiling, True)
     if 0 not in grid:
         _triton_backward.backward_keys[grid](
-            *inputs, dk, dv, *pointers, *steps, *_strides(dk), *_strides(dv), *strides, *scalars, **constants,
+            *inputs, dk, dv, *pointers, *steps, *strides_of(dk), *strides_of(dv), *strides, *scalars, **constants,
             LISTED=listed, BM=tiling.bm, BN=tiling.bn, num_warps=tiling.warps, num_stages=tiling.stages,
         )  # fmt: skip
 
@@ -217,52 +217,12 @@ def backward(
         for size, stride in zip(table.shape, table.stride(), strict=True):
             flat += [size, stride]
     tiling = _tiling("queries", q.shape[3], v.shape[3], q)
-    grid, pointers, strides, listed = _layout(call, q, k, tiling, False)
+    grid, pointers, strides, listed = layout(call, q, k, tiling, False)
     if 0 not in grid:
         _triton_backward.backward_queries[grid](
-            *inputs, dq, *pointers, *steps, *_strides(dq), *strides, *scalars, tuple(flat), **constants,
+            *inputs, dq, *pointers, *steps, *strides_of(dq), *strides, *scalars, tuple(flat), **constants,
             LISTED=listed, TABLES=bool(learned), BM=tiling.bm, BN=tiling.bn, num_warps=tiling.warps,
             num_stages=tiling.stages,
         )  # fmt: skip
-    dsinks = None if sinks is None else sink_gradient(sinks, lse, delta)
     grads = [tables[i].to(score.tables[i].dtype) for i in learned] if score is not None else []
-    return dq, dk, dv, dsinks, grads
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, call: Call, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *learned: Tensor) -> Any:
-        out, lse = forward(q, k, v, sinks, call)
-        ctx.save_for_backward(q, k, v, sinks, out, lse)
-        ctx.call = call
-        ctx.set_materialize_grads(False)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        q, k, v, sinks, out, lse = ctx.saved_tensors
-        grad = torch.zeros_like(out) if grads[0] is None else grads[0]
-        dq, dk, dv, dsinks, tables = backward(q, k, v, sinks, out, lse, grad, grads[1], ctx.call)
-        return None, dq, dk, dv, dsinks, *tables
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, spec: Spec, packed: Packed | None) -> tuple[Tensor, Tensor]:
-    """Attention through Triton, differentiable.
-
-    Raises:
-        Untraceable: a score_mod or mask_mod that no kernel can be made of.
-        ValueError: gradients of captured tensors asked for in deterministic mode.
-    """
-    variant = build(spec, q.device)
-    learned = [variant.score.tables[i] for i in variant.learned] if variant.score is not None else []
-    if learned and spec.deterministic and torch.is_grad_enabled():
-        raise ValueError(
-            f"captured tensors get their gradients by atomics, whose order varies: {len(learned)} require gradients with"
-            " deterministic=True; detach them or take backend='reference'"
-        )
-    if k.shape[1] == 0 or q.shape[1] == 0 or q.shape[0] == 0:
-        from trainkit.kernels._attention._reference import reference
-
-        return reference(q, k, v, spec, packed)
-    out, lse = _Attention.apply(Call(spec, packed, variant), q, k, v, spec.sinks, *learned)  # type: ignore[no-untyped-call]
-    return out, lse
+    return dq, dk, dv, grads

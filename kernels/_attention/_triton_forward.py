@@ -122,7 +122,8 @@ def forward(
         )  # fmt: skip
     inside = offsets < Sq
     if not SIGMOID:
-        empty = m == float("-inf")
+        # Not by the maximum, which passes over NaN: a NaN in the scores must come out.
+        empty = den == 0.0
         top = tl.where(empty, 0.0, m)
         if SINK:
             sink = tl.load(SINKS + h).to(tl.float32) * LOG2E

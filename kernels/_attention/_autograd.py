@@ -1,0 +1,72 @@
+"""The kernels as one differentiable function: Hopper's where they serve, Triton's for the rest."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainkit.kernels._attention import _hopper, _triton
+from trainkit.kernels._attention._reference import reference
+from trainkit.kernels._attention._spec import Packed, Spec
+from trainkit.kernels._attention._triton import Call
+from trainkit.kernels._attention._variant import build
+
+
+def run_forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
+    """Compute out `[B, Sq, Hq, Dv]` and lse `[B, Hq, Sq]` by the call's kernels."""
+    return _hopper.forward(q, k, v, sinks, call) if call.hopper else _triton.forward(q, k, v, sinks, call)
+
+
+def run_backward(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor, grad: Tensor,
+    grad_lse: Tensor | None, call: Call,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, list[Tensor]]:  # fmt: skip
+    """Gradients of q, k, v, sinks and the captured tensors that learn."""
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    delta = _triton.row_delta(out, grad, grad_lse)
+    tables: list[Tensor] = []
+    if call.hopper and not call.variant.learned:
+        dq, dk, dv = _hopper.backward(q, k, v, lse, grad, delta, call)
+    else:
+        dq, dk, dv, tables = _triton.backward(q, k, v, lse, grad, delta, call)
+    return dq, dk, dv, None if sinks is None else _triton.sink_gradient(sinks, lse, delta), tables
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: Call, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *learned: Tensor) -> Any:
+        out, lse = run_forward(q, k, v, sinks, call)
+        ctx.save_for_backward(q, k, v, sinks, out, lse)
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        q, k, v, sinks, out, lse = ctx.saved_tensors
+        grad = torch.zeros_like(out) if grads[0] is None else grads[0]
+        dq, dk, dv, dsinks, tables = run_backward(q, k, v, sinks, out, lse, grad, grads[1], ctx.call)
+        return None, dq, dk, dv, dsinks, *tables
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, spec: Spec, packed: Packed | None, hopper: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Differentiable attention through the kernels.
+
+    Raises:
+        Untraceable: a score_mod or mask_mod that no kernel can be made of.
+        ValueError: gradients of captured tensors asked for in deterministic mode.
+    """
+    variant = build(spec, q.device)
+    learned = [variant.score.tables[i] for i in variant.learned] if variant.score is not None else []
+    if learned and spec.deterministic and torch.is_grad_enabled():
+        raise ValueError(
+            f"captured tensors get their gradients by atomics, whose order varies: {len(learned)} require gradients with"
+            " deterministic=True; detach them or take backend='reference'"
+        )
+    if 0 in (q.shape[0], q.shape[1], k.shape[1]):
+        return reference(q, k, v, spec, packed)
+    call = Call(spec, packed, variant, hopper)
+    out, lse = _Attention.apply(call, q, k, v, spec.sinks, *learned)  # type: ignore[no-untyped-call]
+    return out, lse

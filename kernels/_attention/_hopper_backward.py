@@ -1,0 +1,439 @@
+# mypy: ignore-errors
+# (Gluon's language, which Python's types do not describe.)
+"""Backward on Hopper, without atomics: one kernel for dK and dV, one for dQ.
+
+Both keep every weight in registers: computed transposed where keys are a program's own (S^T = K Q^T), weights and their
+gradients are wgmma's register operand of the next product, and no tile passes between warpgroups. That costs two of
+seven products more than a single kernel whose dQ goes through shared memory and atomic adds, and gives the same bits
+every time.
+"""
+
+import triton.experimental.gluon.language as gl
+from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+
+from trainkit.kernels._attention._hopper_tiles import (
+    LOG2E,
+    barriers,
+    block_at,
+    key_blocks,
+    locate,
+    masked,
+    query_blocks,
+)
+
+
+@gluon.jit
+def row_stats(LSE, DELTA, rows, Sq):
+    """Row statistics: lse in base 2 (+inf without keys and beyond the end, so that weights are 0 there) and delta."""
+    lse = gl.load(LSE + rows, mask=rows < Sq, other=float("inf")) * LOG2E
+    delta = gl.load(DELTA + rows, mask=rows < Sq, other=0.0)
+    return gl.where(lse == -float("inf"), float("inf"), lse), delta
+
+
+@gluon.jit
+def weigh(
+    S, lse, q, k, b, h, Sk, off, w, scale, score_args, mask_args, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
+    MASKED: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr,
+):  # fmt: skip
+    """Probabilities of a tile of raw scores."""
+    factor = scale * LOG2E
+    inside = gl.minimum(k, Sk - 1)
+    if SCORE is not None:
+        S = SCORE(S * scale, b, h, q, inside, off, score_args)
+        factor = LOG2E
+    if MASKED:
+        S = masked(S, q, k, inside, b, h, Sk, off, w, mask_args, CAUSAL, WINDOW, MASK)
+    return gl.exp2(S * factor - lse)
+
+
+@gluon.jit
+def put(desc, OUT, x, buffer, row, row0, col, stride, count, W: gl.constexpr, D: gl.constexpr, LO: gl.constexpr):
+    """Write 64 rows of a result, row0 + 64 W on, through `buffer` by TMA, or row by row at the end of a sequence."""
+    first = row0 + 64 * W
+    if first + 64 <= count:
+        buffer.store(x)
+        fence_async_shared()
+        tma.async_copy_shared_to_global(desc, [row + first, col], buffer)
+        tma.store_wait(0)
+    else:
+        at = first + gl.arange(0, 64, gl.SliceLayout(1, LO))
+        cols = gl.arange(0, D, gl.SliceLayout(0, LO))
+        to = OUT + (row + at[:, None]).to(gl.int64) * stride + (col + cols[None, :])
+        gl.store(to, x, mask=(at < count)[:, None] & (cols >= 0)[None, :])
+
+
+@gluon.jit
+def keys_producer(
+    q_d, k_d, v_d, do_d, qs, ks, vs, dos, lses, deltas, LSE, DELTA, head0, total_q, Sq, kv_ready, q_ready, q_free, do_ready,
+    do_free, BLOCKS, COUNTS, row, row_head, NB, qr, qc, q_head, q_col, kr, kc, vr, vc, dr, dc, do_head, do_col, first, count, GROUP: gl.constexpr, BM: gl.constexpr,
+    ST: gl.constexpr, LISTED: gl.constexpr,
+):  # fmt: skip
+    """Bring the tile's keys and values once, then each query head's blocks of queries and output gradients."""
+    mbarrier.expect(kv_ready.index(0), 2 * k_d.block_type.nbytes + 2 * v_d.block_type.nbytes)
+    for j in gl.static_range(2):
+        tma.async_copy_global_to_shared(k_d, [kr + 64 * j, kc], kv_ready.index(0), ks.index(j))
+        tma.async_copy_global_to_shared(v_d, [vr + 64 * j, vc], kv_ready.index(0), vs.index(j))
+    base = 0
+    lanes = gl.arange(0, BM, gl.BlockedLayout([1], [32], [1], [0]))
+    for g in range(GROUP):
+        blocks = BLOCKS
+        if LISTED:
+            blocks = BLOCKS + (row + g * row_head).to(gl.int64) * NB
+            count = gl.load(COUNTS + row + g * row_head)
+        for i in range(0, count):
+            at = block_at(blocks, first, i, 1, LISTED) * BM
+            here = (head0 + g) * total_q
+            lse, delta = row_stats(LSE + here, DELTA + here, at + lanes, Sq)
+            n = base + i
+            s = n % ST
+            phase = (n // ST) & 1
+            # Row statistics travel with their tiles: lse with q, delta with the output's gradient.
+            mbarrier.wait(q_free.index(s), phase ^ 1)
+            lses.index(s).store(lse)
+            mbarrier.arrive(q_ready.index(s))
+            mbarrier.expect(q_ready.index(s), q_d.block_type.nbytes)
+            tma.async_copy_global_to_shared(q_d, [qr + g * q_head + at, qc + g * q_col], q_ready.index(s), qs.index(s))
+            mbarrier.wait(do_free.index(s), phase ^ 1)
+            deltas.index(s).store(delta)
+            mbarrier.arrive(do_ready.index(s))
+            mbarrier.expect(do_ready.index(s), do_d.block_type.nbytes)
+            tma.async_copy_global_to_shared(
+                do_d, [dr + g * do_head + at, dc + g * do_col], do_ready.index(s), dos.index(s)
+            )
+        base += count
+
+
+@gluon.jit
+def keys_step(
+    dk, dv, S, kt, vt, qs, dos, lses, deltas, q_ready, q_free, do_ready, do_free, blocks, first, n, i, count, cols, b, h,
+    Sq, Sk, off, w, scale, score_args, mask_args, BM: gl.constexpr, ST: gl.constexpr, L: gl.constexpr, LK: gl.constexpr,
+    LV: gl.constexpr, WANT_DK: gl.constexpr, WANT_DV: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
+    MASKED: gl.constexpr, LISTED: gl.constexpr, SCORE: gl.constexpr, GRAD: gl.constexpr, MASK: gl.constexpr,
+):  # fmt: skip
+    """Block n of the ring (i of this head). On entry S^T of it and dK of the block before are in flight, in that order."""
+    s = n % ST
+    rows = block_at(blocks, first, i, 1, LISTED) * BM + gl.arange(0, BM, gl.SliceLayout(0, L))
+    zero = gl.zeros([64, BM], gl.float32, L)
+    mbarrier.wait(do_ready.index(s), (n // ST) & 1)
+    if WANT_DK:
+        dP = warpgroup_mma(vt, dos.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
+        S = warpgroup_mma_wait(2, deps=[S])
+    else:
+        S = warpgroup_mma_wait(0, deps=[S])
+    q = gl.minimum(rows, Sq - 1)[None, :]
+    k = cols[:, None]
+    lse = lses.index(s).load(gl.SliceLayout(0, L))
+    p = weigh(
+        S, lse[None, :], q, k, b, h, Sk, off, w, scale, score_args, mask_args, CAUSAL, WINDOW, MASKED, SCORE, MASK
+    )
+    if WANT_DV:
+        P = gl.convert_layout(p.to(dos.dtype), gl.DotOperandLayout(0, LV, 2))
+        if not WANT_DK:
+            mbarrier.arrive(q_free.index(s))
+    if WANT_DK:
+        dk = warpgroup_mma_wait(1, deps=[dk])
+        if i > 0:
+            mbarrier.arrive(q_free.index((n - 1) % ST))
+        dP = warpgroup_mma_wait(0, deps=[dP])
+    if WANT_DV:
+        dv = warpgroup_mma(P, dos.index(s), dv, is_async=True)
+    if WANT_DK:
+        ds = p * (dP - deltas.index(s).load(gl.SliceLayout(0, L))[None, :])
+        if GRAD is not None:
+            inside = gl.minimum(k, Sk - 1)
+            ds = GRAD(S * scale, ds, b, h, q, inside, off, p > 0.0, score_args, score_args, False)
+            # Where the weight is 0 the score may be anything: 0 times its derivative, and not NaN.
+            ds = gl.where(p > 0.0, ds, 0.0)
+        dS = gl.convert_layout(ds.to(qs.dtype), gl.DotOperandLayout(0, LK, 2))
+        if not WANT_DV:
+            mbarrier.arrive(do_free.index(s))
+    t = (n + 1) % ST
+    if i + 1 < count:
+        mbarrier.wait(q_ready.index(t), ((n + 1) // ST) & 1)
+    S = warpgroup_mma(kt, qs.index(t).permute((1, 0)), zero, use_acc=False, is_async=True)
+    if WANT_DK:
+        dk = warpgroup_mma(dS, qs.index(s), dk, is_async=True)
+        if WANT_DV:
+            dv = warpgroup_mma_wait(2, deps=[dv])
+            mbarrier.arrive(do_free.index(s))
+    else:
+        dv = warpgroup_mma_wait(1, deps=[dv])
+        mbarrier.arrive(do_free.index(s))
+    return dk, dv, S
+
+
+@gluon.jit
+def keys_consumer(
+    dk_d, dv_d, DK, DV_OUT, qs, ks, vs, dos, lses, deltas, kv_ready, q_ready, q_free, do_ready, do_free, BLOCKS, COUNTS, FULL,
+    row, row_head, NB, out_row, kv_head, n0, b, Sq, Sk, off, w, scale, first, n1, n2, count, score_args, mask_args,
+    W: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, BM: gl.constexpr, ST: gl.constexpr,
+    dk_stride, dv_stride, WANT_DK: gl.constexpr, WANT_DV: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
+    LISTED: gl.constexpr, SCORE: gl.constexpr, GRAD: gl.constexpr, MASK: gl.constexpr,
+):  # fmt: skip
+    """Keys [n0 + 64 W, n0 + 64 W + 64): what every query of the group's heads brings them."""
+    L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BM, 16])
+    LK: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    LV: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DV, 16])
+    cols = n0 + 64 * W + gl.arange(0, 64, gl.SliceLayout(1, L))
+    kt = ks.index(W)
+    vt = vs.index(W)
+    dk = warpgroup_mma_init(gl.zeros([64, D if WANT_DK else 16], gl.float32, LK))
+    dv = gl.zeros([64, DV if WANT_DV else 16], gl.float32, LV)
+    zero = gl.zeros([64, BM], gl.float32, L)
+    mbarrier.wait(kv_ready.index(0), 0)
+    base = 0
+    for g in range(GROUP):
+        h = kv_head * GROUP + g
+        blocks = BLOCKS
+        if LISTED:
+            blocks = BLOCKS + (row + g * row_head).to(gl.int64) * NB
+            n2 = gl.load(FULL + row + g * row_head)
+            count = gl.load(COUNTS + row + g * row_head)
+        if count > 0:
+            mbarrier.wait(q_ready.index(base % ST), (base // ST) & 1)
+            S = warpgroup_mma(kt, qs.index(base % ST).permute((1, 0)), zero, use_acc=False, is_async=True)
+            # The first step has no product of a block before it in flight: what it counts on must be done already.
+            S = warpgroup_mma_init(warpgroup_mma_wait(0, deps=[S]))
+            for i in range(0, n1):
+                dk, dv, S = keys_step(dk, dv, S, kt, vt, qs, dos, lses, deltas, q_ready, q_free, do_ready, do_free, blocks,
+                                      first, base + i, i, count, cols, b, h, Sq, Sk, off, w, scale, score_args, mask_args,
+                                      BM, ST, L, LK, LV, WANT_DK, WANT_DV, CAUSAL, WINDOW, True, LISTED, SCORE, GRAD, MASK)  # fmt: skip
+            for i in range(n1, n2):
+                dk, dv, S = keys_step(dk, dv, S, kt, vt, qs, dos, lses, deltas, q_ready, q_free, do_ready, do_free, blocks,
+                                      first, base + i, i, count, cols, b, h, Sq, Sk, off, w, scale, score_args, mask_args,
+                                      BM, ST, L, LK, LV, WANT_DK, WANT_DV, CAUSAL, WINDOW, False, LISTED, SCORE, GRAD, MASK)  # fmt: skip
+            # Blocks after the whole ones: a window's far edge, listed ones, the ragged end of the queries.
+            for i in range(n2, count):
+                dk, dv, S = keys_step(dk, dv, S, kt, vt, qs, dos, lses, deltas, q_ready, q_free, do_ready, do_free, blocks,
+                                      first, base + i, i, count, cols, b, h, Sq, Sk, off, w, scale, score_args, mask_args,
+                                      BM, ST, L, LK, LV, WANT_DK, WANT_DV, CAUSAL, WINDOW, True, LISTED, SCORE, GRAD, MASK)  # fmt: skip
+            S = warpgroup_mma_wait(0, deps=[S])
+            if WANT_DK:
+                dk = warpgroup_mma_init(warpgroup_mma_wait(0, deps=[dk]))
+                mbarrier.arrive(q_free.index((base + count - 1) % ST))
+        base += count
+    if WANT_DK:
+        dk = warpgroup_mma_wait(0, deps=[dk])
+        put(dk_d, DK, (dk * scale).to(ks.dtype), kt, out_row, n0, kv_head * D, dk_stride, Sk, W, D, LK)
+    if WANT_DV:
+        put(dv_d, DV_OUT, dv.to(vs.dtype), vt, out_row, n0, kv_head * DV, dv_stride, Sk, W, DV, LV)
+
+
+@gluon.jit(do_not_specialize=["Sq", "Sk", "w"])
+def backward_keys(
+    q_d, k_d, v_d, do_d, dk_d, dv_d, DK, DV_OUT, LSE, DELTA, TILES, CU_Q, CU_K, BLOCKS, COUNTS, FULL, sbb, sbh, NB,
+    q_batch, q_head, q_col, k_batch, k_head, k_col, v_batch, v_head, v_col, do_batch, do_head, do_col, dk_stride,
+    dv_stride, Hq, Sq, Sk, w, scale, score_args, mask_args, GROUP: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
+    BM: gl.constexpr, ST: gl.constexpr, WANT_DK: gl.constexpr, WANT_DV: gl.constexpr, CAUSAL: gl.constexpr,
+    WINDOW: gl.constexpr, PACKED: gl.constexpr, LISTED: gl.constexpr, SCORE: gl.constexpr, GRAD: gl.constexpr,
+    MASK: gl.constexpr,
+):  # fmt: skip
+    """Compute dK, dV, or both, of 128 keys of one key head."""
+    total_q = Sq
+    total_k = Sk
+    tile, b, g, zb, q0, k0, _, Sq, Sk = locate(TILES, CU_Q, CU_K, 0, Sq, Sk, False, PACKED)
+    n0 = tile * 128
+    off = Sk - Sq
+    h0 = g * GROUP
+    if LISTED:
+        row = b * sbb + h0 * sbh + tile
+        first = 0
+        n1 = 0
+        n2 = 0
+        count = 0
+    else:
+        row = 0
+        first, n1, n2, count = query_blocks(n0, 128, BM, Sq, off, w, CAUSAL, WINDOW, MASK is not None)
+    qs = gl.allocate_shared_memory(q_d.dtype, [ST, BM, D], q_d.layout)
+    dos = gl.allocate_shared_memory(do_d.dtype, [ST, BM, DV], do_d.layout)
+    ks = gl.allocate_shared_memory(k_d.dtype, [2, 64, D], k_d.layout)
+    vs = gl.allocate_shared_memory(v_d.dtype, [2, 64, DV], v_d.layout)
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    lses = gl.allocate_shared_memory(gl.float32, [ST, BM], flat)
+    deltas = gl.allocate_shared_memory(gl.float32, [ST, BM], flat)
+    kv_ready = barriers(1, 1)
+    # Complete after two arrivals: the row statistics, and the bytes of the tile.
+    q_ready = barriers(ST, 2)
+    do_ready = barriers(ST, 2)
+    q_free = barriers(ST, 2)
+    do_free = barriers(ST, 2)
+    qr = zb * q_batch + h0 * q_head + q0
+    dr = zb * do_batch + h0 * do_head + q0
+    kr = zb * k_batch + g * k_head + k0 + n0
+    vr = zb * v_batch + g * v_head + k0 + n0
+    out_row = zb * total_k + k0
+    # Rows of lse and delta lie by query head: [B, Hq, Sq].
+    LSE += zb * Hq * total_q + q0
+    DELTA += zb * Hq * total_q + q0
+    gl.warp_specialize([
+        (keys_consumer, (dk_d, dv_d, DK, DV_OUT, qs, ks, vs, dos, lses, deltas, kv_ready, q_ready, q_free, do_ready, do_free,
+                         BLOCKS, COUNTS, FULL, row, sbh, NB, out_row, g, n0, b, Sq, Sk, off, w, scale, first, n1,
+                         n2, count, score_args, mask_args, 0, GROUP, D, DV, BM, ST, dk_stride, dv_stride, WANT_DK, WANT_DV,
+                         CAUSAL, WINDOW, LISTED, SCORE, GRAD, MASK)),
+        (keys_consumer, (dk_d, dv_d, DK, DV_OUT, qs, ks, vs, dos, lses, deltas, kv_ready, q_ready, q_free, do_ready, do_free,
+                         BLOCKS, COUNTS, FULL, row, sbh, NB, out_row, g, n0, b, Sq, Sk, off, w, scale, first, n1,
+                         n2, count, score_args, mask_args, 1, GROUP, D, DV, BM, ST, dk_stride, dv_stride, WANT_DK, WANT_DV,
+                         CAUSAL, WINDOW, LISTED, SCORE, GRAD, MASK)),
+        (keys_producer, (q_d, k_d, v_d, do_d, qs, ks, vs, dos, lses, deltas, LSE, DELTA, h0, total_q, Sq, kv_ready, q_ready, q_free, do_ready, do_free, BLOCKS, COUNTS,
+                         row, sbh, NB, qr, h0 * q_col, q_head, q_col, kr, g * k_col, vr, g * v_col, dr, h0 * do_col, do_head,
+                         do_col, first, count, GROUP, BM, ST, LISTED)),
+    ], [4, 1], [240, 24])  # fmt: skip
+
+
+@gluon.jit
+def queries_producer(
+    q_d, k_d, v_d, do_d, qs, ks, vs, dos, q_ready, k_ready, k_free, v_ready, v_free, BLOCKS, qr, qc, kr, kc, vr, vc, dr, dc,
+    last, count, BN: gl.constexpr, ST: gl.constexpr, LISTED: gl.constexpr,
+):  # fmt: skip
+    """Bring the tile's queries and output gradients once, then its key and value blocks."""
+    mbarrier.expect(q_ready.index(0), 2 * q_d.block_type.nbytes + 2 * do_d.block_type.nbytes)
+    for j in gl.static_range(2):
+        tma.async_copy_global_to_shared(q_d, [qr + 64 * j, qc], q_ready.index(0), qs.index(j))
+        tma.async_copy_global_to_shared(do_d, [dr + 64 * j, dc], q_ready.index(0), dos.index(j))
+    for n in range(0, count):
+        at = block_at(BLOCKS, last, n, -1, LISTED) * BN
+        s = n % ST
+        phase = (n // ST) & 1
+        mbarrier.wait(k_free.index(s), phase ^ 1)
+        mbarrier.expect(k_ready.index(s), k_d.block_type.nbytes)
+        tma.async_copy_global_to_shared(k_d, [kr + at, kc], k_ready.index(s), ks.index(s))
+        mbarrier.wait(v_free.index(s), phase ^ 1)
+        mbarrier.expect(v_ready.index(s), v_d.block_type.nbytes)
+        tma.async_copy_global_to_shared(v_d, [vr + at, vc], v_ready.index(s), vs.index(s))
+
+
+@gluon.jit
+def queries_step(
+    dq, S, qt, dot, ks, vs, lse, delta, k_ready, k_free, v_ready, v_free, BLOCKS, last, n, count, rows, b, h, Sk, off, w,
+    scale, score_args, mask_args, BN: gl.constexpr, ST: gl.constexpr, L: gl.constexpr, LO: gl.constexpr,
+    CAUSAL: gl.constexpr, WINDOW: gl.constexpr, MASKED: gl.constexpr, LISTED: gl.constexpr, SCORE: gl.constexpr,
+    GRAD: gl.constexpr, MASK: gl.constexpr,
+):  # fmt: skip
+    """Block n. On entry its S and the dQ of the block before are in flight, in that order."""
+    s = n % ST
+    zero = gl.zeros([64, BN], gl.float32, L)
+    mbarrier.wait(v_ready.index(s), (n // ST) & 1)
+    dP = warpgroup_mma(dot, vs.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
+    S = warpgroup_mma_wait(2, deps=[S])
+    cols = block_at(BLOCKS, last, n, -1, LISTED) * BN + gl.arange(0, BN, gl.SliceLayout(0, L))
+    q = rows[:, None]
+    k = cols[None, :]
+    p = weigh(
+        S, lse[:, None], q, k, b, h, Sk, off, w, scale, score_args, mask_args, CAUSAL, WINDOW, MASKED, SCORE, MASK
+    )
+    dq = warpgroup_mma_wait(1, deps=[dq])
+    if n > 0:
+        mbarrier.arrive(k_free.index((n - 1) % ST))
+    dP = warpgroup_mma_wait(0, deps=[dP])
+    mbarrier.arrive(v_free.index(s))
+    ds = p * (dP - delta[:, None])
+    if GRAD is not None:
+        ds = GRAD(S * scale, ds, b, h, q, gl.minimum(k, Sk - 1), off, p > 0.0, score_args, score_args, False)
+        ds = gl.where(p > 0.0, ds, 0.0)
+    dS = gl.convert_layout(ds.to(ks.dtype), gl.DotOperandLayout(0, LO, 2))
+    t = (n + 1) % ST
+    if n + 1 < count:
+        mbarrier.wait(k_ready.index(t), ((n + 1) // ST) & 1)
+    S = warpgroup_mma(qt, ks.index(t).permute((1, 0)), zero, use_acc=False, is_async=True)
+    dq = warpgroup_mma(dS, ks.index(s), dq, is_async=True)
+    return dq, S
+
+
+@gluon.jit
+def queries_consumer(
+    dq_d, DQ, LSE, DELTA, qs, ks, vs, dos, q_ready, k_ready, k_free, v_ready, v_free, BLOCKS, out_row, out_col, dq_stride,
+    m0, b, h, Sq, Sk, off, w, scale, last, n1, n2, count, score_args, mask_args, W: gl.constexpr, D: gl.constexpr,
+    BN: gl.constexpr, ST: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, LISTED: gl.constexpr,
+    SCORE: gl.constexpr, GRAD: gl.constexpr, MASK: gl.constexpr,
+):  # fmt: skip
+    """Queries [m0 + 64 W, m0 + 64 W + 64): their gradient over the keys they see."""
+    L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
+    LO: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    qt = qs.index(W)
+    dot = dos.index(W)
+    offsets = m0 + 64 * W + gl.arange(0, 64, gl.SliceLayout(1, L))
+    lse, delta = row_stats(LSE, DELTA, offsets, Sq)
+    rows = gl.minimum(offsets, Sq - 1)
+    dq = warpgroup_mma_init(gl.zeros([64, D], gl.float32, LO))
+    zero = gl.zeros([64, BN], gl.float32, L)
+    mbarrier.wait(q_ready.index(0), 0)
+    if count > 0:
+        mbarrier.wait(k_ready.index(0), 0)
+        S = warpgroup_mma(qt, ks.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
+        # The first step has no product of a block before it in flight: what it counts on must be done already.
+        S = warpgroup_mma_init(warpgroup_mma_wait(0, deps=[S]))
+        for n in range(0, n1):
+            dq, S = queries_step(dq, S, qt, dot, ks, vs, lse, delta, k_ready, k_free, v_ready, v_free, BLOCKS, last, n, count,
+                                 rows, b, h, Sk, off, w, scale, score_args, mask_args, BN, ST, L, LO, CAUSAL, WINDOW, True,
+                                 LISTED, SCORE, GRAD, MASK)  # fmt: skip
+        for n in range(n1, n2):
+            dq, S = queries_step(dq, S, qt, dot, ks, vs, lse, delta, k_ready, k_free, v_ready, v_free, BLOCKS, last, n, count,
+                                 rows, b, h, Sk, off, w, scale, score_args, mask_args, BN, ST, L, LO, CAUSAL, WINDOW, False,
+                                 LISTED, SCORE, GRAD, MASK)  # fmt: skip
+        if WINDOW or LISTED:
+            for n in range(n2, count):
+                dq, S = queries_step(dq, S, qt, dot, ks, vs, lse, delta, k_ready, k_free, v_ready, v_free, BLOCKS, last, n,
+                                     count, rows, b, h, Sk, off, w, scale, score_args, mask_args, BN, ST, L, LO, CAUSAL,
+                                     WINDOW, True, LISTED, SCORE, GRAD, MASK)  # fmt: skip
+        S = warpgroup_mma_wait(0, deps=[S])
+    dq = warpgroup_mma_wait(0, deps=[dq])
+    put(dq_d, DQ, (dq * scale).to(qs.dtype), qt, out_row, m0, out_col, dq_stride, Sq, W, D, LO)
+
+
+@gluon.jit(do_not_specialize=["Sq", "Sk", "w"])
+def backward_queries(
+    q_d, k_d, v_d, do_d, dq_d, DQ, LSE, DELTA, TILES, CU_Q, CU_K, BLOCKS, COUNTS, FULL, sbb, sbh, NB,
+    q_batch, q_head, q_col, k_batch, k_head, k_col, v_batch, v_head, v_col, do_batch, do_head, do_col, dq_stride,
+    Hq, Sq, Sk, w, scale, score_args, mask_args, GROUP: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
+    BN: gl.constexpr, ST: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, PACKED: gl.constexpr,
+    LISTED: gl.constexpr, SCORE: gl.constexpr, GRAD: gl.constexpr, MASK: gl.constexpr,
+):  # fmt: skip
+    """Compute dQ of 128 queries of one head."""
+    total_q = Sq
+    tile, b, h, zb, q0, k0, stats, Sq, Sk = locate(TILES, CU_Q, CU_K, Hq, Sq, Sk, CAUSAL, PACKED)
+    m0 = tile * 128
+    off = Sk - Sq
+    g = h // GROUP
+    if LISTED:
+        row = b * sbb + h * sbh + tile
+        BLOCKS += row.to(gl.int64) * NB
+        last = 0
+        n1 = 0
+        n2 = gl.load(FULL + row)
+        count = gl.load(COUNTS + row)
+    else:
+        last, n1, n2, count = key_blocks(m0, 128, BN, Sk, off, w, CAUSAL, WINDOW, MASK is not None)
+    qs = gl.allocate_shared_memory(q_d.dtype, [2, 64, D], q_d.layout)
+    dos = gl.allocate_shared_memory(do_d.dtype, [2, 64, DV], do_d.layout)
+    ks = gl.allocate_shared_memory(k_d.dtype, [ST, BN, D], k_d.layout)
+    vs = gl.allocate_shared_memory(v_d.dtype, [ST, BN, DV], v_d.layout)
+    q_ready = barriers(1, 1)
+    k_ready = barriers(ST, 1)
+    v_ready = barriers(ST, 1)
+    k_free = barriers(ST, 2)
+    v_free = barriers(ST, 2)
+    qr = zb * q_batch + h * q_head + q0 + m0
+    dr = zb * do_batch + h * do_head + q0 + m0
+    kr = zb * k_batch + g * k_head + k0
+    vr = zb * v_batch + g * v_head + k0
+    out_row = zb * total_q + q0
+    LSE += stats
+    DELTA += stats
+    gl.warp_specialize([
+        (queries_consumer, (dq_d, DQ, LSE, DELTA, qs, ks, vs, dos, q_ready, k_ready, k_free, v_ready, v_free, BLOCKS, out_row,
+                            h * D, dq_stride, m0, b, h, Sq, Sk, off, w, scale, last, n1, n2, count, score_args, mask_args, 0,
+                            D, BN, ST, CAUSAL, WINDOW, LISTED, SCORE, GRAD, MASK)),
+        (queries_consumer, (dq_d, DQ, LSE, DELTA, qs, ks, vs, dos, q_ready, k_ready, k_free, v_ready, v_free, BLOCKS, out_row,
+                            h * D, dq_stride, m0, b, h, Sq, Sk, off, w, scale, last, n1, n2, count, score_args, mask_args, 1,
+                            D, BN, ST, CAUSAL, WINDOW, LISTED, SCORE, GRAD, MASK)),
+        (queries_producer, (q_d, k_d, v_d, do_d, qs, ks, vs, dos, q_ready, k_ready, k_free, v_ready, v_free, BLOCKS, qr,
+                            h * q_col, kr, g * k_col, vr, g * v_col, dr, h * do_col, last, count, BN, ST, LISTED)),
+    ], [4, 1], [240, 24])  # fmt: skip

@@ -1,0 +1,128 @@
+# mypy: ignore-errors
+# (Gluon's language, which Python's types do not describe.)
+"""What the Hopper kernels share: a program's tile, the blocks it visits, score and mask of one tile of scores."""
+
+import triton.experimental.gluon.language as gl
+from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+LOG2E = gl.constexpr(1.4426950408889634)
+LN2 = gl.constexpr(0.6931471805599453)
+
+
+@gluon.jit
+def barriers(n: gl.constexpr, count: gl.constexpr):
+    """Allocate n barriers, each complete after `count` arrivals."""
+    bars = gl.allocate_shared_memory(gl.int64, [n, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(n):
+        mbarrier.init(bars.index(i), count=count)
+    return bars
+
+
+@gluon.jit
+def locate(TILES, CU_Q, CU_K, Hq, Sq, Sk, LAST_FIRST: gl.constexpr, PACKED: gl.constexpr):
+    """Find a program's tile.
+
+    Returns:
+        Tile, batch entry or sequence, head, batch entry of the tensors, first row, first key, rows before the head's in
+        lse, queries, keys.
+    """
+    h = gl.program_id(1)
+    if PACKED:
+        pid = gl.program_id(0)
+        b = gl.load(TILES + 2 * pid)
+        tile = gl.load(TILES + 2 * pid + 1)
+        zb = gl.program_id(2)
+        q0 = gl.load(CU_Q + b)
+        k0 = gl.load(CU_K + b)
+        stats = h * Sq + q0
+        Sq = gl.load(CU_Q + b + 1) - q0
+        Sk = gl.load(CU_K + b + 1) - k0
+    else:
+        tile = gl.program_id(0)
+        if LAST_FIRST:
+            tile = gl.num_programs(0) - 1 - tile
+        b = gl.program_id(2)
+        zb = b
+        q0 = 0
+        k0 = 0
+        stats = (b * Hq + h) * Sq
+    return tile, b, h, zb, q0, k0, stats, Sq, Sk
+
+
+@gluon.jit
+def key_blocks(m0, BM: gl.constexpr, BN: gl.constexpr, Sk, off, w, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
+               ALL_MASKED: gl.constexpr):  # fmt: skip
+    """Key blocks of queries [m0, m0 + BM), visited from the last: (last, masked, masked or whole, count).
+
+    The first `masked` are seen in part, then come whole ones, then from `masked or whole` on those in part again.
+    """
+    lo = 0
+    hi = Sk
+    whole_lo = 0
+    whole_hi = Sk // BN
+    if CAUSAL:
+        hi = gl.minimum(hi, gl.maximum(m0 + BM + off, 0))
+        whole_hi = gl.minimum(whole_hi, gl.maximum(m0 + off + 1, 0) // BN)
+    if WINDOW:
+        lo = gl.maximum(m0 + off - w + 1, 0) // BN
+        whole_lo = gl.cdiv(gl.maximum(m0 + BM + off - w, 0), BN)
+        if not CAUSAL:
+            hi = gl.minimum(hi, gl.maximum(m0 + BM - 1 + off + w, 0))
+            whole_hi = gl.minimum(whole_hi, gl.maximum(m0 + off + w, 0) // BN)
+    hi = gl.maximum(gl.cdiv(hi, BN), lo)
+    whole_lo = gl.minimum(gl.maximum(whole_lo, lo), hi)
+    whole_hi = gl.minimum(gl.maximum(whole_hi, whole_lo), hi)
+    if ALL_MASKED:
+        whole_lo = lo
+        whole_hi = lo
+    return hi - 1, hi - whole_hi, hi - whole_lo, hi - lo
+
+
+@gluon.jit
+def query_blocks(n0, BN: gl.constexpr, BM: gl.constexpr, Sq, off, w, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
+                 ALL_MASKED: gl.constexpr):  # fmt: skip
+    """Query blocks of keys [n0, n0 + BN), visited from the first: (first, masked, masked or whole, count)."""
+    lo = 0
+    hi = Sq
+    whole_lo = 0
+    whole_hi = Sq // BM
+    if CAUSAL:
+        lo = gl.maximum(n0 - off, 0) // BM
+        whole_lo = gl.cdiv(gl.maximum(n0 + BN - 1 - off, 0), BM)
+    if WINDOW:
+        hi = gl.minimum(hi, gl.maximum(n0 + BN - 1 + w - off, 0))
+        whole_hi = gl.minimum(whole_hi, gl.maximum(n0 + w - off, 0) // BM)
+        if not CAUSAL:
+            lo = gl.maximum(n0 - w - off + 1, 0) // BM
+            whole_lo = gl.cdiv(gl.maximum(n0 + BN - w - off, 0), BM)
+    hi = gl.maximum(gl.cdiv(hi, BM), lo)
+    whole_lo = gl.minimum(gl.maximum(whole_lo, lo), hi)
+    whole_hi = gl.minimum(gl.maximum(whole_hi, whole_lo), hi)
+    if ALL_MASKED:
+        whole_lo = hi
+        whole_hi = hi
+    return lo, whole_lo - lo, whole_hi - lo, hi - lo
+
+
+@gluon.jit
+def block_at(BLOCKS, start, n, STEP: gl.constexpr, LISTED: gl.constexpr):
+    """The n-th block to visit: listed, or counted from `start`."""
+    if LISTED:
+        return gl.load(BLOCKS + n)
+    else:
+        return start + STEP * n
+
+
+@gluon.jit
+def masked(S, q, k, kc, b, h, Sk, off, w, args, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, MASK: gl.constexpr):
+    """Scores with -inf where query q does not see key k; `kc` is k, kept inside [0, Sk)."""
+    gap = q + off - k
+    seen = (k < Sk) & (gap == gap)
+    if CAUSAL:
+        seen = seen & (gap >= 0)
+    if WINDOW:
+        seen = seen & (gap < w) & (gap > -w)
+    if MASK is not None:
+        seen = seen & MASK(b, h, q, kc, off, args)
+    return gl.where(seen, S, -float("inf"))

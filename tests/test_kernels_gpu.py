@@ -1,0 +1,191 @@
+"""The GPU paths against fp64, measured by what a plain 16-bit implementation gets wrong."""
+
+import pytest
+import torch
+
+from trainkit.kernels import attention
+
+pytestmark = pytest.mark.gpu
+
+PATHS = ["hopper", "triton"]
+DOC = torch.arange(8192) // 300
+BIAS = torch.linspace(-2, 2, 8 * 64).view(8, 64)
+
+
+def available(path):
+    if path == "hopper" and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
+
+
+def inputs(B, Sq, Sk, Hq, Hkv, D, DV, dtype):
+    g = torch.Generator("cuda").manual_seed(Sq * 1000 + D)
+    shapes = (B, Sq, Hq, D), (B, Sk, Hkv, D), (B, Sk, Hkv, DV)
+    return [torch.randn(s, generator=g, device="cuda", dtype=torch.float32).to(dtype) for s in shapes]
+
+
+def plain(q, k, v, sinks, options):
+    """The textbook in 16 bits: rounded after each matmul and after the softmax."""
+    group = q.shape[2] // k.shape[2]
+    qt, kt, vt = q.transpose(1, 2), *(x.transpose(1, 2).repeat_interleave(group, 1) for x in (k, v))
+    s = (qt @ kt.mT * options.get("scale", q.shape[3] ** -0.5)).float()
+    Sq, Sk = s.shape[2:]
+    b, h, i, j = (
+        torch.arange(n, device="cuda").view([-1 if d == x else 1 for x in range(4)]) for d, n in enumerate(s.shape)
+    )
+    p = i + Sk - Sq
+    if "softcap" in options:
+        s = options["softcap"] * torch.tanh(s / options["softcap"])
+    if "alibi_slopes" in options:
+        s = s - options["alibi_slopes"][None, :, None, None] * (p - j).abs()
+    if "score_mod" in options:
+        s = options["score_mod"](s, b, h, i, j)
+    seen = torch.ones_like(s, dtype=torch.bool)
+    if options.get("causal"):
+        seen = seen & (j <= p)
+    if "window" in options:
+        seen = seen & ((p - j).abs() < options["window"])
+    if "mask_mod" in options:
+        seen = seen & options["mask_mod"](b, h, i, j)
+    if "cu_seqlens" in options:
+        cu = options["cu_seqlens"]
+        doc = torch.bucketize(torch.arange(Sq, device="cuda"), cu[1:], right=True)
+        seen = seen & (doc[:, None] == doc[None, :])
+    s = s.masked_fill(~seen, -torch.inf)
+    lse = torch.logsumexp(
+        s if sinks is None else torch.cat([s, sinks.view(1, -1, 1, 1).expand(*s.shape[:3], 1)], -1), -1
+    )
+    lse = lse.masked_fill(~seen.any(-1), -torch.inf)
+    weights = torch.exp(s - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).to(q.dtype)
+    return (weights @ vt).transpose(1, 2), lse
+
+
+def check(path, B, Sq, Sk, Hq, Hkv, D, DV=None, dtype=torch.bfloat16, **options):
+    available(path)
+    tensors = inputs(B, Sq, Sk, Hq, Hkv, D, DV or D, dtype)
+    sinks = options.pop("sinks", None)
+    grads = {}
+    g = torch.randn(B, Sq, Hq, DV or D, device="cuda").to(dtype)
+    dlse = torch.randn(B, Hq, Sq, device="cuda") * 0.1
+    for kind in ("exact", "plain", "ours"):
+        leaves = [(x.double() if kind == "exact" else x.clone()).requires_grad_() for x in tensors]
+        s = None if sinks is None else sinks.to(torch.float64 if kind == "exact" else torch.float32).requires_grad_()
+        if kind == "plain":
+            out, lse = plain(*leaves, s, options)
+        else:
+            backend = path if kind == "ours" else "reference"
+            out, lse = attention(*leaves, sinks=s, return_lse=True, backend=backend, **options)
+        wanted = leaves if s is None else [*leaves, s]
+        loss = (out.double() * g.double()).sum() + (torch.where(lse.isfinite(), lse, 0).double() * dlse.double()).sum()
+        grads[kind] = [out.detach(), lse.detach(), *torch.autograd.grad(loss, wanted)]
+    report = []
+    for name, ours, rough, exact in zip(("out", "lse", "dq", "dk", "dv", "dsinks"), *(grads[x] for x in ("ours", "plain", "exact")), strict=False):  # fmt: skip
+        assert torch.equal(ours.isfinite(), exact.isfinite()), name
+        fine = exact.isfinite()
+        error, allowed = ((x.double() - exact)[fine].abs().max().item() if fine.any() else 0.0 for x in (ours, rough))
+        factor = 3 if name == "dq" else 2
+        report.append(f"{name} {error:.2e} of {allowed:.2e}")
+        # lse is written in fp32 and has no rounding of the plain one's matmul to hide behind when it is short.
+        assert error <= factor * allowed + (1e-3 if name in ("lse", "dsinks") else 1e-5 + 2**-8 * exact[fine].abs().max().item() * (Sq == 1)), report  # fmt: skip
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("D", [64, 128, 256])
+@pytest.mark.parametrize("S", [1, 17, 200, 1023])
+@pytest.mark.parametrize("path", PATHS)
+def test_lengths(path, S, D, causal):
+    check(path, 2, S, S, 4, 1 if S == 200 else 4, D, causal=causal)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_long_and_grouped(path):
+    check(path, 1, 4097, 4097, 8, 1, 128, causal=True)
+
+
+@pytest.mark.parametrize("sizes", [(100, 700), (700, 100)], ids=str)
+@pytest.mark.parametrize("path", PATHS)
+def test_causal_is_aligned_to_the_last_key(path, sizes):
+    check(path, 2, *sizes, 8, 2, 128, causal=True)
+
+
+@pytest.mark.parametrize("heads", [(32, 32), (96, 96), (192, 192), (96, 40)], ids=str)
+def test_other_head_sizes(heads):
+    check("triton", 1, 200, 333, 4, 2, *heads, causal=True)
+
+
+def test_values_of_another_width():
+    check("hopper", 1, 300, 333, 4, 2, 128, 64, causal=True)
+
+
+VARIANTS = {
+    "fp16": {"dtype": torch.float16, "causal": True},
+    "window": {"window": 100},
+    "causal window": {"window": 300, "causal": True},
+    "window 1": {"window": 1, "causal": True},
+    "softcap": {"softcap": 20.0, "causal": True},
+    "alibi": {"alibi_slopes": 2.0 ** -torch.arange(1.0, 9.0), "causal": True},
+    "sinks": {"sinks": torch.linspace(-2, 4, 8), "causal": True},
+    "documents": {"mask_mod": lambda b, h, q, k: (DOC[q] == DOC[k]) & (q >= k)},
+    "mask by head": {"mask_mod": lambda b, h, q, k: (q - k).abs() < 50 * (h + 1)},
+    "score": {"score_mod": lambda s, b, h, q, k: s + BIAS[h, (q - k) % 64] * torch.tanh(s / 5)},
+    "packed": {"cu_seqlens": [0, 1, 130, 130, 400, 1000], "causal": True},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("path", PATHS)
+def test_variants(path, name, monkeypatch):
+    options = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in VARIANTS[name].items()}
+    monkeypatch.setitem(globals(), "DOC", DOC.cuda())
+    monkeypatch.setitem(globals(), "BIAS", BIAS.cuda())
+    if "cu_seqlens" in options:
+        options["cu_seqlens"] = torch.tensor(options["cu_seqlens"], dtype=torch.int32, device="cuda")
+    check(path, 1 if "cu_seqlens" in options else 2, 1000, 1000, 8, 2, 128, **options)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_learned_tables(path):
+    available(path)
+    table = torch.randn(8, 64, device="cuda", requires_grad=True)
+    q, k, v = inputs(2, 300, 300, 8, 2, 64, 64, torch.bfloat16)
+    mod = lambda s, b, h, i, j: s + table[h, (i - j) % 64]  # noqa: E731
+    grads = []
+    for backend in (path, "reference"):
+        out = attention(q, k, v, score_mod=mod, causal=True, backend=backend)
+        grads.append(torch.autograd.grad(out.float().square().sum(), table)[0])
+    assert (grads[0] - grads[1]).abs().max() <= 2e-2 * grads[1].abs().max()
+
+
+def test_fp32_sigmoid_and_dropout():
+    q, k, v = (x.requires_grad_() for x in inputs(1, 300, 200, 4, 2, 64, 64, torch.float32))
+    for options in ({"softmax": "sigmoid"}, {"dropout_p": 0.3, "seed": 9}):
+        results = []
+        for backend in ("triton", "reference"):
+            out = attention(q, k, v, causal=True, backend=backend, **options)
+            results.append((out, *torch.autograd.grad(out.sin().sum(), (q, k, v))))
+        for ours, theirs in zip(*results, strict=True):
+            assert (ours - theirs).abs().max() <= 2e-5 * theirs.abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_every_run_gives_the_same_bits(path):
+    available(path)
+    leaves = [x.requires_grad_() for x in inputs(2, 1000, 1000, 8, 2, 128, 128, torch.bfloat16)]
+    runs = []
+    for _ in range(10):
+        out = attention(*leaves, causal=True, deterministic=True, backend=path)
+        runs.append((out, *torch.autograd.grad(out.float().square().sum(), leaves)))
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_layouts(path):
+    """Heads outside, heads inside, slices of a fused projection, and odd strides give the same numbers."""
+    available(path)
+    q, k, v = inputs(2, 300, 300, 4, 4, 128, 128, torch.bfloat16)
+    want = attention(q, k, v, backend=path)
+    fused = torch.cat([x.flatten(2) for x in (q, k, v)], -1)
+    slices = [x.unflatten(2, (4, 128)) for x in fused.chunk(3, -1)]
+    outside = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    odd = [torch.cat([x, x[..., :1]], -1)[..., :-1] for x in (q, k, v)]
+    for same in (slices, outside, odd):
+        assert torch.equal(attention(*same, backend=path), want)
