@@ -1,5 +1,6 @@
 """Learning rates found while training: loss forecasts, search over log learning rate, snapshots, a tuner."""
 
+from trainkit.autolrs._average import WeightAverage as WeightAverage
 from trainkit.autolrs._controller import Controller as Controller
 from trainkit.autolrs._forecast import Forecast as Forecast
 from trainkit.autolrs._forecast import forecast as forecast
@@ -28,3 +29,6 @@ from trainkit.autolrs._snapshot import metric_states as metric_states
 from trainkit.autolrs._snapshot import rng_state as rng_state
 from trainkit.autolrs._snapshot import set_metric_states as set_metric_states
 from trainkit.autolrs._snapshot import set_rng_state as set_rng_state
+from trainkit.autolrs._stream import Stream as Stream
+from trainkit.autolrs._tuner import Kept as Kept
+from trainkit.autolrs._tuner import Tuner as Tuner

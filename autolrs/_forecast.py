@@ -16,12 +16,15 @@ Array = NDArray[np.float64]
 
 _MOST_POINTS = 64
 # Coefficients are those of the drop inside the observed window, in units of the curve's own range.
-_PRIOR_STD = 2.0
+_PRIOR_STD = 1.0
 # A falling component is the rule, a rising one the exception.
 _RISING = 0.02
 _LEAST_NOISE = 1e-4
 _OUTLIER = 3.5
-_DOUBT = 0.25
+_DOUBT = 0.08
+# Prior shares of a constant, one exponential, two, and a power law; and of the two refined shapes.
+_SHARES = (0.0005, 0.25, 0.55, 0.2)
+_REFINED_SHARES = (0.05, 0.03)
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,8 @@ def _shapes() -> _Shapes:
     laws = [(p, scale) for p in (0.3, 0.6, 1.0) for scale in (0.003, 0.01, 0.03, 0.1, 0.3)]
     rates = [(0.0, 0.0)] + [(r, 0.0) for r in singles] + pairs + [(0.0, 0.0)] * len(laws)
     powers = [(0.0, 0.0)] * (1 + len(singles) + len(pairs)) + laws
-    share = (
-        [0.1] + [0.4 / len(singles)] * len(singles) + [0.3 / len(pairs)] * len(pairs) + [0.2 / len(laws)] * len(laws)
-    )
+    counts = (1, len(singles), len(pairs), len(laws))
+    share = [part / count for part, count in zip(_SHARES, counts, strict=True) for _ in range(count)]
     return _Shapes(np.array(rates), np.array(powers), np.log(np.array(share)))
 
 
@@ -213,7 +215,7 @@ def _average(t: Array, y: Array, count: Array, horizon: float, floor: float | No
     shapes = _Shapes(
         np.vstack([shapes.rates, [[rate, 0.0], [0.0, 0.0]]]),
         np.vstack([shapes.powers, [[0.0, 0.0], [exponent, scale]]]),
-        np.append(shapes.log_prior, np.log([0.05, 0.05])),
+        np.append(shapes.log_prior, np.log(_REFINED_SHARES)),
     )
     design = np.concatenate([np.ones((len(shapes.rates), len(u), 1)), _terms(shapes, u)], axis=2)
     at_horizon = np.concatenate([np.ones((len(shapes.rates), 1)), _terms(shapes, ahead)[:, 0, :]], axis=1)
@@ -238,7 +240,9 @@ def _average(t: Array, y: Array, count: Array, horizon: float, floor: float | No
         posterior = posterior * np.maximum(ndtr((means - floor) / np.maximum(stds, 1e-12)), 1e-12)
         means, stds = _above(means, stds, floor)
     posterior = posterior / posterior.sum()
-    mean = float(posterior @ means)
+    # The median: a few shapes with a long way down must not drag the whole forecast with them.
+    order = np.argsort(means)
+    mean = float(np.interp(0.5, np.cumsum(posterior[order]) - 0.5 * posterior[order], means[order]))
     return mean, float(np.sqrt(posterior @ (stds**2 + (means - mean) ** 2)))
 
 

@@ -163,7 +163,11 @@ def _trial(
             status, prediction = "diverged", Forecast(math.inf, math.inf)
             break
         prediction = trials.agree(forecaster(steps, losses, search.horizon - search.start))
-        if best is not None and _LEAST_SEEN * search.trial_steps <= done < search.trial_steps and trials.agree(_dominated(steps, losses, prediction, best)):
+        if (
+            best is not None
+            and _LEAST_SEEN * search.trial_steps <= done < search.trial_steps
+            and trials.agree(_dominated(steps, losses, prediction, best))
+        ):
             status = "stopped"
             break
     return TrialRecord(

@@ -16,6 +16,7 @@ from trainkit.autolrs import (
     Losses,
     Search,
     Snapshot,
+    WeightAverage,
     Where,
     metric_states,
     rng_state,
@@ -100,6 +101,7 @@ class TrainerTrials:
         self._before = self._snapshot(where)
         self._best = self._snapshot(where)
         self._before.save()
+        self._average = None if search_loss == "train" else WeightAverage(self._module)
         self.forwards = 0
         self._first: Losses | None = None
         self._at, self._steps = 0, 0
@@ -124,6 +126,8 @@ class TrainerTrials:
         trained, steps, held_out = [], [], []
         for rate in rates:
             trained.append(self._step(rate))
+            if self._average is not None:
+                self._average.update()
             self._steps += 1
             if self._loss != "train" and (self._steps % self._every == 0 or self._at == len(self._batches)):
                 steps.append(self._steps)
@@ -164,6 +168,8 @@ class TrainerTrials:
         self._before.restore()
         self._rewind_progress()
         self._at, self._steps, self._played = 0, 0, []
+        if self._average is not None:
+            self._average.reset()
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
@@ -279,12 +285,14 @@ class TrainerTrials:
     def _evaluate(self) -> Tensor:
         """Mean search loss on the held-out batches; random numbers, metrics and modes stay as they are."""
         module = self._module
+        average = self._average
+        assert average is not None
         modes = [(m, m.training) for m in module.modules()]
         metrics, randomness, played = metric_states(module), rng_state(), self._played
         self._played = []
         module.eval()
         try:
-            with torch.no_grad(), self._trainer.precision_plugin.train_step_context():
+            with torch.no_grad(), average.applied(), self._trainer.precision_plugin.train_step_context():
                 total = torch.stack([self._held_out_loss(batch) for batch in self._held_out]).mean()
         finally:
             for child, mode in modes:

@@ -1,0 +1,203 @@
+"""Runs the arms that have no result yet, one JSON file each: `python benchmarks/autolrs/run.py --task digits`.
+
+Every optimizer step counts: an arm's budget is the task's number of steps in all, discarded ones included. A grid-tuned
+arm costs its grid; report.py says so. Interrupt at any time and call again.
+"""
+
+import argparse
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tasks import TASKS, Task
+
+from trainkit.autolrs import Tuner
+
+EVERY = 25
+
+
+def valid_loss(task: Task) -> float:
+    modes = [(m, m.training) for m in task.model.modules()]
+    task.model.eval()
+    with torch.no_grad():
+        value = torch.stack([task.loss(task.model, b) for b in task.valid]).mean().item()
+    for module, mode in modes:
+        module.training = mode
+    return value
+
+
+def follow(task: Task, rate_at: Callable[[int], float], optimizer: Any, steps: int) -> Iterator[int]:
+    """Trains along a schedule; yields the number of steps taken."""
+    stream = iter(task.loader)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate_at(step)
+        loss = task.loss(task.model, next(stream))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        yield step + 1
+
+
+def cosine(peak: float, steps: int) -> Callable[[int], float]:
+    warm = max(round(0.02 * steps), 1)
+    return lambda s: peak * (min((s + 1) / warm, 1.0) if s < warm else 0.5 + 0.5 * math.cos(math.pi * (s - warm) / (steps - warm)))
+
+
+def wsd(peak: float, steps: int) -> Callable[[int], float]:
+    warm, decay = max(round(0.02 * steps), 1), round(0.2 * steps)
+    return lambda s: peak * min((s + 1) / warm, 1.0, (steps - s) / decay)
+
+
+def one_cycle(peak: float, steps: int) -> Callable[[int], float]:
+    up = round(0.3 * steps)
+    return lambda s: peak * (0.04 + 0.96 * s / up if s < up else 0.5 + 0.5 * math.cos(math.pi * (s - up) / (steps - up)))
+
+
+def found_rate(task: Task, optimizer: Any, steps: int = 100) -> float:
+    """The usual range test: an exponential sweep, the steepest descent of the smoothed loss; undone afterwards."""
+    from trainkit.autolrs import Snapshot
+
+    before = Snapshot([task.model], [optimizer])
+    before.save()
+    rates = [1e-6 * (1e6 ** (i / (steps - 1))) for i in range(steps)]
+    losses: list[float] = []
+    stream, smooth, best = iter(task.loader), 0.0, math.inf
+    for i, rate in enumerate(rates):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss = task.loss(task.model, next(stream))
+        smooth = 0.9 * smooth + 0.1 * loss.item()
+        losses.append(smooth / (1 - 0.9 ** (i + 1)))
+        best = min(best, losses[-1])
+        if not math.isfinite(losses[-1]) or (i > 10 and losses[-1] > 4 * best):
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    before.restore()
+    steepest = min(range(11, len(losses) - 1), key=lambda i: losses[i + 1] - losses[i - 1])
+    return rates[steepest]
+
+
+def tuned(task: Task, default: float, preset: str, seed: int, steps: int) -> Iterator[tuple[int, Any]]:
+    """Ours or the published algorithm; yields (steps charged so far, tuner)."""
+    optimizer = task.optimizer(task.model, default)
+
+    def train_step(batch: Any) -> torch.Tensor:
+        loss = task.loss(task.model, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    kwargs: dict[str, Any] = {"preset": "paper", "stage_steps": max(steps // 12, 10)} if preset == "paper" else {}
+    tuner = Tuner(task.model, optimizer, train_step, steps, loss=task.loss, count="all", seed=seed, **kwargs)
+    for kept in tuner.run(task.loader):
+        # While a kept trial is shown step by step, the weights are those at its end: not a point of the curve.
+        if not tuner.replaying:
+            yield kept.step + 1 + tuner.history.discarded_steps, tuner
+
+
+def arms(task: str) -> list[tuple[str, float]]:
+    """(arm, factor on the default rate or the grid's rate)."""
+    found: list[tuple[str, float]] = [(arm, f) for f in (1.0, 1 / 30, 30.0) for arm in ("ours", "paper", "constant")]
+    found += [("finder+cosine", 1.0), ("one-cycle", 1.0), ("wsd", 1.0), ("prodigy", 1.0), ("schedule-free", 1.0)]
+    return found + [("cosine", rate) for rate in TASKS[task](0, "cpu").grid]
+
+
+def curve_of(task: Task, arm: str, factor: float, seed: int) -> tuple[list[tuple[int, float]], dict[str, Any]]:
+    """[(steps charged, validation loss)] and notes; raises ImportError where a peer is not installed."""
+    steps, peak, notes = task.steps, task.default * factor, {}
+    curve = [(0, valid_loss(task))]
+    if arm in ("ours", "paper"):
+        last = 0
+        for charged, tuner in tuned(task, peak, arm, seed, steps):
+            if charged // EVERY > last // EVERY or charged == steps:
+                curve.append((charged, valid_loss(task)))
+            last = charged
+        h = tuner.history
+        notes = {
+            "kept": h.kept_steps, "discarded": h.discarded_steps, "forwards": h.extra_forwards,
+            "search_seconds": h.search_seconds, "stages": h.as_dict()["stages"],
+        }
+        return curve, notes
+    optimizer: Any = task.optimizer(task.model, peak)
+    rate_at: Callable[[int], float] = lambda s: peak  # noqa: E731
+    spent = 0
+    if arm == "cosine":
+        rate_at = cosine(factor, steps)
+    elif arm == "one-cycle":
+        rate_at = one_cycle(peak, steps)
+    elif arm == "wsd":
+        rate_at = wsd(peak, steps)
+    elif arm == "finder+cosine":
+        spent = 100
+        notes["found"] = found_rate(task, optimizer)
+        rate_at = cosine(notes["found"], steps - spent)
+    elif arm == "prodigy":
+        from prodigyopt import Prodigy
+
+        optimizer = Prodigy(task.model.parameters(), lr=1.0, weight_decay=optimizer.param_groups[0]["weight_decay"])
+        rate_at = cosine(1.0, steps)
+    elif arm == "schedule-free":
+        import schedulefree
+
+        kind = schedulefree.SGDScheduleFree if isinstance(optimizer, torch.optim.SGD) else schedulefree.AdamWScheduleFree
+        free = 1.0 if isinstance(optimizer, torch.optim.SGD) else 2.5 * peak
+        optimizer = kind(task.model.parameters(), lr=free, warmup_steps=round(0.02 * steps))
+        optimizer.train()
+        rate_at = lambda s: free  # noqa: E731
+    for done in follow(task, rate_at, optimizer, steps - spent):
+        if done % EVERY == 0 or done == steps - spent:
+            if arm == "schedule-free":
+                optimizer.eval()
+            curve.append((done + spent, valid_loss(task)))
+            if arm == "schedule-free":
+                optimizer.train()
+    return curve, notes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--task", choices=[*TASKS], required=True)
+    parser.add_argument("--seeds", type=int, default=None, help="default 5, for bytes 3")
+    parser.add_argument("--device", default=None)
+    parser.add_argument("--arms", default=None, help="comma-separated, default all")
+    parser.add_argument("--out", type=Path, default=Path("runs/autolrs"))
+    args = parser.parse_args()
+    device = args.device or ("cuda" if args.task == "bytes" and torch.cuda.is_available() else "cpu")
+    if device == "cpu":
+        torch.set_num_threads(1)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for seed in range(args.seeds or (3 if args.task == "bytes" else 5)):
+        for arm, factor in arms(args.task):
+            if args.arms and arm not in args.arms.split(","):
+                continue
+            target = args.out / f"{args.task}.{arm}.{factor:.6g}.{seed}.json"
+            if target.exists():
+                continue
+            began = time.perf_counter()
+            task = TASKS[args.task](seed, device)
+            try:
+                curve, notes = curve_of(task, arm, factor, seed)
+            except ImportError as error:
+                print(f"{target.name}: missing ({error})")
+                continue
+            result = {
+                "task": args.task, "arm": arm, "factor": factor, "seed": seed, "device": device,
+                "steps": task.steps, "seconds": time.perf_counter() - began, "curve": curve, **notes,
+            }
+            part = target.with_suffix(f".{os.getpid()}.tmp")
+            part.write_text(json.dumps(result))
+            os.replace(part, target)
+            print(f"{target.name}: {curve[-1][1]:.4f} in {result['seconds']:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

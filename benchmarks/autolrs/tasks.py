@@ -1,0 +1,192 @@
+"""The three training tasks: digits (CPU), teacher and student (CPU), a byte-level GPT (GPU). Nothing is downloaded."""
+
+import math
+import sysconfig
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass
+class Task:
+    """A model, its data and its default rate."""
+
+    model: nn.Module
+    loss: Callable[[nn.Module, Any], Tensor]
+    loader: Any
+    valid: list[Any]
+    optimizer: Callable[[nn.Module, float], torch.optim.Optimizer]
+    default: float
+    grid: tuple[float, ...]
+    steps: int
+
+
+class Batches:
+    """Endless shuffled batches, the same for the same seed."""
+
+    def __init__(self, draw: Callable[[torch.Generator], Any], seed: int) -> None:
+        self._draw, self._seed = draw, seed
+
+    def __iter__(self) -> Iterator[Any]:
+        generator = torch.Generator().manual_seed(self._seed)
+        while True:
+            yield self._draw(generator)
+
+
+class Block(nn.Module):
+    """A residual block with batch normalisation."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.body(x))
+
+
+def digits(seed: int, device: str) -> Task:
+    """scikit-learn's 8 x 8 digits, a small ResNet, SGD with momentum."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    x = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16.0
+    y = torch.tensor(data.target)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    train, test = order[:1297], order[1297:]
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), Block(16), Block(16),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 10),
+    )
+    # A tenth of the labels is wrong: without it every schedule reaches the same near-zero loss.
+    wrong = torch.rand(len(y), generator=torch.Generator().manual_seed(1)) < 0.1
+    y = torch.where(wrong, torch.randint(0, 10, y.shape, generator=torch.Generator().manual_seed(2)), y)
+
+    def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        rows = train[torch.randint(len(train), (64,), generator=generator)]
+        return x[rows], y[rows]
+
+    return Task(
+        model,
+        lambda m, b: F.cross_entropy(m(b[0]), b[1], label_smoothing=0.0),
+        Batches(draw, seed),
+        [(x[test], y[test])],
+        lambda m, lr: torch.optim.SGD(m.parameters(), lr, momentum=0.9, weight_decay=5e-4),
+        0.03,
+        (0.003, 0.01, 0.03, 0.1, 0.2, 0.4, 0.8),
+        900,
+    )
+
+
+def teacher(seed: int, device: str) -> Task:
+    """A student learns a fixed random network on fresh data: the validation loss is the true one."""
+    generator = torch.Generator().manual_seed(7)
+    w1, w2 = torch.randn(32, 64, generator=generator) / math.sqrt(32), torch.randn(64, 1, generator=generator) / 8
+
+    def target(x: Tensor) -> Tensor:
+        return torch.tanh(2 * x @ w1) @ w2
+
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(32, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 1))
+
+    def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        x = torch.randn(64, 32, generator=generator)
+        return x, target(x) + 0.1 * torch.randn(64, 1, generator=generator)
+
+    held = torch.randn(4096, 32, generator=torch.Generator().manual_seed(8))
+    return Task(
+        model,
+        lambda m, b: F.mse_loss(m(b[0]), b[1]),
+        Batches(draw, 1000 + seed),
+        [(held, target(held))],
+        lambda m, lr: torch.optim.AdamW(m.parameters(), lr, weight_decay=0.01),
+        1e-3,
+        (3e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2),
+        1500,
+    )
+
+
+class Attention(nn.Module):
+    """Causal self-attention."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.qkv, self.out = heads, nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, s, w = x.shape
+        q, k, v = self.qkv(x).view(b, s, 3, self.heads, w // self.heads).permute(2, 0, 3, 1, 4)
+        return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, s, w))
+
+
+class Layer(nn.Module):
+    """A pre-norm transformer layer."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.n1, self.n2, self.attention = nn.LayerNorm(width), nn.LayerNorm(width), Attention(width, heads)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.n1(x))
+        return x + self.mlp(self.n2(x))
+
+
+class ByteGPT(nn.Module):
+    """A byte-level GPT of about 10 million parameters."""
+
+    def __init__(self, width: int = 320, layers: int = 8, heads: int = 5, context: int = 256) -> None:
+        super().__init__()
+        self.bytes, self.places = nn.Embedding(256, width), nn.Embedding(context, width)
+        self.layers = nn.Sequential(*(Layer(width, heads) for _ in range(layers)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 256, bias=False)
+        for parameter in self.parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.bytes(tokens) + self.places.weight[: tokens.shape[1]]
+        return self.head(self.norm(self.layers(x)))
+
+
+def byte_gpt(seed: int, device: str) -> Task:
+    """The running Python's standard library as bytes, split by file."""
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py"))
+    files = [f for f in files if "site-packages" not in f.parts and "test" not in f.parts]
+    texts = [torch.frombuffer(bytearray(f.read_bytes() or b"\n"), dtype=torch.uint8) for f in files]
+    valid = torch.cat(texts[::20]).to(device)
+    train = torch.cat([t for i, t in enumerate(texts) if i % 20]).to(device)
+    torch.manual_seed(seed)
+    model = ByteGPT().to(device)
+
+    def cut(data: Tensor, size: int, generator: torch.Generator) -> Tensor:
+        at = torch.randint(len(data) - 257, (size,), generator=generator)
+        return data[(at[:, None] + torch.arange(257)).to(device)].long()
+
+    def loss(m: nn.Module, b: Tensor) -> Tensor:
+        with torch.autocast(device, torch.bfloat16):
+            logits = m(b[:, :-1])
+        return F.cross_entropy(logits.float().flatten(0, 1), b[:, 1:].flatten())
+
+    held = torch.Generator().manual_seed(9)
+    return Task(
+        model,
+        loss,
+        Batches(lambda g: cut(train, 64, g), 2000 + seed),
+        [cut(valid, 64, held) for _ in range(8)],
+        lambda m, lr: torch.optim.AdamW(m.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.1, fused=device == "cuda"),
+        1e-3,
+        (1e-4, 3e-4, 6e-4, 1e-3, 2e-3, 4e-3, 8e-3),
+        2000,
+    )
+
+
+TASKS = {"digits": digits, "teacher": teacher, "bytes": byte_gpt}
