@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 
 import trainkit.collectives._native as _native
-from trainkit.collectives._topology import Ints
+from trainkit.collectives._topology import Ints, Topology
+from trainkit.collectives.trees._capacity import best_share
 from trainkit.collectives.trees._flat import Flat
 from trainkit.collectives.trees._grow import grow
-from trainkit.collectives.trees._problem import Problem
+from trainkit.collectives.trees._problem import Collective, Problem
+from trainkit.collectives.trees._problem import problem as pose
 
 _log = logging.getLogger(__name__)
 _PLAIN, _PROPORTIONAL, _ROUND_ROBIN = 0, 1, 2
@@ -29,7 +31,8 @@ class Effort:
 
     def __str__(self) -> str:
         """For people."""
-        span = f"{self.seconds / 3600:.1f} h" if self.seconds >= 3600 else f"{self.seconds / 60:.1f} min"
+        unit, name = next((u, n) for u, n in ((3600, "h"), (60, "min"), (1, "s")) if self.seconds >= u or u == 1)
+        span = f"{self.seconds / unit:.1f} {name}"
         return f"about {span} of one core and {self.memory / 2**30:.1f} GiB"
 
 
@@ -47,6 +50,12 @@ def effort(problem: Problem, quota: Ints) -> Effort:
     trees = roots * min(8, max(1, int(quota.max())))
     split = 3e-8 * pairs * spanned if passing.any() else 0.0
     return Effort(split + 6e-9 * trees * spanned * arcs, 8 * spanned * arcs * (2 if pairs else 1))
+
+
+def packing_effort(topology: Topology, collective: Collective = "allgather", *, root: str | None = None) -> Effort:
+    """What an exact packing of the optimum would take; a regular network's trees are grown in a fraction of it."""
+    share = best_share(pose(topology, collective, root=root))
+    return effort(share.problem, share.problem.weight * share.k)
 
 
 def pack(problem: Problem, quota: Ints, max_height: int | None) -> Flat:

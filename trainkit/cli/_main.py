@@ -9,6 +9,7 @@ import trainkit
 _VERBS: dict[str, str] = {
     "demo": "trainkit.cli._demo",
     "doctor": "trainkit.cli._doctor",
+    "plan": "trainkit.cli._plan",
     "report": "trainkit.cli._report",
     "switch": "trainkit.cli._switch",
     "topology find": "trainkit.cli._topology_find",

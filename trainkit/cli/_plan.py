@@ -1,0 +1,204 @@
+"""`trainkit plan`: what a network can do, what limits it, and the forest that does it."""
+
+import json
+import sys
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainkit.cli._verb import Verb
+
+if TYPE_CHECKING:
+    from trainkit.collectives import Optimum, Topology
+    from trainkit.collectives.schedule import Schedule
+
+_COLLECTIVES = ("allreduce", "allgather", "reduce_scatter", "broadcast", "reduce")
+
+
+_COMPARED = (
+    ("halves_in_turn", "one after the other"),
+    ("ring", "ring, rank order"),
+    ("double_binary_tree", "double binary tree"),
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the plan."""
+
+    topology: Path
+    """JSON file of the network: name, nodes, compute_nodes, links [[from, to, capacity], ...], optional unit"""
+    collective: str = "allreduce"
+    """allreduce, allgather, reduce_scatter, broadcast or reduce"""
+    trees_per_root: int | None = None
+    """trees of each root; default: as many as the optimum needs"""
+    root: str | None = None
+    """compute node that broadcasts or reduces"""
+    max_height: int | None = None
+    """most hops between compute nodes in a tree"""
+    nbytes: int = 2**30
+    """message size that times are printed for"""
+    chunks: int = 8
+    """pieces that each tree's share is cut into, for --export json"""
+    search: bool = False
+    """only search: optimum, bottleneck, and what the packing would take"""
+    export: str | None = None
+    """json, msccl or mscclpp: write the schedule, to --out or standard output"""
+    out: Path | None = None
+    """file for --export"""
+    draw: Path | None = None
+    """picture of the trees: .svg, .png or .pdf"""
+    json: bool = False
+    """print the plan as JSON on standard output"""
+
+
+def run(options: Options) -> int:
+    """Print the plan; write what was asked for."""
+    from trainkit.collectives import Topology
+
+    if options.collective not in _COLLECTIVES:
+        raise ValueError(f"--collective must be one of {', '.join(_COLLECTIVES)}, got {options.collective!r}")
+    if options.export not in (None, "json", "msccl", "mscclpp"):
+        raise ValueError(f"--export must be json, msccl or mscclpp, got {options.export!r}")
+    if options.nbytes < 1:
+        raise ValueError(f"--nbytes must be at least 1, got {options.nbytes}")
+    topology = Topology.load(options.topology)
+    facts, schedule = _plan(topology, options)
+    if options.export:
+        facts |= _export(topology, options, schedule)
+    if options.json:
+        print(json.dumps({key: _plain(value) for key, value in facts.items()}, indent=1))
+    elif options.export is None or options.out is not None:
+        _print(facts, topology.unit)
+    return 0
+
+
+def _plan(topology: "Topology", options: Options) -> "tuple[dict[str, Any], Schedule | None]":
+    from trainkit.collectives import allreduce_forest, forest, optimum
+    from trainkit.collectives.trees import double_binary_tree_time, packing_effort, ring_time
+
+    both = options.collective == "allreduce"
+    one: Any = "allgather" if both else options.collective
+    best: Optimum = optimum(topology, one, root=options.root)
+    laps = 2 if both else 1
+    facts: dict[str, Any] = {
+        "network": topology.name,
+        "collective": options.collective,
+        "compute_nodes": len(topology.compute_nodes),
+        "inv_rate": best.inv_rate,
+        "achievable": best.achievable,
+        "bottleneck": _bottleneck(topology, best),
+        "time_per_unit": laps * best.achievable / best.shares,
+    }
+    if options.search:
+        facts["packing"] = str(packing_effort(topology, one, root=options.root))
+        return facts, None
+    made: Any
+    if both:
+        made = allreduce_forest(topology, trees_per_root=options.trees_per_root, max_height=options.max_height)
+        facts["time_per_unit"] = made.time_per_byte
+        facts["halves_in_turn"] = 2 * best.achievable / best.shares
+    else:
+        made = forest(
+            topology, one, trees_per_root=options.trees_per_root, root=options.root, max_height=options.max_height
+        )
+        facts["time_per_unit"] = made.inv_rate / best.shares
+        facts["trees_per_root"] = made.k
+    facts["exact"] = made.exact
+    facts["height"] = made.height
+    facts["trees"] = len(made.reduce.trees) + len(made.broadcast.trees) if both else len(made.trees)
+    if options.collective in ("allreduce", "allgather", "reduce_scatter"):
+        facts["ring"] = ring_time(topology, options.collective)
+    if both:
+        facts["double_binary_tree"] = double_binary_tree_time(topology)
+    facts["bandwidth"] = 1 / facts["time_per_unit"]
+    if topology.unit is not None:
+        facts["seconds"] = made.seconds(options.nbytes)
+        facts["nbytes"] = options.nbytes
+    if options.draw is not None:
+        (made.broadcast if both else made).draw().savefig(options.draw)
+    return facts, made.schedule(options.chunks) if options.export == "json" else None
+
+
+def _bottleneck(topology: "Topology", best: "Optimum") -> list[str]:
+    """The smaller side of the cut; which side it is is in its name."""
+    rest = [name for name in topology.nodes if name not in best.bottleneck]
+    inside = [name for name in topology.nodes if name in best.bottleneck]
+    return ["into", *rest] if len(rest) <= len(inside) else ["out of", *inside]
+
+
+def _export(topology: "Topology", options: Options, schedule: "Schedule | None") -> dict[str, Any]:
+    from trainkit.collectives.schedule import to_dict
+    from trainkit.collectives.schedule.export import ExportError
+    from trainkit.collectives.trees import RUNTIMES, allreduce_forest, fit, forest
+
+    facts: dict[str, Any] = {}
+    if schedule is not None:
+        schedule.verify()
+        text = json.dumps(to_dict(schedule)) + "\n"
+    else:
+        runtime: Any = options.export
+        one: Any = options.collective
+        if options.collective not in ("allreduce", "allgather", "reduce_scatter"):
+            raise ExportError(
+                f"{runtime} export takes allreduce, allgather and reduce_scatter, not {options.collective}"
+            )
+        if options.trees_per_root is None:
+            fitted = fit(topology, options.collective, runtime)
+            text = fitted.text
+            facts |= {"export_trees_per_root": fitted.trees_per_root or "optimum", "export_loss": fitted.loss}
+            print(
+                f"{runtime}: {facts['export_trees_per_root']} trees per root, {float(fitted.loss):.2%} slower than the optimum",
+                file=sys.stderr,
+            )
+        else:
+            build = allreduce_forest if one == "allreduce" else lambda t, **more: forest(t, one, **more)
+            text = RUNTIMES[runtime](build(topology, trees_per_root=options.trees_per_root).schedule())
+    if options.out is None:
+        print(text, end="")
+        return facts
+    partial = options.out.with_name(f".{options.out.name}.partial")
+    try:
+        partial.write_text(text)
+        partial.replace(options.out)
+    finally:
+        partial.unlink(missing_ok=True)
+    return {**facts, "written": str(options.out)}
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Fraction) else value
+
+
+def _print(facts: dict[str, Any], unit: str | None) -> None:
+    print(f"{facts['network']}: {facts['collective']} over {facts['compute_nodes']} compute nodes")
+    way, *names = facts["bottleneck"]
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    print(f"  bottleneck          what goes {way} {{{shown}}}")
+    print(f"  cut bound           1/x* = {facts['inv_rate']}")
+    if facts["achievable"] != facts["inv_rate"]:
+        print(f"  achievable          {facts['achievable']} (switches are unbalanced and cannot copy)")
+    if "packing" in facts:
+        print(f"  packing             {facts['packing']} at most; much less where the network is regular")
+        return
+    rate = facts["bandwidth"]
+    print(f"  bandwidth           {float(rate):.6g} {unit or 'of the capacity unit'} (message size over time, {rate})")
+    proof = "proved optimal" if facts["exact"] else "not proved optimal"
+    print(f"  forest              {facts['trees']} trees, at most {facts['height']} hops, {proof}")
+    for key, what in _COMPARED:
+        if key in facts:
+            print(f"  {what:20}{float(facts[key] / facts['time_per_unit']):.3g} times the forest's time")
+    if "seconds" in facts:
+        print(f"  {facts['nbytes']} bytes take at least {float(facts['seconds']):.6g} s, latency apart")
+    if "written" in facts:
+        print(f"  written             {facts['written']}")
+
+
+VERB = Verb(
+    name="plan",
+    summary="the best collective on a network: its bound, its bottleneck, its trees",
+    options=Options,
+    run=run,
+    example="trainkit plan --topology examples/forest_two_islands.json --export msccl --out forest.xml",
+)
