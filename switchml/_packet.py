@@ -39,7 +39,10 @@ HEADER = (
     Field("slot", 16, "bit 15: version, chunk // slots % 2; bits 13 to 0: slot, chunk % slots"),
     Field("worker", 8, "rank of the sender; 0xFF from the switch"),
     Field(
-        "exponent", 8, "max-reduced: fp32 exponent field of the largest magnitude of a chunk to come; 0xFF: inf or NaN"
+        "exponent",
+        8,
+        "max-reduced: fp32 exponent field of the largest magnitude of a chunk to come, 0xFF: inf or NaN; "
+        "in PROGRESS 1: an answer to the receiver's own QUERY",
     ),
     Field("elements", 16, "integers in the payload; 0: exponent only, or no payload"),
     Field("wire", 8, "width of the payload's integers in bytes: 4, 2 or 1"),

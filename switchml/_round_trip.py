@@ -6,7 +6,7 @@ _CEILING = 1.0
 
 
 class RoundTrip:
-    """Smoothed round trip and its deviation; the timeout backs off twofold (RFC 6298, with a lower floor).
+    """Smoothed round trip and its deviation; the timeout backs off twofold (RFC 6298, with other constants).
 
     Attributes:
         smoothed: seconds; 0 before the first sample.
@@ -16,8 +16,10 @@ class RoundTrip:
         self.smoothed = 0.0
         self._deviation = 0.0
 
-    def sample(self, seconds: float) -> None:
-        """Take in the round trip of a packet that was sent once."""
+    def sample(self, seconds: float, asked: bool = False) -> None:
+        """Take in a round trip; where the result had to be asked for and may have been lost, no more than twofold."""
+        if asked:
+            seconds = min(seconds, 2 * self.smoothed)
         if self.smoothed == 0.0:
             self.smoothed, self._deviation = seconds, seconds / 2
             return
@@ -26,5 +28,5 @@ class RoundTrip:
 
     def timeout(self, tries: int) -> float:
         """Seconds to wait for the answer to try number `tries`, from 1."""
-        first = _FIRST if self.smoothed == 0.0 else max(_FLOOR, self.smoothed + 4 * self._deviation)
+        first = _FIRST if self.smoothed == 0.0 else max(_FLOOR, 1.5 * self.smoothed + 4 * self._deviation)
         return float(min(_CEILING, first * 2 ** min(tries - 1, 10)))

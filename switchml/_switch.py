@@ -108,7 +108,7 @@ class Aggregation:
             return self._repeated(version, header.worker)
         self.counters["sent_progress"] += 1
         seen = version.seen if started else 0
-        return [(self.addresses[header.worker], self._progress(header.chunk, seen))]
+        return [(self.addresses[header.worker], self._progress(header.chunk, seen, answer=1))]
 
     def _repeated(self, version: _Version, worker: int) -> list[Outgoing]:
         """A repeat: of a finished chunk the result again, else word to those who are missing."""
@@ -126,8 +126,8 @@ class Aggregation:
         wire = packet.DOWN_BYTES[member.wire]
         return self._packet(Kind.RESULT, version.chunk, version.exponent, version.elements, wire, payload)
 
-    def _progress(self, chunk: int, seen: int) -> bytes:
-        return self._packet(Kind.PROGRESS, chunk, 0, 0, packet.UP_BYTES[self.member.wire], seen.to_bytes(8, "big"))
+    def _progress(self, chunk: int, seen: int, answer: int = 0) -> bytes:
+        return self._packet(Kind.PROGRESS, chunk, answer, 0, packet.UP_BYTES[self.member.wire], seen.to_bytes(8, "big"))
 
     def _packet(self, kind: Kind, chunk: int, exponent: int, elements: int, wire: int, payload: bytes) -> bytes:
         member = self.member

@@ -42,12 +42,20 @@ class _Bucket:
 
 
 class _Flight:
-    """A chunk number on its way: `sent` and `due` in seconds, `passed` by so many later results, `tries`."""
+    """A chunk number on its way.
+
+    Attributes:
+        sent, due: when it was last sent or asked for, when it will be; seconds.
+        data_sent: when its data were last sent; `asked` since then.
+        tries: times sent or asked for, of which `data_tries` with data.
+        passed: by so many results of what was sent later.
+    """
 
     def __init__(self, number: int, sent: float, due: float) -> None:
-        self.number, self.sent, self.due = number, sent, due
+        self.number, self.sent, self.data_sent, self.due = number, sent, sent, due
+        self.tries = self.data_tries = 1
         self.passed = 0
-        self.tries = 1
+        self.asked = False
 
 
 class Worker:
@@ -193,8 +201,8 @@ class Worker:
             sums = np.frombuffer(payload, SUM_TYPE[member.wire])[: out.size].astype(np.int32)
             out[:] = dequantise(sums, int(bucket.agreed[place - bucket.lead]), member.world, member.wire)
             # the exponent round waits for the slowest worker's computation: only data tells the network's time
-            if flight.tries == 1:
-                self._round_trip.sample(now - flight.sent)
+            if flight.data_tries == 1:
+                self._round_trip.sample(now - flight.data_sent, asked=flight.tries > 1)
         self.counters["chunks"] += 1
         bucket.left -= 1
         self._retire()
@@ -222,14 +230,18 @@ class Worker:
         return [self._repeat(flight, now) for flight in lost]
 
     def _progress(self, header: Header, seen: int, now: float) -> list[bytes]:
-        """The others wait for this worker: send what was lost, or ask for the result that was."""
+        """The others wait for this worker: send what was lost, or ask for the result that was.
+
+        An answer to this worker's own question, which went the way of the data, proves their loss; a hint set off by
+        another worker may have crossed them.
+        """
         number = header.chunk
         if seen >> self.member.worker & 1:
             self.counters["stale"] += 1
             return []
         flight = self._flights.get(number)
         if flight is not None:
-            if flight.tries > 1 or now - flight.sent >= self._round_trip.smoothed / 2:
+            if (flight.asked and header.exponent) or now - flight.data_sent >= self._round_trip.smoothed:
                 return [self._repeat(flight, now, payload=True)]
             return []
         behind = self._flights.get(number - self.member.slots)
@@ -245,7 +257,9 @@ class Worker:
         self._flights[flight.number] = self._flights.pop(flight.number)
         self.counters["retransmissions"] += 1
         bucket = self._bucket(flight.number)
-        if payload or not self._profile.queries or bucket is None:
-            assert bucket is not None
-            return self._data(bucket, flight.number)
-        return self._packet(Kind.QUERY, flight.number)
+        assert bucket is not None
+        flight.asked = self._profile.queries and not payload
+        if flight.asked:
+            return self._packet(Kind.QUERY, flight.number)
+        flight.data_sent, flight.data_tries = now, flight.data_tries + 1
+        return self._data(bucket, flight.number)

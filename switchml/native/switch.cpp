@@ -24,7 +24,7 @@ void Aggregation::receive(const uint8_t* packet, size_t bytes, Address source, O
   bool started = h.chunk == held, counted = started && v.seen >> h.worker & 1;
   if (h.chunk < held) return counters_.add(kStale);
   if (counted) return repeated(index, h.worker, send);
-  if (h.kind == kQuery) return progress(h.chunk, started ? v.seen : 0, h.worker, send);
+  if (h.kind == kQuery) return progress(h.chunk, started ? v.seen : 0, h.worker, true, send);
   if (started && h.elements != v.elements) return counters_.add(kMalformed);
   if (!started) v = {h.chunk, member_.epoch, 0, 0, h.elements};
   accumulate(sums(index), packet + kHeaderBytes, h.elements, member_.up, !started);
@@ -47,7 +47,7 @@ void Aggregation::repeated(size_t index, uint32_t worker, Outbox& send) {
   const Version& v = versions_[index];
   if (v.seen == all_seen_) return result(index, static_cast<int>(worker), send);
   for (uint32_t rank = 0; rank < member_.world; ++rank)
-    if (!(v.seen >> rank & 1)) progress(static_cast<uint32_t>(v.chunk), v.seen, static_cast<int>(rank), send);
+    if (!(v.seen >> rank & 1)) progress(static_cast<uint32_t>(v.chunk), v.seen, static_cast<int>(rank), false, send);
 }
 
 void Aggregation::result(size_t index, int worker, Outbox& send) {
@@ -59,11 +59,12 @@ void Aggregation::result(size_t index, int worker, Outbox& send) {
   finish(h, packet, size_t{v.elements} * member_.down, worker, send);
 }
 
-void Aggregation::progress(uint32_t chunk, uint64_t seen, int worker, Outbox& send) {
+void Aggregation::progress(uint32_t chunk, uint64_t seen, int worker, bool answer, Outbox& send) {
   counters_.add(kSentProgress);
   uint8_t* packet = send.begin(member_.largest_packet());
   store64(packet + kHeaderBytes, seen);
-  finish({.kind = kProgress, .chunk = chunk, .wire = static_cast<uint8_t>(member_.up)}, packet, kBitmapBytes, worker, send);
+  Header h{.kind = kProgress, .chunk = chunk, .exponent = answer, .wire = static_cast<uint8_t>(member_.up)};
+  finish(h, packet, kBitmapBytes, worker, send);
 }
 
 void Aggregation::finish(Header h, uint8_t* packet, size_t payload, int worker, Outbox& send) {

@@ -37,7 +37,7 @@ class Aggregation {
   bool fits(const Header& header) const;
   void repeated(size_t index, uint32_t worker, Outbox& send);
   void result(size_t index, int worker, Outbox& send);
-  void progress(uint32_t chunk, uint64_t seen, int worker, Outbox& send);
+  void progress(uint32_t chunk, uint64_t seen, int worker, bool answer, Outbox& send);
   void finish(Header header, uint8_t* packet, size_t payload, int worker, Outbox& send);
   int32_t* sums(size_t index) { return values_.data() + index * member_.elements; }
 

@@ -14,7 +14,8 @@ constexpr double kNever = std::numeric_limits<double>::infinity();
 
 }  // namespace
 
-void RoundTrip::sample(double seconds) {
+void RoundTrip::sample(double seconds, bool asked) {
+  if (asked) seconds = std::min(seconds, 2 * smoothed_);
   if (smoothed_ == 0) {
     smoothed_ = seconds, deviation_ = seconds / 2;
     return;
@@ -24,7 +25,7 @@ void RoundTrip::sample(double seconds) {
 }
 
 double RoundTrip::timeout(int tries) const {
-  double first = smoothed_ == 0 ? kFirst : std::max(kFloor, smoothed_ + 4 * deviation_);
+  double first = smoothed_ == 0 ? kFirst : std::max(kFloor, 1.5 * smoothed_ + 4 * deviation_);
   return std::min(kCeiling, first * (1 << std::min(tries - 1, 10)));
 }
 
@@ -86,7 +87,7 @@ void Worker::attempt(uint64_t number, double now, Outbox& send) {
   Flight& f = flights_[number % member_.slots];
   if (!b || f.active || next_[number % member_.slots] != number) return;
   if (number - b->base >= b->lead && !done(number - b->lead)) return;
-  f.active = true, f.number = static_cast<uint32_t>(number), f.tries = 1;
+  f.active = true, f.asked = false, f.number = static_cast<uint32_t>(number), f.tries = f.data_tries = 1, f.data_sent = now;
   ++in_flight_;
   append(f, now);
   data(*b, f.number, send);
@@ -131,7 +132,6 @@ void Worker::result(const Header& h, const uint8_t* payload, double now, Outbox&
   bool smaller = place < b->chunks && h.exponent < b->exponents[place];
   if (h.elements != expected || h.wire != member_.down || smaller) return counters.add(kMalformed);
   double sent = f->sent;
-  int tries = f->tries;
   unlink(*f);
   f->active = false;
   --in_flight_;
@@ -139,7 +139,7 @@ void Worker::result(const Header& h, const uint8_t* payload, double now, Outbox&
   if (place < b->chunks) b->agreed[place] = h.exponent;
   if (count) {
     dequantise(payload, count, b->agreed[chunk], member_.world, member_.up, member_.down, b->out + from);
-    if (tries == 1) round_trip_.sample(now - sent);
+    if (f->data_tries == 1) round_trip_.sample(now - f->data_sent, f->tries > 1);
   }
   counters.add(kChunks);
   uint32_t lead = b->lead;
@@ -169,13 +169,12 @@ void Worker::early(double sent, double now, Outbox& send) {
 
 void Worker::progress(const Header& h, uint64_t seen, double now, Outbox& send) {
   if (seen >> member_.worker & 1) return counters.add(kStale);
-  double patience = round_trip_.smoothed() / 2;
   if (Flight* f = flight(h.chunk)) {
-    if (f->tries > 1 || now - f->sent >= patience) repeat(*f, now, true, send);
+    if ((f->asked && h.exponent) || now - f->data_sent >= round_trip_.smoothed()) repeat(*f, now, true, send);
     return;
   }
   Flight* behind = h.chunk >= member_.slots ? flight(h.chunk - member_.slots) : nullptr;
-  if (behind && now - behind->sent >= patience) return repeat(*behind, now, false, send);
+  if (behind && now - behind->sent >= round_trip_.smoothed() / 2) return repeat(*behind, now, false, send);
   counters.add(kStale);
 }
 
@@ -185,7 +184,11 @@ void Worker::repeat(Flight& f, double now, bool payload, Outbox& send) {
   unlink(f);
   append(f, now);
   counters.add(kRetransmissions);
-  if (payload || member_.core) return data(*bucket(f.number), f.number, send);
+  f.asked = !payload && !member_.core;
+  if (!f.asked) {
+    f.data_sent = now, ++f.data_tries;
+    return data(*bucket(f.number), f.number, send);
+  }
   finish({.kind = kQuery, .chunk = f.number}, send.begin(kHeaderBytes + kTagBytes), 0, send);
 }
 

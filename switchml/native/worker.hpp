@@ -12,7 +12,7 @@ namespace switchml {
 
 class RoundTrip {
  public:
-  void sample(double seconds);
+  void sample(double seconds, bool asked);
   double timeout(int tries) const;
   double smoothed() const { return smoothed_; }
 
@@ -47,10 +47,10 @@ class Worker {
     std::vector<uint8_t> exponents, agreed;
   };
   struct Flight {
-    bool active = false;
+    bool active = false, asked = false;
     uint32_t number = 0;
-    int tries = 0, passed = 0;
-    double sent = 0, due = 0;
+    int tries = 0, data_tries = 0, passed = 0;
+    double sent = 0, data_sent = 0, due = 0;
     int older = -1, newer = -1;  // slots sent before and after
   };
 
