@@ -91,4 +91,5 @@ def dequantise(sums: Integers, exponent: int, world: int, wire: str) -> Floats:
     """
     if exponent == NON_FINITE:
         return np.full(sums.shape, np.nan, np.float32)
-    return _scaled(sums.astype(np.float32), unit_exponent(exponent, world, wire)) / np.float32(world)
+    # divided first: the sum itself may be beyond fp32
+    return _scaled(sums.astype(np.float32) / np.float32(world), unit_exponent(exponent, world, wire))

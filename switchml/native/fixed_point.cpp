@@ -100,11 +100,11 @@ WIDEST void store16s(const int32_t* sums, size_t count, uint8_t* out) {
 }
 
 WIDEST void average32(const uint8_t* sums, size_t count, Scale by, float world, float* out) {
-  for (size_t i = 0; i < count; ++i) out[i] = static_cast<float>(load<int32_t>(sums, i)) * by.first * by.second / world;
+  for (size_t i = 0; i < count; ++i) out[i] = static_cast<float>(load<int32_t>(sums, i)) / world * by.first * by.second;
 }
 
 WIDEST void average16(const uint8_t* sums, size_t count, Scale by, float world, float* out) {
-  for (size_t i = 0; i < count; ++i) out[i] = static_cast<float>(load<int16_t>(sums, i)) * by.first * by.second / world;
+  for (size_t i = 0; i < count; ++i) out[i] = static_cast<float>(load<int16_t>(sums, i)) / world * by.first * by.second;
 }
 
 }  // namespace
