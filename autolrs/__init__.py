@@ -15,6 +15,7 @@ from trainkit.autolrs._plan import plan as plan
 from trainkit.autolrs._plot import plot as plot
 from trainkit.autolrs._race import Losses as Losses
 from trainkit.autolrs._race import Outcome as Outcome
+from trainkit.autolrs._race import Rules as Rules
 from trainkit.autolrs._race import Trials as Trials
 from trainkit.autolrs._race import race as race
 from trainkit.autolrs._schedule import LRSchedule as LRSchedule

@@ -10,12 +10,13 @@ from trainkit.autolrs._forecast import Forecast, forecast
 from trainkit.autolrs._history import History, StageRecord
 from trainkit.autolrs._paper import paper_forecast
 from trainkit.autolrs._plan import Plan, Search, Settings, plan
-from trainkit.autolrs._race import Outcome, Trials, race
+from trainkit.autolrs._race import Outcome, Rules, Trials, race
 from trainkit.autolrs._schedule import LRSchedule, Piece
 from trainkit.autolrs._search import Backend, LRSearch
 from trainkit.autolrs._skopt import SkoptSearch
 
 _VERSION = 1
+_TILT = 0.5
 
 
 class Controller:
@@ -119,18 +120,18 @@ class Controller:
         def told(trial: int, of: int, rate: float) -> None:
             report(f"stage {stage + 1} trial {trial}/{of} lr {rate:.1e}")
 
-        outcome = race(
-            trials,
-            self._backend,
-            search,
+        rules = Rules(
             stage=stage,
             rate_at=lambda rate, step: rate * self.schedule.warmup(step),
             forecaster=self._forecast,
             fallback=self._fallback,
+            fallen=self._fallen(),
+            tilt=_TILT,
             halving=self.keeps_winner,
             keep=self.keeps_winner,
             report=told,
         )
+        outcome = race(trials, self._backend, search, rules)
         self._backend.next_stage()
         self._next += 1
         before = self.history
@@ -185,10 +186,20 @@ class Controller:
         if self._next >= len(self.plan.searches):
             self.history = replace(self.history, stages=self._with_anneal(self.history.stages))
 
-    def _forecast(self, steps: Sequence[int], losses: Sequence[float], horizon: int) -> Forecast:
+    def _forecast(self, steps: Sequence[float], losses: Sequence[float], horizon: float) -> Forecast:
         if self.settings.preset == "paper":
             return paper_forecast(losses, horizon, steps=steps)
-        return forecast(losses, horizon, steps=steps)
+        # Cross entropies and squared errors end at 0; a loss that was ever negative has no such floor.
+        seen = (v for record in self.history.trials for v in record.losses)
+        positive = all(v >= 0.0 for v in losses) and not any(v < 0.0 for v in seen)
+        return forecast(losses, horizon, steps=steps, floor=0.0 if positive else None)
+
+    def _fallen(self) -> float:
+        """How far the search loss has fallen from the run's start to the last search."""
+        firsts = [
+            record.losses[0] for record in self.history.trials if record.losses and math.isfinite(record.losses[0])
+        ]
+        return max(firsts[0] - firsts[-1], 0.0) if firsts else 0.0
 
     def _fallback(self, lowest: float) -> float:
         known = self.history.stages[-1].rate if self.history.stages else self._default

@@ -20,8 +20,12 @@ AGREE_EVERY = 16
 _DOMINATED = 1.0
 # ... but not before this share of its steps: the first losses of a slow rate say little about its end.
 _LEAST_SEEN = 0.25
-# ... or when its loss has risen above the start by this many times the best trial's gain.
+# ... or when its loss has risen above the start by this many times the best trial's gain, or this share of what the
+# run has gained before.
 _EXPLODED = 2.0
+_RISEN = 0.5
+# Two trials are on the same path when, after the same sum of rates, they differ by at most this share of the drop.
+_SAME_PATH = 0.2
 
 
 @dataclass(frozen=True)
@@ -65,35 +69,45 @@ class Outcome:
     discarded: int
 
 
-Forecaster = Callable[[Sequence[int], Sequence[float], int], Forecast]
+Forecaster = Callable[[Sequence[float], Sequence[float], float], Forecast]
 
 
-def race(
-    trials: Trials,
-    backend: Backend,
-    search: Search,
-    *,
-    stage: int,
-    rate_at: Callable[[float, int], float],
-    forecaster: Forecaster,
-    fallback: Callable[[float], float],
-    halving: bool = True,
-    keep: bool = True,
-    report: Callable[[int, int, float], None] = lambda trial, of, rate: None,
-) -> Outcome:
+@dataclass(frozen=True)
+class Rules:
+    """How a stage is searched.
+
+    Attributes:
+        stage: index for the records.
+        rate_at: (rate, kept step) -> the rate after warmup, proportional to the rate.
+        forecaster: (steps, losses, horizon) -> forecast.
+        fallback: least rate tried -> the rate to go on with when every trial diverged.
+        fallen: how far the loss has fallen in the run so far; what a trial may rise is measured by it.
+        tilt: standard deviations by which a faster trial may seem worse and still win: what follows is annealed, which
+            takes the faster one's noise away.
+        halving: whether dominated trials stop early and trials inform each other.
+        keep: whether the winner's steps are kept; else it starts again from the state before the search.
+        report: called before each trial with its number, the most there will be, and its rate.
+    """
+
+    stage: int
+    rate_at: Callable[[float, int], float]
+    forecaster: Forecaster
+    fallback: Callable[[float], float]
+    fallen: float = 0.0
+    tilt: float = 0.0
+    halving: bool = True
+    keep: bool = True
+    report: Callable[[int, int, float], None] = lambda trial, of, rate: None
+
+
+def race(trials: Trials, backend: Backend, search: Search, rules: Rules) -> Outcome:
     """Runs one search.
 
     Args:
         trials: runs the steps.
         backend: proposes the rates.
-        search: its plan.
-        stage: index for the records.
-        rate_at: (rate, kept step) -> the rate after warmup.
-        forecaster: (steps, losses, horizon) -> forecast.
-        fallback: least rate tried -> the rate to go on with when every trial diverged.
-        halving: whether dominated trials stop early.
-        keep: whether the winner's steps are kept; else it starts again from the state before the search.
-        report: called before each trial with its number, the most there will be, and its rate.
+        search: the search's plan.
+        rules: how to search.
 
     Returns:
         The outcome; the state is the winner's end (or the one before the search).
@@ -101,52 +115,57 @@ def race(
     records: list[TrialRecord] = []
     best: int | None = None
     while len(records) < search.candidates:
-        spent = sum(r.steps for r in records) - (records[best].steps if best is not None and keep else 0)
-        # Whichever loses, this trial or the best, its steps are thrown away.
-        longest = max(search.trial_steps, records[best].steps if best is not None and keep else 0)
-        if records and spent + longest > search.discards:
+        best_steps = records[best].steps if best is not None and rules.keep else 0
+        # Whichever loses, the next trial or the best one, its steps are thrown away.
+        spent = sum(r.steps for r in records) - best_steps
+        if records and spent + max(search.trial_steps, best_steps) > search.discards:
             break
         rate = trials.agree(backend.ask())
-        report(len(records) + 1, search.candidates, rate)
-        record = _trial(
-            trials, search, stage, rate, rate_at, forecaster, records[best] if best is not None and halving else None
-        )
-        backend.tell(rate, record.mean, record.std)
-        records.append(record)
-        if record.status == "finished" and trials.agree(
-            _beats(record, records[best] if best is not None else None, backend)
+        rules.report(len(records) + 1, search.candidates, rate)
+        records.append(_trial(trials, search, rules, rate, records, records[best] if best is not None else None))
+        backend.tell(rate, records[-1].mean, records[-1].std)
+        if rules.halving:
+            _reconsider(trials, backend, search, rules, records)
+        if records[-1].status == "finished" and trials.agree(
+            best is None or _beats(records[-1], records[best], backend, rules.tilt)
         ):
             best = len(records) - 1
-            if keep:
+            if rules.keep:
                 trials.keep()
+    taken = sum(r.steps for r in records)
     if best is None:
-        lowest = min((r.rate for r in records), default=math.inf)
-        return Outcome(fallback(lowest), 0, tuple(records), sum(r.steps for r in records))
-    if not keep:
-        return Outcome(trials.agree(backend.best()), 0, tuple(records), sum(r.steps for r in records))
+        return Outcome(rules.fallback(min((r.rate for r in records), default=math.inf)), 0, tuple(records), taken)
+    if not rules.keep:
+        return Outcome(trials.agree(backend.best()), 0, tuple(records), taken)
     records[best] = replace(records[best], status="kept")
-    discarded = sum(r.steps for r in records if r.status != "kept")
-    return Outcome(records[best].rate, records[best].steps, tuple(records), discarded)
+    return Outcome(records[best].rate, records[best].steps, tuple(records), taken - records[best].steps)
 
 
-def _beats(new: TrialRecord, best: TrialRecord | None, backend: Backend) -> bool:
-    """Whether the new trial's posterior mean lies below the best one's."""
-    if best is None:
-        return True
+def _beats(new: TrialRecord, best: TrialRecord, backend: Backend, tilt: float) -> bool:
+    """Whether the new trial's posterior mean lies below the best one's, the faster one forgiven `tilt` std."""
     expected = getattr(backend, "expected", None)
     if expected is None:
         return new.mean < best.mean
-    return bool(expected(new.rate)[0] < expected(best.rate)[0])
+    (mean, std), (best_mean, best_std) = expected(new.rate), expected(best.rate)
+    forgiven = tilt * math.hypot(std, best_std) * (1.0 if new.rate > best.rate else -1.0)
+    return bool(mean < best_mean + forgiven)
+
+
+def _reconsider(trials: Trials, backend: Backend, search: Search, rules: Rules, records: list[TrialRecord]) -> None:
+    """A fast trial shows slower ones what lies ahead of them: forecasts them again and tells the backend."""
+    for index, record in enumerate(records[:-1]):
+        if record.status == "diverged" or record.rate > records[-1].rate:
+            continue
+        steps = [s - record.start for s in record.loss_steps]
+        told = trials.agree(_foreseen(search, rules, record.rate, steps, record.losses, records))
+        if (told.mean, told.std) != (record.mean, record.std):
+            records[index] = replace(record, mean=told.mean, std=told.std)
+            if hasattr(backend, "expected"):  # the Gaussian process replaces what it was told of a rate
+                backend.tell(record.rate, told.mean, told.std)
 
 
 def _trial(
-    trials: Trials,
-    search: Search,
-    stage: int,
-    rate: float,
-    rate_at: Callable[[float, int], float],
-    forecaster: Forecaster,
-    best: TrialRecord | None,
+    trials: Trials, search: Search, rules: Rules, rate: float, records: list[TrialRecord], best: TrialRecord | None
 ) -> TrialRecord:
     first = trials.restart()
     steps, losses = list(first.steps), list(first.values)
@@ -155,23 +174,20 @@ def _trial(
     prediction = Forecast(math.inf, math.inf)
     while done < search.trial_steps:
         count = min(part, search.trial_steps - done)
-        new = trials.advance([rate_at(rate, search.start + done + i) for i in range(count)])
+        new = trials.advance([rules.rate_at(rate, search.start + done + i) for i in range(count)])
         done += count
         steps.extend(new.steps)
         losses.extend(new.values)
-        if trials.agree(_diverged(losses, best)):
+        if trials.agree(_diverged(losses, best, rules.fallen, ended=done == search.trial_steps)):
             status, prediction = "diverged", Forecast(math.inf, math.inf)
             break
-        prediction = trials.agree(forecaster(steps, losses, search.horizon - search.start))
-        if (
-            best is not None
-            and _LEAST_SEEN * search.trial_steps <= done < search.trial_steps
-            and trials.agree(_dominated(steps, losses, prediction, best))
-        ):
+        prediction = trials.agree(_foreseen(search, rules, rate, steps, losses, records))
+        ripe = _LEAST_SEEN * search.trial_steps <= done < search.trial_steps
+        if rules.halving and best is not None and ripe and trials.agree(_dominated(steps, losses, prediction, best)):
             status = "stopped"
             break
     return TrialRecord(
-        stage=stage,
+        stage=rules.stage,
         rate=rate,
         start=search.start,
         steps=done,
@@ -184,16 +200,46 @@ def _trial(
     )
 
 
-def _diverged(losses: Sequence[float], best: TrialRecord | None) -> bool:
-    """Non-finite, or far above the start with no sign of coming back."""
+def _foreseen(
+    search: Search,
+    rules: Rules,
+    rate: float,
+    steps: Sequence[int],
+    losses: Sequence[float],
+    records: Sequence[TrialRecord],
+) -> Forecast:
+    """The trial's forecast from its own losses, followed by those of a faster trial on the same path.
+
+    From one state and on the same batches a small rate walks the path of a larger one more slowly: after the same sum
+    of rates both are at about the same loss, until the larger one's noise tells them apart. So the larger rate's losses,
+    in the smaller one's time, show what its own few steps cannot. Used only as far as the two agree where both are known.
+    """
+    times, values = [float(s) for s in steps], [float(v) for v in losses]
+    if rules.halving and len(values) >= 3:
+        drop = values[0] - values[-1]
+        faster = sorted((r for r in records if r.rate > 1.2 * rate and r.status != "diverged"), key=lambda r: r.rate)
+        for record in faster:
+            ahead = [(s - record.start) * record.rate / rate for s in record.loss_steps]
+            there = float(np.interp(times[-1], ahead, record.losses))
+            if drop > 0 and abs(there - values[-1]) <= _SAME_PATH * drop:
+                more = [(t, v) for t, v in zip(ahead, record.losses, strict=True) if t > times[-1]]
+                times += [t for t, _ in more]
+                values += [
+                    v + (values[len(losses) - 1] - there) * math.exp(1.0 - t / times[len(losses) - 1]) for t, v in more
+                ]
+    return rules.forecaster(times, values, search.horizon - search.start)
+
+
+def _diverged(losses: Sequence[float], best: TrialRecord | None, fallen: float, ended: bool) -> bool:
+    """Non-finite, or far above the start with no sign of coming back before the trial's end."""
     if not all(math.isfinite(v) for v in losses):
         return True
     if len(losses) < 3:
         return False
-    gain = max(max(losses[0] - min(losses), 0.0), max(best.losses[0] - min(best.losses), 0.0) if best else 0.0)
+    gain = max(losses[0] - min(losses), best.losses[0] - min(best.losses) if best else 0.0, 0.0)
+    scale = max(_EXPLODED * gain, _RISEN * fallen) or abs(losses[0])
     recent = losses[-max(len(losses) // 4, 1) :]
-    scale = gain if gain > 0 else abs(losses[0])
-    return min(recent) > losses[0] + _EXPLODED * scale and losses[-1] >= losses[-2]
+    return min(recent) > losses[0] + scale and (ended or losses[-1] >= losses[-2])
 
 
 def _dominated(steps: Sequence[int], losses: Sequence[float], forecast: Forecast, best: TrialRecord) -> bool:

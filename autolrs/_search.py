@@ -92,14 +92,19 @@ class LRSearch:
         return float(10.0 ** self._grid[best]) if np.isfinite(gain[best]) else self.best()
 
     def tell(self, lr: float, mean: float, std: float) -> None:
-        """Reports a trial.
+        """Reports a trial; a rate told again replaces what was told of it.
 
         Args:
             lr: rate that was tried.
             mean: forecast loss; nan or inf for a trial that diverged.
             std: its standard deviation, same unit.
         """
-        self._told.append(_Observation(float(lr), float(mean), float(std)))
+        told = _Observation(float(lr), float(mean), float(std))
+        known = [i for i, o in enumerate(self._told) if o.lr == told.lr]
+        if known:
+            self._told[known[0]] = told
+        else:
+            self._told.append(told)
 
     def best(self) -> float:
         """The tried rate with the least posterior mean; the middle of the range before any finite trial."""

@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from trainkit.autolrs import Forecast, Losses, LRSearch, Search, forecast, paper_forecast, race
+from trainkit.autolrs import Forecast, Losses, LRSearch, Rules, Search, forecast, paper_forecast, race
 
 H = np.geomspace(1e-2, 1.0, 50)
 NOISE, LOW, HIGH, TAU = 0.1, 1e-3, 1.9, 1000
@@ -59,10 +59,8 @@ class Quadratic:
 def run(x, seed, search, plan, forecaster, halving=True, keep=True):
     """One stage: (ratio to the best, discarded steps, state at the stage's end)."""
     trials = Quadratic(x, seed, TAU)
-    outcome = race(
-        trials, search, plan, stage=0, rate_at=lambda rate, step: rate, forecaster=forecaster,
-        fallback=lambda lowest: lowest / 10, halving=halving, keep=keep,
-    )
+    rules = Rules(0, lambda rate, step: rate, forecaster, lambda lowest: lowest / 10, halving=halving, keep=keep)
+    outcome = race(trials, search, plan, rules)
     best = min(expected(x, r, TAU) for r in RATES)
     ratio = expected(x, outcome.rate, TAU) / best
     end = Quadratic(x, seed, TAU)
@@ -94,10 +92,11 @@ def one(x, seed, arm, search, stage):
                 return super().advance(rs)
 
         trials = Told(x, seed, TAU)
-        outcome = race(
-            trials, search, plan, stage=0, rate_at=lambda r, s: r,
-            forecaster=lambda s, l, h: Forecast(expected(x, state["rate"], TAU), 1e-9), fallback=lambda l: l / 10,
-        )
+        def told(steps, losses, horizon):
+            return Forecast(expected(x, state["rate"], TAU), 1e-9)
+
+        rules = Rules(0, lambda r, s: r, told, lambda lowest: lowest / 10)
+        outcome = race(trials, search, plan, rules)
         end = Quadratic(x, seed, TAU)
         end.advance([outcome.rate] * TAU)
         return expected(x, outcome.rate, TAU) / min(expected(x, r, TAU) for r in RATES), outcome, end.x
