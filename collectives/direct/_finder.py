@@ -74,7 +74,7 @@ def find_topologies(
     pool = Pool(nodes, degree, directed=directed, seed=seed)
     file = Path(state) if state is not None else None
     expanded = file is not None and file.exists() and _restore(pool, file)
-    explorer = Explorer(directed=directed, seed=seed, late=lambda: spent() > seconds)
+    explorer = Explorer(directed=directed, seed=seed, late=lambda: spent() > seconds / 2)
     explorer.start(pool)
 
     told = 0.0

@@ -113,19 +113,15 @@ def symplectic(q: int) -> Digraph:
     def form(u: tuple[int, ...], v: tuple[int, ...]) -> int:
         return (u[0] * v[1] - u[1] * v[0] + u[2] * v[3] - u[3] * v[2]) % q
 
-    lines = set()
-    for u, v in combinations(points, 2):
-        if form(u, v) == 0:
-            lines.add(frozenset(w for w in points if _on_line(field, u, v, w)))
+    def on_line(u: tuple[int, ...], v: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+        yield v
+        for a in range(q):
+            w = [(x + a * y) % q for x, y in zip(u, v, strict=True)]
+            inverse = pow(next(x for x in w if x), -1, q)
+            yield tuple(x * inverse % q for x in w)
+
+    lines = {frozenset(on_line(u, v)) for u, v in combinations(points, 2) if form(u, v) == 0}
     return _two_way((("p", u), ("l", line)) for line in lines for u in line)
-
-
-def _on_line(field: _Field, u: tuple[int, ...], v: tuple[int, ...], w: tuple[int, ...]) -> bool:
-    q = field.q
-    return any(
-        all((a * x + b * y - z) % q == 0 for x, y, z in zip(u, v, w, strict=True))
-        for a, b in product(range(q), repeat=2)
-    )
 
 
 def flags(of: Digraph) -> Digraph:

@@ -14,7 +14,9 @@ from trainkit.collectives.direct._groups import Metacyclic, groups, multiplicati
 # A multiplication table takes 2 N^2 bytes; a candidate's Hall bound 2^d operations a step.
 LARGEST_GROUP = 4096
 LARGEST_DEGREE = 16
+# A batch of random digraphs is a tenth of a second or two.
 _TRIALS = 20_000
+_OPERATIONS = 80_000_000
 _OPEN = 2**62
 
 
@@ -69,7 +71,7 @@ class Pool:
         if self.batches % 3 == 2 and elite:
             group, start = elite[int(random.integers(len(elite)))]
             symmetric = not self.directed
-        trials = max(1, _TRIALS * 1024 // max(1024, self.nodes))
+        trials = max(1, min(_TRIALS, _OPERATIONS // (self.degree * (self.nodes + 3 * 2**self.degree))))
         found = direct_search(
             table(group),
             self.degree,
