@@ -51,8 +51,8 @@ def check(frontier: Frontier) -> None:
         (32, 40, [(3, "31/32")]),
         (64, 40, [(4, "63/64")]),
         (128, 40, [(5, "127/128")]),
-        (256, 40, [(5, "255/256")]),
-        (512, 40, [(6, "511/512")]),
+        (256, 15, [(5, "255/256")]),
+        (512, 15, [(6, "511/512")]),
     ],
 )
 def test_degree_four(nodes: int, batches: int, points: list[Point]) -> None:
@@ -83,7 +83,7 @@ def test_a_thousand_hosts(directed: bool, points: list[Point]) -> None:
     ("nodes", "degree", "directed"),
     [
         (2, 1, False), (2, 3, True), (3, 1, True), (4, 3, False), (4, 5, False), (7, 20, True), (10, 3, False), (13, 3, True),
-        (17, 4, False), (18, 5, False), (23, 2, False), (31, 20, False), (97, 4, True), (14, 17, True),
+        (17, 4, False), (18, 5, False), (23, 2, False), (31, 20, False), (97, 4, True), (6, 17, True),
     ],
 )  # fmt: skip
 def test_every_size_gets_an_answer(nodes: int, degree: int, directed: bool) -> None:
@@ -122,11 +122,11 @@ def test_the_seed_decides() -> None:
 def test_a_search_goes_on_from_its_file(tmp_path: Path) -> None:
     file = tmp_path / "search.json"
     told: list[Progress] = []
-    first = find_topologies(60, 3, seconds=2, seed=7, state=file, progress=told.append)
+    first = find_topologies(16, 4, seconds=2, seed=7, state=file, progress=told.append)
     assert told
     assert told[-1].frontier == first
     saved = json.loads(file.read_text())
-    second = find_topologies(60, 3, seconds=2, seed=99, state=file)
+    second = find_topologies(16, 4, seconds=2, seed=99, state=file)
     again = json.loads(file.read_text())
     assert again["seed"] == saved["seed"] == 7
     assert again["batches"] > saved["batches"] > 0
@@ -134,17 +134,17 @@ def test_a_search_goes_on_from_its_file(tmp_path: Path) -> None:
     assert all(holds(second, (one.t_l, str(one.t_b))) for one in first)
     assert [path.name for path in tmp_path.iterdir()] == ["search.json"]
 
-    with pytest.raises(ValueError, match="belongs to a search with nodes=60, not 61"):
-        find_topologies(61, 3, seconds=1, state=file)
+    with pytest.raises(ValueError, match="belongs to a search with nodes=16, not 17"):
+        find_topologies(17, 4, seconds=1, state=file)
     file.write_text(json.dumps(saved | {"names": None}))
     with pytest.raises(ValueError, match="is damaged"):
-        find_topologies(60, 3, seconds=1, state=file)
+        find_topologies(16, 4, seconds=1, state=file)
     file.write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
-        find_topologies(60, 3, seconds=1, state=file)
+        find_topologies(16, 4, seconds=1, state=file)
     file.write_text("[]")
     with pytest.raises(ValueError, match="is not the state of a topology search"):
-        find_topologies(60, 3, seconds=1, state=file)
+        find_topologies(16, 4, seconds=1, state=file)
 
 
 def test_the_best_for_a_job() -> None:
