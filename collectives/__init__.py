@@ -1,5 +1,6 @@
 """Collectives that follow the network: exact bounds, spanning-tree forests, one form of schedule."""
 
+from trainkit.collectives import _fabrics
 from trainkit.collectives._topology import Topology as Topology
 from trainkit.collectives._topology import TopologyError as TopologyError
 from trainkit.collectives.direct import BFB as BFB
@@ -10,6 +11,7 @@ from trainkit.collectives.direct import named_topology as named_topology
 from trainkit.collectives.schedule import Op as Op
 from trainkit.collectives.schedule import Schedule as Schedule
 from trainkit.collectives.schedule import ScheduleError as ScheduleError
+from trainkit.collectives.schedule import export as export
 from trainkit.collectives.trees import AllreduceForest as AllreduceForest
 from trainkit.collectives.trees import Forest as Forest
 from trainkit.collectives.trees import ForestError as ForestError
@@ -18,3 +20,6 @@ from trainkit.collectives.trees import Tree as Tree
 from trainkit.collectives.trees import allreduce_forest as allreduce_forest
 from trainkit.collectives.trees import forest as forest
 from trainkit.collectives.trees import optimum as optimum
+from trainkit.collectives.trees import ring_schedule as ring_schedule
+
+fabrics = _fabrics

@@ -146,7 +146,7 @@ class Topology:
             TopologyError: it is not JSON, or breaks a rule.
         """
         try:
-            data = json.loads(Path(path).read_text(), parse_float=str)
+            data = json.loads(Path(path).read_text(), parse_float=_Written)
         except json.JSONDecodeError as error:
             raise TopologyError(f"{path} is not JSON: {error}") from None
         return cls.from_dict(data)
@@ -280,7 +280,20 @@ class Topology:
         return draw_topology(self)
 
 
+class _Written(float):
+    """A number of a file with the digits it was written in."""
+
+    def __new__(cls, text: str) -> "_Written":
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+    text: str
+
+
 def _capacity(value: Any, what: str) -> Fraction:
+    if isinstance(value, _Written):
+        value = value.text
     if isinstance(value, bool) or not isinstance(value, int | str | Fraction):
         raise TopologyError(
             f'{what}: capacity must be a whole number or a decimal string such as "12.5", got {value!r}'

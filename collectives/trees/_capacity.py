@@ -27,48 +27,48 @@ class Share:
     """Whether no schedule without switch multicast (or with no other k, if k was given) is faster."""
 
 
-def achievable(problem: Problem) -> tuple[Fraction, Problem]:
+def achievable(problem: Problem) -> tuple[Fraction, Problem, bool]:
     """The best rate when passing vertices cannot copy.
 
     Returns:
         (max over cuts of weight / capacity, in integer capacities, of the best balanced part of the capacities; that
-        part as a problem of its own, its capacities scaled up to integers).
+        part as a problem of its own, its capacities scaled up to integers; whether an exact bound proves it the best).
     """
     rate, _ = problem.search()
     if problem.balanced():
-        return rate, problem
+        return rate, problem, True
     trimmed = problem.within(_native.balanced(*problem.graph, problem.passing, problem.progress))
     if _rate(trimmed) == rate:
-        return rate, trimmed
+        return rate, trimmed, True
     solution = CutProgram([problem], free_roots=False).solve()
     scale = lcm(*(capacity.denominator for capacity in solution.sides[0]))
     part = problem.within(np.array([int(capacity * scale) for capacity in solution.sides[0]], dtype=np.int64))
     if not part.balanced():
+        # Floats did not tell which constraints are tight: keep what passes on, and let the bound say what that cost.
+        part = part.within(_native.balanced(*part.graph, problem.passing, problem.progress))
+    own = _rate(part)
+    if own is None:
         raise RuntimeError(
-            "the balanced part of the capacities could not be made exact: give capacities in a coarser unit"
+            "capacities differ too much for the linear program: give the large ones no more than they can use"
         )
-    return part.search()[0] * scale, part
+    reached = own * scale
+    return reached, part, solution.bound * reached == int(problem.weight.sum())
 
 
 def _rate(problem: Problem) -> Fraction | None:
     """The cut bound, or None where something to span is cut off."""
-    _, _, head, cap = problem.graph
-    taken = np.zeros(problem.size, dtype=np.int64)
-    np.add.at(taken, head, cap)
-    if not (taken[problem.spanned] > 0).all():
-        return None
     p, q, _, _ = _native.search(*problem.graph, problem.weight, problem.spanned, problem.progress)
     return Fraction(p, q) if q else None
 
 
 def best_share(problem: Problem) -> Share:
     """The optimum: as few trees as reach it."""
-    rate, part = achievable(problem)
+    rate, part, proved = achievable(problem)
     own = part.search()[0]
     common = reduce(gcd, (int(c) for c in part.cap), own.denominator)
     scale = own / rate  # the part's capacities are at most this multiple's share of the problem's
     cap = part.cap // common * own.numerator
-    return Share(part.within(cap), own.denominator // common, Fraction(own.numerator, common) / scale, True)
+    return Share(part.within(cap), own.denominator // common, Fraction(own.numerator, common) / scale, proved)
 
 
 def fixed_share(problem: Problem, k: int) -> Share:
@@ -76,7 +76,7 @@ def fixed_share(problem: Problem, k: int) -> Share:
 
     Exact where rounding down keeps every passing vertex balanced (equal capacities both ways, or no switches).
     """
-    rate, part = achievable(problem)
+    rate, part, proved = achievable(problem)
     if _two_way(problem):
         unit = _smallest_unit(problem, k, rate)
         return Share(problem.within(_floors(problem.cap, unit)), k, unit, True)
@@ -88,7 +88,7 @@ def fixed_share(problem: Problem, k: int) -> Share:
         rounded = rounded.within(_native.balanced(*rounded.graph, problem.passing, problem.progress))
         reached = _rate(rounded)
         if reached is not None and reached * k <= 1:
-            return Share(rounded, k, unit, unit == k * rate)
+            return Share(rounded, k, unit, proved and unit == k * rate)
         unit = max(_next_unit(problem.cap, unit), unit * min(reached * k, Fraction(2)) if reached is not None else unit)
     raise ValueError(
         f"no balanced rounding of the capacities for {k} trees per root was found: take another trees_per_root"

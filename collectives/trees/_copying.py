@@ -14,34 +14,17 @@ def choose_copying(problem: Problem) -> Problem:
     A tree that spans a copying switch enters it once and leaves it as often as it likes. Spanning one that takes in too
     little would slow every tree down, so the switches in the way are left out, worst first.
     """
+    _, _, head, _ = problem.graph
     copying = [problem.topology.index[name] for name in sorted(problem.topology.multicast)]
-    plain = None
+    copying = [w for w in copying if (head == w).any()]
     while copying:
         trial = problem.spanning(copying)
-        rate, cut = trial.search() if _fed(trial) else (None, None)
-        plain = plain or achievable(problem)[0]
-        if rate is not None and cut is not None:
-            if trial.balanced() and rate <= plain:
-                return trial
-            if not trial.balanced():
-                rate = achievable(trial)[0]
-            if rate <= plain:
-                return trial
-            outside = [w for w in copying if not cut[w]]
-            copying = [w for w in copying if w not in outside] if outside else copying[:-1]
-        else:
-            _, _, head, _ = problem.graph
-            copying = [w for w in copying if (head == w).any()]
-            if len(copying) == len(trial.spanned) - len(trial.members):
-                break
+        if achievable(trial)[0] <= achievable(problem)[0]:
+            return trial
+        _, cut = trial.search()
+        starved = [w for w in copying if not cut[w]]
+        copying = [w for w in copying if w not in starved] if starved else copying[:-1]
     return problem
-
-
-def _fed(problem: Problem) -> bool:
-    _, _, head, cap = problem.graph
-    taken = np.zeros(problem.size, dtype=np.int64)
-    np.add.at(taken, head, cap)
-    return bool((taken[problem.spanned] > 0).all())
 
 
 def without_copying_vertices(flat: Flat, members: Ints) -> Flat:

@@ -81,6 +81,8 @@ class Problem:
     def search(self) -> tuple[Fraction, Ints]:
         """(max over cuts of weight inside / capacity out, in integer capacities; [vertices] 1 inside that cut)."""
         p, q, cut, _ = _native.search(*self.graph, self.weight, self.spanned, self.progress)
+        if q == 0:
+            raise ValueError("a switch named in multicast or aggregate cannot be reached from any root: leave it out")
         return Fraction(p, q), cut
 
 

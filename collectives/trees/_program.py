@@ -9,6 +9,7 @@ the float optimum is turned into the exact vertex behind it, with an exact dual 
 
 from dataclasses import dataclass
 from fractions import Fraction
+from math import ceil
 
 import numpy as np
 import numpy.typing as npt
@@ -60,9 +61,12 @@ class CutProgram:
         self.roots = {orbit: i if free_roots else 0 for i, orbit in enumerate(orbits)}
         self.head = len(orbits) if free_roots else 1
         self.variables = self.head + self.arcs * len(sides)
+        # Tolerances of floats are relative to the largest capacity: one that is of no use must not set it.
+        useful = self._useful(first)
+        most = min(self._most(problem) for problem in sides)
         self.limits: list[int] = [0] * self.arcs
         for e, orbit in enumerate(self.arc):
-            self.limits[orbit] = int(first.cap[e])
+            self.limits[orbit] = min(int(useful[e]), most)
         self.objective = [0] * self.variables
         for v in owners:
             self.objective[self.roots[self.root_of[v]]] += 1 if free_roots else int(first.weight[v])
@@ -78,6 +82,33 @@ class CutProgram:
                 cut = np.ones(problem.size, dtype=np.int64)
                 cut[v] = 0
                 self._add_cut(side, cut)
+
+    def _useful(self, first: Problem) -> Ints:
+        """[links] capacities, none above what the passing vertices at its ends take in or give out."""
+        _, tail, head, cap = first.graph
+        passing = np.logical_and.reduce([problem.passing.astype(bool) for problem in self.sides])
+        while True:
+            taken, given = np.zeros(first.size, dtype=np.int64), np.zeros(first.size, dtype=np.int64)
+            np.add.at(taken, head, cap)
+            np.add.at(given, tail, cap)
+            smaller = np.where(passing[tail], np.minimum(cap, taken[tail]), cap)
+            smaller = np.where(passing[head], np.minimum(smaller, given[head]), smaller)
+            if (smaller == cap).all():
+                return smaller
+            cap = smaller
+
+    def _most(self, problem: Problem) -> int:
+        """More than any link can be of use: what all roots together can send.
+
+        With given roots that is the cut bound. With free ones, what two members take in: the one hears of all roots but
+        itself, the other of that one.
+        """
+        if not self.free_roots:
+            return ceil(int(problem.weight.sum()) / problem.search()[0])
+        _, _, head, cap = problem.graph
+        taken = np.zeros(problem.size, dtype=np.int64)
+        np.add.at(taken, head, cap)
+        return int(np.sort(taken[problem.members])[:2].sum())
 
     def _orbits(self, first: Problem) -> tuple[Ints, Ints]:
         colour = first.colour

@@ -114,3 +114,34 @@ class Buffers:
                 want = 1 << owner if self.collective == "allgather" else everybody
                 if value != want:
                     raise ExportError(f"rank {rank} ends with {value:b} in chunk {chunk}, not {want:b}")
+
+
+class Races:
+    """What happens before what: a read must come after the writes it sees, a write after all that touched the place."""
+
+    def __init__(self) -> None:
+        self.before: list[int] = []  # event -> bit set of the events before it
+        self.writers: dict[object, int] = {}
+        self.readers: dict[object, int] = {}
+
+    def event(self, *after: int | None) -> int:
+        """A new event after the given ones; its number."""
+        past = 0
+        for other in after:
+            if other is not None:
+                past |= self.before[other] | 1 << other
+        self.before.append(past)
+        return len(self.before) - 1
+
+    def read(self, event: int, place: object) -> None:
+        """Event `event` reads `place`."""
+        if self.writers.get(place, 0) & ~(self.before[event] | 1 << event):
+            raise ExportError(f"race: {place} (rank, buffer, chunk) may be read before it is written")
+        self.readers[place] = self.readers.get(place, 0) | 1 << event
+
+    def write(self, event: int, place: object) -> None:
+        """Event `event` writes `place`."""
+        touched = self.writers.get(place, 0) | self.readers.get(place, 0)
+        if touched & ~(self.before[event] | 1 << event):
+            raise ExportError(f"race: {place} (rank, buffer, chunk) may be written before it was read")
+        self.writers[place], self.readers[place] = 1 << event, 0

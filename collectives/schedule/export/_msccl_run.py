@@ -3,7 +3,7 @@
 import xml.etree.ElementTree as ET
 from collections import defaultdict
 
-from trainkit.collectives.schedule.export._chunks import Buffers, ExportError
+from trainkit.collectives.schedule.export._chunks import Buffers, ExportError, Races
 
 _SENDS, _RECEIVES = ("s", "rcs", "rrs", "rrcs"), ("r", "rcs", "rrc", "rrs", "rrcs")
 
@@ -12,7 +12,8 @@ def run_msccl(text: str) -> None:
     """Run an algorithm file on symbolic data; each send meets its receive, so any buffering would do.
 
     Raises:
-        ExportError: two blocks share a connection, a step is malformed, data is wrong, or the blocks wait in a circle.
+        ExportError: two blocks share a connection, a step is malformed, data is wrong, a dependency is missing that
+            another timing would need, or the blocks wait in a circle.
     """
     algo = ET.fromstring(text)
     ranks, count = int(algo.attrib["ngpus"]), int(algo.attrib["nchunksperloop"])
@@ -43,6 +44,15 @@ def run_msccl(text: str) -> None:
         depends = (block[0], int(step["depid"]))
         return step if depends[1] < 0 or at[depends] > int(step["deps"]) else None
 
+    races = Races()
+    last: dict[tuple[int, int], int] = {}  # block -> its latest event
+    events: dict[tuple[int, int, int], int] = {}
+
+    def happens(block: tuple[int, int], step: dict[str, str], *after: int) -> int:
+        depends = events[block[0], int(step["depid"]), int(step["deps"])] if int(step["depid"]) >= 0 else None
+        last[block] = events[block[0], block[1], at[block]] = races.event(last.get(block), depends, *after)
+        return last[block]
+
     waiting = set(steps)
     moved = True
     while moved:
@@ -56,9 +66,16 @@ def run_msccl(text: str) -> None:
                     got = current(other) if other is not None else None
                     if other is None or got is None or got["type"] not in _RECEIVES:
                         break
+                    sent = happens(block, step)
+                    received = happens(other, got, sent)
+                    for i in range(int(step["cnt"])):
+                        races.read(sent, (block[0], step["srcbuf"], int(step["srcoff"]) + i))
+                        races.write(received, (other[0], got["dstbuf"], int(got["dstoff"]) + i))
                     _transfer(buffers, block[0], other[0], step, got)
                     at[other] += 1
-                elif kind != "nop":
+                elif kind == "nop":
+                    happens(block, step)
+                else:
                     break  # a receive moves when its sender does
                 at[block] += 1
                 moved = True

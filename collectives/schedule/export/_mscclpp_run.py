@@ -1,10 +1,10 @@
 """An interpreter of MSCCL++ execution plans: what the file says, not what its writer meant."""
 
 import json
-from collections import defaultdict
+from collections import defaultdict, deque
 from typing import Any
 
-from trainkit.collectives.schedule.export._chunks import Buffers, ExportError
+from trainkit.collectives.schedule.export._chunks import Buffers, ExportError, Races
 
 _COLLECTIVES = {"allgather": "allgather", "reducescatter": "reduce_scatter", "allreduce": "allreduce"}
 _OPS, _CHANNELS = 64, 16
@@ -20,7 +20,10 @@ class _Machine:
         count = self.gpus[0]["input_chunks" if self.main == "i" else "output_chunks"]
         self.buffers = Buffers(collective, len(self.gpus), count)
         self.scratch = [[0] * gpu["scratch_chunks"] for gpu in self.gpus]
-        self.signals: dict[tuple[int, str, int], int] = defaultdict(int)  # (rank, type, channel of the rank) -> pending
+        # (rank, type, channel of the rank) -> the puts that signalled and were not yet waited for
+        self.signals: dict[tuple[int, str, int], deque[int]] = defaultdict(deque)
+        self.races = Races()
+        self.last: dict[tuple[int, int], int] = {}  # (rank, block) -> its latest event
         self.partner = self._pair()
 
     def _pair(self) -> dict[tuple[int, str, int], tuple[int, str, int]]:
@@ -69,13 +72,18 @@ class _Machine:
         ids = next(entry["channel_ids"] for entry in block["channels"] if entry["channel_type"] == kind)
         return gpu["id"], kind, ids[op["channel_ids"][0]]
 
+    def _happens(self, rank: int, block: dict[str, Any], *after: int) -> int:
+        key = (rank, block["id"])
+        self.last[key] = self.races.event(self.last.get(key), *after)
+        return self.last[key]
+
     def _step(self, gpu: dict[str, Any], block: dict[str, Any], op: dict[str, Any]) -> bool:
         rank = gpu["id"]
         if op["name"] == "wait":
             channel = self._channel(gpu, block, op)
-            if self.signals[channel] == 0:
+            if not self.signals[channel]:
                 return False
-            self.signals[channel] -= 1
+            self._happens(rank, block, self.signals[channel].popleft())
         elif op["name"] == "pws":
             channel = self._channel(gpu, block, op)
             peer, _, _ = self.partner[channel]
@@ -86,16 +94,22 @@ class _Machine:
             remote = gpu["remote_buffers"][ids[target["buffer_id"]]]
             if remote["rank"] != peer:
                 raise ExportError(f"rank {rank} puts into rank {remote['rank']} over a channel to rank {peer}")
+            event = self._happens(rank, block)
             for i in range(source["size"]):
                 value = self.buffers.held[rank][source["index"] + i]
+                self.races.read(event, (rank, source["type"], source["index"] + i))
+                self.races.write(event, (peer, remote["type"], target["index"] + i))
                 if remote["type"] == self.main:
                     self.buffers.store(peer, target["index"] + i, value)
                 else:
                     self.scratch[peer][target["index"] + i] = value
-            self.signals[self.partner[channel]] += 1
+            self.signals[self.partner[channel]].append(event)
         elif op["name"] == "re":
             mine, landed = op["src_buff"]
+            event = self._happens(rank, block)
             for i in range(mine["size"]):
+                self.races.read(event, (rank, landed["type"], landed["index"] + i))
+                self.races.write(event, (rank, mine["type"], mine["index"] + i))
                 self.buffers.add(rank, mine["index"] + i, self.scratch[rank][landed["index"] + i])
         else:
             raise ExportError(f"op {op['name']!r} is not one that these plans use")
@@ -106,6 +120,6 @@ def run_mscclpp(text: str) -> None:
     """Run a plan on symbolic data.
 
     Raises:
-        ExportError: a limit is exceeded, channels do not pair, data is wrong, or a wait never ends.
+        ExportError: a limit is exceeded, channels do not pair, data is wrong or only right by luck, or a wait never ends.
     """
     _Machine(json.loads(text)).run()

@@ -1,0 +1,42 @@
+"""Large fabrics: a thousand GPUs, and what happens when one link breaks the symmetry."""
+
+import pytest
+
+from trainkit.collectives import Topology, fabrics, forest, optimum
+from trainkit.collectives.trees import packing_effort
+
+
+@pytest.mark.parametrize(
+    "fabric", [fabrics.dgx_h100(32), fabrics.rail_fat_tree(4, 8, 8, oversubscription=2)], ids=lambda t: t.name
+)
+def test_256_gpus(fabric: Topology) -> None:
+    trees = forest(fabric)
+    assert trees.inv_rate == optimum(fabric).inv_rate
+    assert trees.height <= 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fabric", [fabrics.dgx_h100(128), fabrics.rail_fat_tree(4, 32, 8, oversubscription=2)], ids=lambda t: t.name
+)
+def test_1024_gpus(fabric: Topology) -> None:
+    trees = forest(fabric)
+    assert trees.inv_rate == optimum(fabric).inv_rate
+    assert trees.height <= 4
+
+
+def test_one_slow_link_among_1024() -> None:
+    # Slow one way only: the network's switch is no longer balanced, and no symmetry moves every node.
+    broken = fabrics.dgx_h100(128).with_links({("g3_0", "IB"): 25})
+    best = optimum(broken)
+    assert best.inv_rate < best.achievable < best.inv_rate * 1.001
+    takes = packing_effort(broken)
+    assert takes.seconds > 600 and takes.memory > 2**30
+    assert "GiB" in str(takes)
+
+
+def test_one_slow_link_both_ways_still_packs() -> None:
+    broken = fabrics.dgx_h100(16).with_links({("g3_0", "IB"): 25, ("IB", "g3_0"): 25})
+    trees = forest(broken)
+    assert trees.inv_rate == optimum(broken).inv_rate
+    assert trees.height <= 4
