@@ -78,14 +78,18 @@ def check(path, B, Sq, Sk, Hq, Hkv, D, DV=None, dtype=torch.bfloat16, **options)
         loss = (out.double() * g.double()).sum() + (torch.where(lse.isfinite(), lse, 0).double() * dlse.double()).sum()
         grads[kind] = [out.detach(), lse.detach(), *torch.autograd.grad(loss, wanted)]
     report = []
-    for name, ours, rough, exact in zip(("out", "lse", "dq", "dk", "dv", "dsinks"), *(grads[x] for x in ("ours", "plain", "exact")), strict=False):  # fmt: skip
+    names = "out", "lse", "dq", "dk", "dv", "dsinks"
+    for name, ours, rough, exact in zip(names, *(grads[x] for x in ("ours", "plain", "exact")), strict=False):
         assert torch.equal(ours.isfinite(), exact.isfinite()), name
         fine = exact.isfinite()
         error, allowed = ((x.double() - exact)[fine].abs().max().item() if fine.any() else 0.0 for x in (ours, rough))
-        factor = 3 if name == "dq" else 2
         report.append(f"{name} {error:.2e} of {allowed:.2e}")
-        # lse is written in fp32 and has no rounding of the plain one's matmul to hide behind when it is short.
-        assert error <= factor * allowed + (1e-3 if name in ("lse", "dsinks") else 1e-5 + 2**-8 * exact[fine].abs().max().item() * (Sq == 1)), report  # fmt: skip
+        if name in ("lse", "dsinks"):
+            slack = 1e-3
+        else:
+            # One query: the plain one's only rounding can fall on a representable number, ours still rounds once.
+            slack = 1e-5 + 2**-8 * exact[fine].abs().max().item() * (Sq == 1)
+        assert error <= (3 if name == "dq" else 2) * allowed + slack, report
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])

@@ -5,9 +5,9 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'trainkit[kernels]'")
 
-from kernels_interpreter import interpreter  # noqa: E402
+from kernels_interpreter import interpreter
 
-from trainkit.kernels import attention  # noqa: E402
+from trainkit.kernels import attention
 
 
 @pytest.fixture(autouse=True)
@@ -146,7 +146,7 @@ def test_an_index_beyond_its_table_gives_nan_not_a_neighbour():
 def test_deterministic_refuses_gradients_by_atomics():
     q = torch.randn(1, 8, 4, 16)
     options = {"score_mod": lambda s, b, h, i, j: s + TABLE[h, i], "deterministic": True}
-    with pytest.raises(ValueError, match="captured tensors.*atomics.*deterministic=True"):
+    with pytest.raises(ValueError, match=r"captured tensors.*atomics.*deterministic=True"):
         attention(q, q, q, backend="triton", **options)
     assert attention(q, q, q, explain=True, **options)[1].path == "reference"
 

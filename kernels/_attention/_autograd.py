@@ -62,8 +62,8 @@ def attend(
     learned = [variant.score.tables[i] for i in variant.learned] if variant.score is not None else []
     if learned and spec.deterministic and torch.is_grad_enabled():
         raise ValueError(
-            f"captured tensors get their gradients by atomics, whose order varies: {len(learned)} require gradients with"
-            " deterministic=True; detach them or take backend='reference'"
+            f"captured tensors get their gradients by atomics, whose order varies: {len(learned)} require gradients"
+            " with deterministic=True; detach them or take backend='reference'"
         )
     if 0 in (q.shape[0], q.shape[1], k.shape[1]):
         return reference(q, k, v, spec, packed)

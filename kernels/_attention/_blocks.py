@@ -52,7 +52,8 @@ def lists(variant, spec, B, H, Sq, Sk, BM, BN, device, by_keys):
         states = torch.empty(b * h, *tiles, dtype=torch.int32, device=device)
         mask = variant.functions("triton").mask
         block_map[(*tiles, b * h)](
-            states, Sq, Sk, spec.window or 0, arguments(variant.mask), h, BM, BN, spec.causal, spec.window is not None, mask
+            states, Sq, Sk, spec.window or 0, arguments(variant.mask), h, BM, BN, spec.causal,
+            spec.window is not None, mask
         )  # fmt: skip
         if by_keys:
             states = states.mT

@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import os
 import tempfile
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +17,7 @@ HEADER = {
         "from triton.experimental import gluon\nimport triton.experimental.gluon.language as tl\n\njit = gluon.jit\n"
     ),
 }
+FUNCTIONS = ("score", "score_t", "score_grad", "score_grad_t", "mask", "mask_t")
 HELPERS = "from trainkit.kernels._attention._elementwise_{dialect} import floor_divide, floor_mod, sigmoid, tanh\n\n"
 
 
@@ -55,15 +57,48 @@ def _address(start: int, indices: tuple[Value, ...], lines: list[str], tag: str)
     return " + ".join(offsets) or "0", " & ".join(ranges)
 
 
-def _body(program: Program, first: int = 0) -> list[str]:
+@dataclass(frozen=True)
+class _Form:
+    """How values that vary with one index alone stand in a tile.
+
+    Triton takes them as columns and rows of the tile. Gluon's loads want them as vectors,
+    spread where they meet others:
+    `axes` says along which axis q and k lie then.
+    """
+
+    vectors: bool = False
+    axes: str = "qk"
+
+    def spread(self, v: Value) -> str:
+        alone = v.deps & {"q", "k", "s"}
+        if not self.vectors or len(alone) != 1 or "s" in v.deps:
+            return v.name
+        return v.name + ("[:, None]" if self.axes[0] in alone else "[None, :]")
+
+    def operands(self, args: tuple[Value, ...]) -> list[str]:
+        mixed = len(frozenset().union(*(a.deps for a in args)) & {"q", "k", "s"}) > 1
+        return [self.spread(a) if mixed else a.name for a in args]
+
+    def result(self, v: Value) -> str:
+        """A score or mask that varies with fewer indices than the tile has, over the tile."""
+        return self.spread(v)
+
+
+TILES, ROWS, COLUMNS = _Form(), _Form(True, "qk"), _Form(True, "kq")
+"""Triton's form; Gluon's with queries along the rows of a tile; Gluon's with keys along them (names end in `_t`)."""
+
+
+def _body(program: Program, form: _Form) -> list[str]:
     starts = layout(program)
     lines: list[str] = []
-    for op in program.ops[first:]:
+    for op in program.ops:
+        args = form.operands(op.args)
         if op.name != "load":
-            lines.append(f"{op.out.name} = {SPELLING[op.name].format(*(a.name for a in op.args))}")
+            lines.append(f"{op.out.name} = {SPELLING[op.name].format(*args)}")
             continue
         start = starts[op.table]
-        offset, inside = _address(start, op.args, lines, f"{op.out.name}_")
+        indices = tuple(replace(a, name=name) for a, name in zip(op.args, args, strict=True))
+        offset, inside = _address(start, indices, lines, f"{op.out.name}_")
         # An index outside its table gives NaN (0 for integers), never a neighbour's number.
         other = 'float("nan")' if op.out.kind == "f" else "0"
         guard = f", mask={inside}, other={other}" if inside else ""
@@ -73,9 +108,9 @@ def _body(program: Program, first: int = 0) -> list[str]:
     return lines
 
 
-def _spread(out: Value, needs: frozenset[str]) -> str:
-    """A result that varies with fewer indices than the tile has is spread over the tile."""
-    return out.name if needs <= out.deps or "s" in out.deps else f"tl.where(s == s, {out.name}, {out.name})"
+def _whole(out: Value, form: _Form) -> str:
+    """The result, spread over the tile where it varies with fewer indices."""
+    return out.name if "s" in out.deps else f"tl.where(s == s, {form.result(out)}, {form.result(out)})"
 
 
 def _scatter(n: int, grad: TableGradient, starts: list[int]) -> list[str]:
@@ -120,21 +155,26 @@ def source(
         gradient: what `differentiate` returned for it.
     """
     text = HEADER[dialect] + HELPERS.format(dialect=dialect)
-    if score is not None and gradient is not None and score.result is not None:
-        forward = Program(score.ops[:split], score.tables, score.result)
-        text += _function("score", "s, b, h, q, k, off, args", _body(forward), _spread(score.result, frozenset("qk")))
-        ds, tables = gradient
-        scatters = [line for n, grad in enumerate(tables) for line in _scatter(n, grad, layout(score))]
-        if scatters:
-            scatters = ["if TABLES:", *("    " + line for line in scatters)]
-        text += _function(
-            "score_grad",
-            "s, g, b, h, q, k, off, seen, args, gargs, TABLES: tl.constexpr",
-            _body(score) + scatters,
-            _spread(ds, frozenset("qk")),
-        )
-    if mask is not None and mask.result is not None:
-        text += _function("mask", "b, h, q, k, off, args", _body(mask), mask.result.name)
+    for suffix, form in (("", TILES),) if dialect == "triton" else (("", ROWS), ("_t", COLUMNS)):
+        if score is not None and gradient is not None and score.result is not None:
+            forward = Program(score.ops[:split], score.tables, score.result)
+            text += _function(
+                f"score{suffix}", "s, b, h, q, k, off, args", _body(forward, form), _whole(score.result, form)
+            )
+            ds, tables = gradient
+            # Only the Triton kernels collect gradients of captured tensors.
+            found = tables if dialect == "triton" else []
+            scatters = [line for n, grad in enumerate(found) for line in _scatter(n, grad, layout(score))]
+            if scatters:
+                scatters = ["if TABLES:", *("    " + line for line in scatters)]
+            text += _function(
+                f"score_grad{suffix}",
+                "s, g, b, h, q, k, off, seen, args, gargs, TABLES: tl.constexpr",
+                _body(score, form) + scatters,
+                _whole(ds, form),
+            )
+        if mask is not None and mask.result is not None:
+            text += _function(f"mask{suffix}", "b, h, q, k, off, args", _body(mask, form), form.result(mask.result))
     return text
 
 
@@ -154,7 +194,7 @@ def load(text: str) -> ModuleType:
     """Import printed functions from a file named by their content (Triton reads sources back from disk)."""
     name = "variant_" + hashlib.sha256(text.encode()).hexdigest()[:20]
     # Triton's own cache knows a function argument by its name alone: the name must say the content.
-    for function in ("score_grad", "score", "mask"):
+    for function in FUNCTIONS:
         text = text.replace(f"def {function}(", f"def {name}_{function}(")
     path = _folder() / f"{name}.py"
     if not path.exists() or path.read_text() != text:
@@ -165,6 +205,6 @@ def load(text: str) -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    for function in ("score", "score_grad", "mask"):
+    for function in FUNCTIONS:
         setattr(module, function, getattr(module, f"{name}_{function}", None))
     return module

@@ -142,8 +142,7 @@ def backward(
     )  # fmt: skip
     constants = {
         "GROUP": q.shape[2] // k.shape[2], "D": D, "DV": DV, "CAUSAL": spec.causal, "WINDOW": spec.window is not None,
-        "PACKED": call.packed is not None, "SCORE": functions.score, "GRAD": functions.score_grad, "MASK": functions.mask,
-        "num_warps": 4,
+        "PACKED": call.packed is not None, "num_warps": 4,
     }  # fmt: skip
     (bm, ring), (bn, key_ring) = _backward_tiles(D, DV)
 
@@ -156,7 +155,7 @@ def backward(
             descriptor(qp, bm, D), descriptor(kp, 64, D), descriptor(vp, 64, DV), descriptor(gp, bm, DV),
             descriptor(dkp, 64, D), descriptor(dvp, 64, DV), dk, dv, lse, delta, *pointers, *strides, *steps,
             k.shape[2] * D, k.shape[2] * DV, *scalars, BM=bm, ST=ring, WANT_DK=want_dk, WANT_DV=want_dv, LISTED=listed,
-            **constants,
+            SCORE=functions.score_t, GRAD=functions.score_grad_t, MASK=functions.mask_t, **constants,
         )  # fmt: skip
 
     grid, pointers, strides, listed = _triton.layout(call, q, k, Tiling(ROWS, bn, 4, key_ring), False)
@@ -165,6 +164,7 @@ def backward(
         (launch(kernel, grid) if launch else kernel[grid])(
             descriptor(qp, 64, D), descriptor(kp, bn, D), descriptor(vp, bn, DV), descriptor(gp, 64, DV),
             descriptor(dqp, 64, D), dq, lse, delta, *pointers, *strides, *steps, q.shape[2] * D, *scalars, BN=bn,
-            ST=key_ring, LISTED=listed, **constants,
+            ST=key_ring, LISTED=listed, SCORE=functions.score, GRAD=functions.score_grad, MASK=functions.mask,
+            **constants,
         )  # fmt: skip
     return dq, dk, dv

@@ -40,17 +40,16 @@ def row_stats(LSE, DELTA, rows, Sq):
 
 @gluon.jit
 def weigh(
-    S, lse, q, k, b, h, Sk, off, w, scale, score_args, mask_args, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
+    S, lse, q, k, qv, kv, b, h, Sk, off, w, scale, score_args, mask_args, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
     MASKED: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
-    """Probabilities of a tile of raw scores."""
+    """Probabilities of a tile of raw scores; `qv` and `kv` are its indices as vectors, kept inside."""
     factor = scale * LOG2E
-    inside = gl.minimum(k, Sk - 1)
     if SCORE is not None:
-        S = SCORE(S * scale, b, h, q, inside, off, score_args)
+        S = SCORE(S * scale, b, h, qv, kv, off, score_args)
         factor = LOG2E
     if MASKED:
-        S = masked(S, q, k, inside, b, h, Sk, off, w, mask_args, CAUSAL, WINDOW, MASK)
+        S = masked(S, q, k, qv, kv, b, h, Sk, off, w, mask_args, CAUSAL, WINDOW, MASK)
     return gl.exp2(S * factor - lse)
 
 
@@ -72,8 +71,10 @@ def put(desc, OUT, x, buffer, row, row0, col, stride, count, W: gl.constexpr, D:
 
 @gluon.jit
 def keys_producer(
-    q_d, k_d, v_d, do_d, qs, ks, vs, dos, lses, deltas, LSE, DELTA, head0, total_q, Sq, kv_ready, q_ready, q_free, do_ready,
-    do_free, BLOCKS, COUNTS, row, row_head, NB, qr, qc, q_head, q_col, kr, kc, vr, vc, dr, dc, do_head, do_col, first, count, GROUP: gl.constexpr, BM: gl.constexpr,
+    q_d, k_d, v_d, do_d, qs, ks, vs, dos, lses, deltas, LSE, DELTA, head0, total_q, Sq, kv_ready, q_ready, q_free,
+    do_ready,
+    do_free, BLOCKS, COUNTS, row, row_head, NB, qr, qc, q_head, q_col, kr, kc, vr, vc, dr, dc, do_head, do_col,
+    first, count, GROUP: gl.constexpr, BM: gl.constexpr,
     ST: gl.constexpr, LISTED: gl.constexpr,
 ):  # fmt: skip
     """Bring the tile's keys and values once, then each query head's blocks of queries and output gradients."""
@@ -113,7 +114,8 @@ def keys_producer(
 
 @gluon.jit
 def keys_step(
-    dk, dv, S, kt, vt, qs, dos, lses, deltas, q_ready, q_free, do_ready, do_free, blocks, first, n, i, count, cols, b, h,
+    dk, dv, S, kt, vt, qs, dos, lses, deltas, q_ready, q_free, do_ready, do_free, blocks, first, n, i, count, cols,
+    b, h,
     Sq, Sk, off, w, scale, score_args, mask_args, BM: gl.constexpr, ST: gl.constexpr, L: gl.constexpr, LK: gl.constexpr,
     LV: gl.constexpr, WANT_DK: gl.constexpr, WANT_DV: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
     MASKED: gl.constexpr, LISTED: gl.constexpr, SCORE: gl.constexpr, GRAD: gl.constexpr, MASK: gl.constexpr,
@@ -128,12 +130,13 @@ def keys_step(
         S = warpgroup_mma_wait(2, deps=[S])
     else:
         S = warpgroup_mma_wait(0, deps=[S])
-    q = gl.minimum(rows, Sq - 1)[None, :]
-    k = cols[:, None]
+    qv = gl.minimum(rows, Sq - 1)
+    kv = gl.minimum(cols, Sk - 1)
     lse = lses.index(s).load(gl.SliceLayout(0, L))
     p = weigh(
-        S, lse[None, :], q, k, b, h, Sk, off, w, scale, score_args, mask_args, CAUSAL, WINDOW, MASKED, SCORE, MASK
-    )
+        S, lse[None, :], qv[None, :], cols[:, None], qv, kv, b, h, Sk, off, w, scale, score_args, mask_args, CAUSAL,
+        WINDOW, MASKED, SCORE, MASK,
+    )  # fmt: skip
     if WANT_DV:
         P = gl.convert_layout(p.to(dos.dtype), gl.DotOperandLayout(0, LV, 2))
         if not WANT_DK:
@@ -148,8 +151,7 @@ def keys_step(
     if WANT_DK:
         ds = p * (dP - deltas.index(s).load(gl.SliceLayout(0, L))[None, :])
         if GRAD is not None:
-            inside = gl.minimum(k, Sk - 1)
-            ds = GRAD(S * scale, ds, b, h, q, inside, off, p > 0.0, score_args, score_args, False)
+            ds = GRAD(S * scale, ds, b, h, qv, kv, off, p > 0.0, score_args, score_args, False)
             # Where the weight is 0 the score may be anything: 0 times its derivative, and not NaN.
             ds = gl.where(p > 0.0, ds, 0.0)
         dS = gl.convert_layout(ds.to(qs.dtype), gl.DotOperandLayout(0, LK, 2))
@@ -172,7 +174,8 @@ def keys_step(
 
 @gluon.jit
 def keys_consumer(
-    dk_d, dv_d, DK, DV_OUT, qs, ks, vs, dos, lses, deltas, kv_ready, q_ready, q_free, do_ready, do_free, BLOCKS, COUNTS, FULL,
+    dk_d, dv_d, DK, DV_OUT, qs, ks, vs, dos, lses, deltas, kv_ready, q_ready, q_free, do_ready, do_free, BLOCKS,
+    COUNTS, FULL,
     row, row_head, NB, out_row, kv_head, n0, b, Sq, Sk, off, w, scale, first, n1, n2, count, score_args, mask_args,
     W: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, BM: gl.constexpr, ST: gl.constexpr,
     dk_stride, dv_stride, WANT_DK: gl.constexpr, WANT_DV: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
@@ -203,18 +206,27 @@ def keys_consumer(
             # The first step has no product of a block before it in flight: what it counts on must be done already.
             S = warpgroup_mma_init(warpgroup_mma_wait(0, deps=[S]))
             for i in range(0, n1):
-                dk, dv, S = keys_step(dk, dv, S, kt, vt, qs, dos, lses, deltas, q_ready, q_free, do_ready, do_free, blocks,
-                                      first, base + i, i, count, cols, b, h, Sq, Sk, off, w, scale, score_args, mask_args,
-                                      BM, ST, L, LK, LV, WANT_DK, WANT_DV, CAUSAL, WINDOW, True, LISTED, SCORE, GRAD, MASK)  # fmt: skip
+                dk, dv, S = keys_step(dk, dv, S, kt, vt, qs, dos, lses, deltas, q_ready, q_free, do_ready, do_free,
+                blocks,
+                                      first, base + i, i, count, cols, b, h, Sq, Sk, off, w, scale, score_args,
+                                      mask_args,
+                                      BM, ST, L, LK, LV, WANT_DK, WANT_DV, CAUSAL, WINDOW, True, LISTED, SCORE, GRAD,
+                                      MASK)  # fmt: skip
             for i in range(n1, n2):
-                dk, dv, S = keys_step(dk, dv, S, kt, vt, qs, dos, lses, deltas, q_ready, q_free, do_ready, do_free, blocks,
-                                      first, base + i, i, count, cols, b, h, Sq, Sk, off, w, scale, score_args, mask_args,
-                                      BM, ST, L, LK, LV, WANT_DK, WANT_DV, CAUSAL, WINDOW, False, LISTED, SCORE, GRAD, MASK)  # fmt: skip
+                dk, dv, S = keys_step(dk, dv, S, kt, vt, qs, dos, lses, deltas, q_ready, q_free, do_ready, do_free,
+                blocks,
+                                      first, base + i, i, count, cols, b, h, Sq, Sk, off, w, scale, score_args,
+                                      mask_args,
+                                      BM, ST, L, LK, LV, WANT_DK, WANT_DV, CAUSAL, WINDOW, False, LISTED, SCORE,
+                                      GRAD, MASK)  # fmt: skip
             # Blocks after the whole ones: a window's far edge, listed ones, the ragged end of the queries.
             for i in range(n2, count):
-                dk, dv, S = keys_step(dk, dv, S, kt, vt, qs, dos, lses, deltas, q_ready, q_free, do_ready, do_free, blocks,
-                                      first, base + i, i, count, cols, b, h, Sq, Sk, off, w, scale, score_args, mask_args,
-                                      BM, ST, L, LK, LV, WANT_DK, WANT_DV, CAUSAL, WINDOW, True, LISTED, SCORE, GRAD, MASK)  # fmt: skip
+                dk, dv, S = keys_step(dk, dv, S, kt, vt, qs, dos, lses, deltas, q_ready, q_free, do_ready, do_free,
+                blocks,
+                                      first, base + i, i, count, cols, b, h, Sq, Sk, off, w, scale, score_args,
+                                      mask_args,
+                                      BM, ST, L, LK, LV, WANT_DK, WANT_DV, CAUSAL, WINDOW, True, LISTED, SCORE, GRAD,
+                                      MASK)  # fmt: skip
             S = warpgroup_mma_wait(0, deps=[S])
             if WANT_DK:
                 dk = warpgroup_mma_init(warpgroup_mma_wait(0, deps=[dk]))
@@ -274,23 +286,30 @@ def backward_keys(
     LSE += zb * Hq * total_q + q0
     DELTA += zb * Hq * total_q + q0
     gl.warp_specialize([
-        (keys_consumer, (dk_d, dv_d, DK, DV_OUT, qs, ks, vs, dos, lses, deltas, kv_ready, q_ready, q_free, do_ready, do_free,
+        (keys_consumer, (dk_d, dv_d, DK, DV_OUT, qs, ks, vs, dos, lses, deltas, kv_ready, q_ready, q_free, do_ready,
+        do_free,
                          BLOCKS, COUNTS, FULL, row, sbh, NB, out_row, g, n0, b, Sq, Sk, off, w, scale, first, n1,
-                         n2, count, score_args, mask_args, 0, GROUP, D, DV, BM, ST, dk_stride, dv_stride, WANT_DK, WANT_DV,
+                         n2, count, score_args, mask_args, 0, GROUP, D, DV, BM, ST, dk_stride, dv_stride, WANT_DK,
+                         WANT_DV,
                          CAUSAL, WINDOW, LISTED, SCORE, GRAD, MASK)),
-        (keys_consumer, (dk_d, dv_d, DK, DV_OUT, qs, ks, vs, dos, lses, deltas, kv_ready, q_ready, q_free, do_ready, do_free,
+        (keys_consumer, (dk_d, dv_d, DK, DV_OUT, qs, ks, vs, dos, lses, deltas, kv_ready, q_ready, q_free, do_ready,
+        do_free,
                          BLOCKS, COUNTS, FULL, row, sbh, NB, out_row, g, n0, b, Sq, Sk, off, w, scale, first, n1,
-                         n2, count, score_args, mask_args, 1, GROUP, D, DV, BM, ST, dk_stride, dv_stride, WANT_DK, WANT_DV,
+                         n2, count, score_args, mask_args, 1, GROUP, D, DV, BM, ST, dk_stride, dv_stride, WANT_DK,
+                         WANT_DV,
                          CAUSAL, WINDOW, LISTED, SCORE, GRAD, MASK)),
-        (keys_producer, (q_d, k_d, v_d, do_d, qs, ks, vs, dos, lses, deltas, LSE, DELTA, h0, total_q, Sq, kv_ready, q_ready, q_free, do_ready, do_free, BLOCKS, COUNTS,
-                         row, sbh, NB, qr, h0 * q_col, q_head, q_col, kr, g * k_col, vr, g * v_col, dr, h0 * do_col, do_head,
+        (keys_producer, (q_d, k_d, v_d, do_d, qs, ks, vs, dos, lses, deltas, LSE, DELTA, h0, total_q, Sq, kv_ready,
+        q_ready,
+                         q_free, do_ready, do_free, BLOCKS, COUNTS, row, sbh, NB, qr, h0 * q_col, q_head, q_col, kr,
+                         g * k_col, vr, g * v_col, dr, h0 * do_col, do_head,
                          do_col, first, count, GROUP, BM, ST, LISTED)),
     ], [4, 1], [240, 24])  # fmt: skip
 
 
 @gluon.jit
 def queries_producer(
-    q_d, k_d, v_d, do_d, qs, ks, vs, dos, q_ready, k_ready, k_free, v_ready, v_free, BLOCKS, qr, qc, kr, kc, vr, vc, dr, dc,
+    q_d, k_d, v_d, do_d, qs, ks, vs, dos, q_ready, k_ready, k_free, v_ready, v_free, BLOCKS, qr, qc, kr, kc, vr, vc,
+    dr, dc,
     last, count, BN: gl.constexpr, ST: gl.constexpr, LISTED: gl.constexpr,
 ):  # fmt: skip
     """Bring the tile's queries and output gradients once, then its key and value blocks."""
@@ -312,7 +331,8 @@ def queries_producer(
 
 @gluon.jit
 def queries_step(
-    dq, S, qt, dot, ks, vs, lse, delta, k_ready, k_free, v_ready, v_free, BLOCKS, last, n, count, rows, b, h, Sk, off, w,
+    dq, S, qt, dot, ks, vs, lse, delta, k_ready, k_free, v_ready, v_free, BLOCKS, last, n, count, rows, b, h, Sk,
+    off, w,
     scale, score_args, mask_args, BN: gl.constexpr, ST: gl.constexpr, L: gl.constexpr, LO: gl.constexpr,
     CAUSAL: gl.constexpr, WINDOW: gl.constexpr, MASKED: gl.constexpr, LISTED: gl.constexpr, SCORE: gl.constexpr,
     GRAD: gl.constexpr, MASK: gl.constexpr,
@@ -324,11 +344,11 @@ def queries_step(
     dP = warpgroup_mma(dot, vs.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
     S = warpgroup_mma_wait(2, deps=[S])
     cols = block_at(BLOCKS, last, n, -1, LISTED) * BN + gl.arange(0, BN, gl.SliceLayout(0, L))
-    q = rows[:, None]
-    k = cols[None, :]
+    kv = gl.minimum(cols, Sk - 1)
     p = weigh(
-        S, lse[:, None], q, k, b, h, Sk, off, w, scale, score_args, mask_args, CAUSAL, WINDOW, MASKED, SCORE, MASK
-    )
+        S, lse[:, None], rows[:, None], cols[None, :], rows, kv, b, h, Sk, off, w, scale, score_args, mask_args, CAUSAL,
+        WINDOW, MASKED, SCORE, MASK,
+    )  # fmt: skip
     dq = warpgroup_mma_wait(1, deps=[dq])
     if n > 0:
         mbarrier.arrive(k_free.index((n - 1) % ST))
@@ -336,7 +356,7 @@ def queries_step(
     mbarrier.arrive(v_free.index(s))
     ds = p * (dP - delta[:, None])
     if GRAD is not None:
-        ds = GRAD(S * scale, ds, b, h, q, gl.minimum(k, Sk - 1), off, p > 0.0, score_args, score_args, False)
+        ds = GRAD(S * scale, ds, b, h, rows, kv, off, p > 0.0, score_args, score_args, False)
         ds = gl.where(p > 0.0, ds, 0.0)
     dS = gl.convert_layout(ds.to(ks.dtype), gl.DotOperandLayout(0, LO, 2))
     t = (n + 1) % ST
@@ -349,7 +369,8 @@ def queries_step(
 
 @gluon.jit
 def queries_consumer(
-    dq_d, DQ, LSE, DELTA, qs, ks, vs, dos, q_ready, k_ready, k_free, v_ready, v_free, BLOCKS, out_row, out_col, dq_stride,
+    dq_d, DQ, LSE, DELTA, qs, ks, vs, dos, q_ready, k_ready, k_free, v_ready, v_free, BLOCKS, out_row, out_col,
+    dq_stride,
     m0, b, h, Sq, Sk, off, w, scale, last, n1, n2, count, score_args, mask_args, W: gl.constexpr, D: gl.constexpr,
     BN: gl.constexpr, ST: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, LISTED: gl.constexpr,
     SCORE: gl.constexpr, GRAD: gl.constexpr, MASK: gl.constexpr,
@@ -371,16 +392,21 @@ def queries_consumer(
         # The first step has no product of a block before it in flight: what it counts on must be done already.
         S = warpgroup_mma_init(warpgroup_mma_wait(0, deps=[S]))
         for n in range(0, n1):
-            dq, S = queries_step(dq, S, qt, dot, ks, vs, lse, delta, k_ready, k_free, v_ready, v_free, BLOCKS, last, n, count,
-                                 rows, b, h, Sk, off, w, scale, score_args, mask_args, BN, ST, L, LO, CAUSAL, WINDOW, True,
+            dq, S = queries_step(dq, S, qt, dot, ks, vs, lse, delta, k_ready, k_free, v_ready, v_free, BLOCKS, last,
+            n, count,
+                                 rows, b, h, Sk, off, w, scale, score_args, mask_args, BN, ST, L, LO, CAUSAL, WINDOW,
+                                 True,
                                  LISTED, SCORE, GRAD, MASK)  # fmt: skip
         for n in range(n1, n2):
-            dq, S = queries_step(dq, S, qt, dot, ks, vs, lse, delta, k_ready, k_free, v_ready, v_free, BLOCKS, last, n, count,
-                                 rows, b, h, Sk, off, w, scale, score_args, mask_args, BN, ST, L, LO, CAUSAL, WINDOW, False,
+            dq, S = queries_step(dq, S, qt, dot, ks, vs, lse, delta, k_ready, k_free, v_ready, v_free, BLOCKS, last,
+            n, count,
+                                 rows, b, h, Sk, off, w, scale, score_args, mask_args, BN, ST, L, LO, CAUSAL, WINDOW,
+                                 False,
                                  LISTED, SCORE, GRAD, MASK)  # fmt: skip
         if WINDOW or LISTED:
             for n in range(n2, count):
-                dq, S = queries_step(dq, S, qt, dot, ks, vs, lse, delta, k_ready, k_free, v_ready, v_free, BLOCKS, last, n,
+                dq, S = queries_step(dq, S, qt, dot, ks, vs, lse, delta, k_ready, k_free, v_ready, v_free, BLOCKS,
+                last, n,
                                      count, rows, b, h, Sk, off, w, scale, score_args, mask_args, BN, ST, L, LO, CAUSAL,
                                      WINDOW, True, LISTED, SCORE, GRAD, MASK)  # fmt: skip
         S = warpgroup_mma_wait(0, deps=[S])
@@ -428,11 +454,15 @@ def backward_queries(
     LSE += stats
     DELTA += stats
     gl.warp_specialize([
-        (queries_consumer, (dq_d, DQ, LSE, DELTA, qs, ks, vs, dos, q_ready, k_ready, k_free, v_ready, v_free, BLOCKS, out_row,
-                            h * D, dq_stride, m0, b, h, Sq, Sk, off, w, scale, last, n1, n2, count, score_args, mask_args, 0,
+        (queries_consumer, (dq_d, DQ, LSE, DELTA, qs, ks, vs, dos, q_ready, k_ready, k_free, v_ready, v_free, BLOCKS,
+        out_row,
+                            h * D, dq_stride, m0, b, h, Sq, Sk, off, w, scale, last, n1, n2, count, score_args,
+                            mask_args, 0,
                             D, BN, ST, CAUSAL, WINDOW, LISTED, SCORE, GRAD, MASK)),
-        (queries_consumer, (dq_d, DQ, LSE, DELTA, qs, ks, vs, dos, q_ready, k_ready, k_free, v_ready, v_free, BLOCKS, out_row,
-                            h * D, dq_stride, m0, b, h, Sq, Sk, off, w, scale, last, n1, n2, count, score_args, mask_args, 1,
+        (queries_consumer, (dq_d, DQ, LSE, DELTA, qs, ks, vs, dos, q_ready, k_ready, k_free, v_ready, v_free, BLOCKS,
+        out_row,
+                            h * D, dq_stride, m0, b, h, Sq, Sk, off, w, scale, last, n1, n2, count, score_args,
+                            mask_args, 1,
                             D, BN, ST, CAUSAL, WINDOW, LISTED, SCORE, GRAD, MASK)),
         (queries_producer, (q_d, k_d, v_d, do_d, qs, ks, vs, dos, q_ready, k_ready, k_free, v_ready, v_free, BLOCKS, qr,
                             h * q_col, kr, g * k_col, vr, g * v_col, dr, h * do_col, last, count, BN, ST, LISTED)),

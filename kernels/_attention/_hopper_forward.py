@@ -48,14 +48,12 @@ def fold(
     """One online-softmax step on a tile of raw scores: (weights, new maximum, new denominator, factor of the old)."""
     factor = scale * LOG2E
     cols = n0 + gl.arange(0, BN, gl.SliceLayout(0, L))
-    q = rows[:, None]
-    k = cols[None, :]
-    inside = gl.minimum(k, Sk - 1)
+    inside = gl.minimum(cols, Sk - 1)
     if SCORE is not None:
-        S = SCORE(S * scale, b, h, q, inside, off, score_args)
+        S = SCORE(S * scale, b, h, rows, inside, off, score_args)
         factor = LOG2E
     if MASKED:
-        S = masked(S, q, k, inside, b, h, Sk, off, w, mask_args, CAUSAL, WINDOW, MASK)
+        S = masked(S, rows[:, None], cols[None, :], rows, inside, b, h, Sk, off, w, mask_args, CAUSAL, WINDOW, MASK)
     # `factor` is positive (the host sees to it), so it may follow the maximum.
     m_new = gl.maximum(m, gl.max(S, 1) * factor)
     top = m_new
@@ -121,25 +119,31 @@ def consumer(
         S = warpgroup_mma_wait(0, deps=[S])
         mbarrier.arrive(k_free.index(0))
         n0 = block_at(BLOCKS, last, 0, -1, LISTED) * BN
-        if n1 > 0:
+        # The first block is whole only if no partly seen one comes before, and whole ones exist.
+        if (n1 > 0) | (n2 == 0):
             p, m, den, fade = fold(S, m, den, n0, rows, b, h, Sk, off, w, scale, score_args, mask_args, BN, L, CAUSAL,
                                    WINDOW, True, SCORE, MASK)  # fmt: skip
         else:
             p, m, den, fade = fold(S, m, den, n0, rows, b, h, Sk, off, w, scale, score_args, mask_args, BN, L, CAUSAL,
-                                   WINDOW, LISTED, SCORE, MASK)  # fmt: skip
+                                   WINDOW, False, SCORE, MASK)  # fmt: skip
         P = gl.convert_layout(p.to(vs.dtype), A)
         for n in range(1, n1):
-            acc, P, m, den = step(acc, P, m, den, qt, ks, vs, k_ready, k_free, v_ready, v_free, BLOCKS, last, n, rows, b, h,
+            acc, P, m, den = step(acc, P, m, den, qt, ks, vs, k_ready, k_free, v_ready, v_free, BLOCKS, last, n,
+            rows, b, h,
                                   Sk, off, w, scale, score_args, mask_args, BN, ST, L, LO, CAUSAL, WINDOW, True, LISTED,
                                   SCORE, MASK)  # fmt: skip
         for n in range(gl.maximum(n1, 1), n2):
-            acc, P, m, den = step(acc, P, m, den, qt, ks, vs, k_ready, k_free, v_ready, v_free, BLOCKS, last, n, rows, b, h,
-                                  Sk, off, w, scale, score_args, mask_args, BN, ST, L, LO, CAUSAL, WINDOW, False, LISTED,
+            acc, P, m, den = step(acc, P, m, den, qt, ks, vs, k_ready, k_free, v_ready, v_free, BLOCKS, last, n,
+            rows, b, h,
+                                  Sk, off, w, scale, score_args, mask_args, BN, ST, L, LO, CAUSAL, WINDOW, False,
+                                  LISTED,
                                   SCORE, MASK)  # fmt: skip
         if WINDOW or LISTED:
             for n in range(gl.maximum(n2, 1), count):
-                acc, P, m, den = step(acc, P, m, den, qt, ks, vs, k_ready, k_free, v_ready, v_free, BLOCKS, last, n, rows,
-                                      b, h, Sk, off, w, scale, score_args, mask_args, BN, ST, L, LO, CAUSAL, WINDOW, True,
+                acc, P, m, den = step(acc, P, m, den, qt, ks, vs, k_ready, k_free, v_ready, v_free, BLOCKS, last, n,
+                rows,
+                                      b, h, Sk, off, w, scale, score_args, mask_args, BN, ST, L, LO, CAUSAL, WINDOW,
+                                      True,
                                       LISTED, SCORE, MASK)  # fmt: skip
         t = (count - 1) % ST
         mbarrier.wait(v_ready.index(t), ((count - 1) // ST) & 1)
@@ -213,10 +217,12 @@ def forward(
     LSE += stats
     gl.warp_specialize([
         (consumer, (o_d, OUT, LSE, SINKS, qs, ks, vs, q_ready, k_ready, k_free, v_ready, v_free, BLOCKS, orow, h * DV,
-                    o_stride, m0, b, h, Sq, Sk, off, w, scale, last, n1, n2, count, score_args, mask_args, 0, DV, BN, ST,
+                    o_stride, m0, b, h, Sq, Sk, off, w, scale, last, n1, n2, count, score_args, mask_args, 0, DV, BN,
+                    ST,
                     CAUSAL, WINDOW, SINK, LISTED, TMA_OUT, SCORE, MASK)),
         (consumer, (o_d, OUT, LSE, SINKS, qs, ks, vs, q_ready, k_ready, k_free, v_ready, v_free, BLOCKS, orow, h * DV,
-                    o_stride, m0, b, h, Sq, Sk, off, w, scale, last, n1, n2, count, score_args, mask_args, 1, DV, BN, ST,
+                    o_stride, m0, b, h, Sq, Sk, off, w, scale, last, n1, n2, count, score_args, mask_args, 1, DV, BN,
+                    ST,
                     CAUSAL, WINDOW, SINK, LISTED, TMA_OUT, SCORE, MASK)),
         (producer, (q_d, k_d, v_d, qs, ks, vs, q_ready, k_ready, k_free, v_ready, v_free, BLOCKS, qr, h * q_col, kr,
                     g * k_col, vr, g * v_col, last, count, BN, ST, LISTED)),

@@ -115,8 +115,8 @@ def block_at(BLOCKS, start, n, STEP: gl.constexpr, LISTED: gl.constexpr):
 
 
 @gluon.jit
-def masked(S, q, k, kc, b, h, Sk, off, w, args, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, MASK: gl.constexpr):
-    """Scores with -inf where query q does not see key k; `kc` is k, kept inside [0, Sk)."""
+def masked(S, q, k, qv, kv, b, h, Sk, off, w, args, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, MASK: gl.constexpr):
+    """Scores with -inf where query q does not see key k; `qv` and `kv` are those vectors, kept inside."""
     gap = q + off - k
     seen = (k < Sk) & (gap == gap)
     if CAUSAL:
@@ -124,5 +124,5 @@ def masked(S, q, k, kc, b, h, Sk, off, w, args, CAUSAL: gl.constexpr, WINDOW: gl
     if WINDOW:
         seen = seen & (gap < w) & (gap > -w)
     if MASK is not None:
-        seen = seen & MASK(b, h, q, kc, off, args)
+        seen = seen & MASK(b, h, qv, kv, off, args)
     return gl.where(seen, S, -float("inf"))

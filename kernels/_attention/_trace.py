@@ -14,7 +14,8 @@ from trainkit.kernels._attention._scalars import ScalarIndex
 aten = torch.ops.aten
 
 BINARY = {
-    "mul": "mul", "maximum": "maximum", "minimum": "minimum", "eq": "eq", "ne": "ne", "lt": "lt", "le": "le", "gt": "gt",
+    "mul": "mul", "maximum": "maximum", "minimum": "minimum", "eq": "eq", "ne": "ne", "lt": "lt", "le": "le",
+    "gt": "gt",
     "ge": "ge", "bitwise_and": "and", "bitwise_or": "or", "bitwise_xor": "xor", "floor_divide": "floordiv",
     "remainder": "mod",
 }  # fmt: skip

@@ -140,10 +140,23 @@ def layout(call: Call, q: Tensor, k: Tensor, tiling: Tiling, by_keys: bool) -> t
     from trainkit.kernels._attention import _blocks
 
     shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
-    blocks, counts, full, *strides = _blocks.lists(
+    blocks, counts, full, *strides = _blocks.lists(  # type: ignore[no-untyped-call]
         call.variant, call.spec, *shape, tiling.bm, tiling.bn, q.device, by_keys
     )
     return grid, (None, None, None, blocks, counts, full), tuple(strides), True
+
+
+def launch(kernel: Any, grid: tuple[int, ...], tiling: Tiling, *args: Any, **constants: Any) -> None:
+    """Run a kernel with fewer pipeline stages if its shared memory does not fit: a variant's own loads take some."""
+    from triton.runtime.errors import OutOfResources
+
+    for stages in range(tiling.stages, 0, -1):
+        try:
+            kernel[grid](*args, **constants, BM=tiling.bm, BN=tiling.bn, num_warps=tiling.warps, num_stages=stages)
+            return
+        except OutOfResources:
+            if stages == 1:
+                raise
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
@@ -157,10 +170,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: Call) -
     grid, pointers, strides, listed = layout(call, q, k, tiling, False)
     scalars, constants = _common(call, q, k, v)
     if 0 not in grid:
-        _triton_forward.forward[grid](
-            q, k, v, out, lse, sinks, *pointers, *strides_of(q), *strides_of(k), *strides_of(v), *strides_of(out), *strides,
+        launch(
+            _triton_forward.forward, grid, tiling, q, k, v, out, lse, sinks, *pointers, *strides_of(q),
+            *strides_of(k), *strides_of(v), *strides_of(out), *strides,
             *scalars, **constants, SINK=sinks is not None, LISTED=listed,
-            BM=tiling.bm, BN=tiling.bn, num_warps=tiling.warps, num_stages=tiling.stages,
         )  # fmt: skip
     return out, lse
 
@@ -174,7 +187,8 @@ def row_delta(out: Tensor, grad: Tensor, grad_lse: Tensor | None) -> Tensor:
     bm = 64 if out.is_cuda else 32
     if delta.numel():
         _triton_backward.delta[(-(-S // bm), H, B)](
-            out, grad, None if grad_lse is None else grad_lse.contiguous(), delta, *strides_of(out), *strides_of(grad), H, S,
+            out, grad, None if grad_lse is None else grad_lse.contiguous(), delta, *strides_of(out),
+            *strides_of(grad), H, S,
             DV=DV, BDV=_padded(DV), BM=bm, GRAD_LSE=grad_lse is not None,
         )  # fmt: skip
     return delta
@@ -203,9 +217,10 @@ def backward(
     tiling = _tiling("keys", q.shape[3], v.shape[3], q)
     grid, pointers, strides, listed = layout(call, q, k, tiling, True)
     if 0 not in grid:
-        _triton_backward.backward_keys[grid](
-            *inputs, dk, dv, *pointers, *steps, *strides_of(dk), *strides_of(dv), *strides, *scalars, **constants,
-            LISTED=listed, BM=tiling.bm, BN=tiling.bn, num_warps=tiling.warps, num_stages=tiling.stages,
+        launch(
+            _triton_backward.backward_keys, grid, tiling, *inputs, dk, dv, *pointers, *steps, *strides_of(dk),
+            *strides_of(dv), *strides, *scalars, **constants,
+            LISTED=listed,
         )  # fmt: skip
 
     learned = call.variant.learned
@@ -219,10 +234,10 @@ def backward(
     tiling = _tiling("queries", q.shape[3], v.shape[3], q)
     grid, pointers, strides, listed = layout(call, q, k, tiling, False)
     if 0 not in grid:
-        _triton_backward.backward_queries[grid](
-            *inputs, dq, *pointers, *steps, *strides_of(dq), *strides, *scalars, tuple(flat), **constants,
-            LISTED=listed, TABLES=bool(learned), BM=tiling.bm, BN=tiling.bn, num_warps=tiling.warps,
-            num_stages=tiling.stages,
+        launch(
+            _triton_backward.backward_queries, grid, tiling, *inputs, dq, *pointers, *steps, *strides_of(dq),
+            *strides, *scalars, tuple(flat), **constants,
+            LISTED=listed, TABLES=bool(learned),
         )  # fmt: skip
     grads = [tables[i].to(score.tables[i].dtype) for i in learned] if score is not None else []
     return dq, dk, dv, grads

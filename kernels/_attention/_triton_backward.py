@@ -140,12 +140,15 @@ def backward_keys(
             full = tl.load(FULL + row)
             count = tl.load(COUNTS + row)
             dk, dv = key_span(
-                dk, dv, k, v, q, do, lse, total, 0, full, blocks, b, h, bh, cols, Sq, Sk, off, w, scale, seed, threshold,
-                keep_scale, sqs, sds, score_args, mask_args, D, DV, BD, BDV, BM, CAUSAL, WINDOW, SIGMOID, DROPOUT, False,
+                dk, dv, k, v, q, do, lse, total, 0, full, blocks, b, h, bh, cols, Sq, Sk, off, w, scale, seed,
+                threshold,
+                keep_scale, sqs, sds, score_args, mask_args, D, DV, BD, BDV, BM, CAUSAL, WINDOW, SIGMOID, DROPOUT,
+                False,
                 True, PRECISION, SCORE, GRAD, MASK,
             )  # fmt: skip
             dk, dv = key_span(
-                dk, dv, k, v, q, do, lse, total, full, count, blocks, b, h, bh, cols, Sq, Sk, off, w, scale, seed, threshold,
+                dk, dv, k, v, q, do, lse, total, full, count, blocks, b, h, bh, cols, Sq, Sk, off, w, scale, seed,
+                threshold,
                 keep_scale, sqs, sds, score_args, mask_args, D, DV, BD, BDV, BM, CAUSAL, WINDOW, SIGMOID, DROPOUT, True,
                 True, PRECISION, SCORE, GRAD, MASK,
             )  # fmt: skip
@@ -162,12 +165,14 @@ def backward_keys(
                 )  # fmt: skip
             if MASK is None:
                 dk, dv = key_span(
-                    dk, dv, k, v, q, do, lse, total, full_lo, full_hi, BLOCKS, b, h, bh, cols, Sq, Sk, off, w, scale, seed,
+                    dk, dv, k, v, q, do, lse, total, full_lo, full_hi, BLOCKS, b, h, bh, cols, Sq, Sk, off, w, scale,
+                    seed,
                     threshold, keep_scale, sqs, sds, score_args, mask_args, D, DV, BD, BDV, BM, CAUSAL, WINDOW, SIGMOID,
                     DROPOUT, False, False, PRECISION, SCORE, GRAD, MASK,
                 )  # fmt: skip
             dk, dv = key_span(
-                dk, dv, k, v, q, do, lse, total, tl.maximum(full_lo, full_hi), hi, BLOCKS, b, h, bh, cols, Sq, Sk, off, w,
+                dk, dv, k, v, q, do, lse, total, tl.maximum(full_lo, full_hi), hi, BLOCKS, b, h, bh, cols, Sq, Sk,
+                off, w,
                 scale, seed, threshold, keep_scale, sqs, sds, score_args, mask_args, D, DV, BD, BDV, BM, CAUSAL, WINDOW,
                 SIGMOID, DROPOUT, True, False, PRECISION, SCORE, GRAD, MASK,
             )  # fmt: skip
@@ -266,12 +271,15 @@ def backward_queries(
         count = tl.load(COUNTS + row)
         dq = query_span(
             dq, q, do, lse, total, K, V, 0, full, blocks, b, h, bh, rows, inside, Sk, off, w, scale, seed, threshold,
-            keep_scale, sks, svs, score_args, mask_args, table_grads, D, DV, BD, BDV, BN, CAUSAL, WINDOW, SIGMOID, DROPOUT,
+            keep_scale, sks, svs, score_args, mask_args, table_grads, D, DV, BD, BDV, BN, CAUSAL, WINDOW, SIGMOID,
+            DROPOUT,
             False, True, TABLES, PRECISION, SCORE, GRAD, MASK,
         )  # fmt: skip
         dq = query_span(
-            dq, q, do, lse, total, K, V, full, count, blocks, b, h, bh, rows, inside, Sk, off, w, scale, seed, threshold,
-            keep_scale, sks, svs, score_args, mask_args, table_grads, D, DV, BD, BDV, BN, CAUSAL, WINDOW, SIGMOID, DROPOUT,
+            dq, q, do, lse, total, K, V, full, count, blocks, b, h, bh, rows, inside, Sk, off, w, scale, seed,
+            threshold,
+            keep_scale, sks, svs, score_args, mask_args, table_grads, D, DV, BD, BDV, BN, CAUSAL, WINDOW, SIGMOID,
+            DROPOUT,
             True, True, TABLES, PRECISION, SCORE, GRAD, MASK,
         )  # fmt: skip
     else:
@@ -281,7 +289,8 @@ def backward_queries(
             full_hi = lo
         if WINDOW:
             dq = query_span(
-                dq, q, do, lse, total, K, V, lo, full_lo, BLOCKS, b, h, bh, rows, inside, Sk, off, w, scale, seed, threshold,
+                dq, q, do, lse, total, K, V, lo, full_lo, BLOCKS, b, h, bh, rows, inside, Sk, off, w, scale, seed,
+                threshold,
                 keep_scale, sks, svs, score_args, mask_args, table_grads, D, DV, BD, BDV, BN, CAUSAL, WINDOW, SIGMOID,
                 DROPOUT, True, False, TABLES, PRECISION, SCORE, GRAD, MASK,
             )  # fmt: skip
@@ -292,8 +301,10 @@ def backward_queries(
                 SIGMOID, DROPOUT, False, False, TABLES, PRECISION, SCORE, GRAD, MASK,
             )  # fmt: skip
         dq = query_span(
-            dq, q, do, lse, total, K, V, tl.maximum(full_lo, full_hi), hi, BLOCKS, b, h, bh, rows, inside, Sk, off, w, scale,
-            seed, threshold, keep_scale, sks, svs, score_args, mask_args, table_grads, D, DV, BD, BDV, BN, CAUSAL, WINDOW,
+            dq, q, do, lse, total, K, V, tl.maximum(full_lo, full_hi), hi, BLOCKS, b, h, bh, rows, inside, Sk, off,
+            w, scale,
+            seed, threshold, keep_scale, sks, svs, score_args, mask_args, table_grads, D, DV, BD, BDV, BN, CAUSAL,
+            WINDOW,
             SIGMOID, DROPOUT, True, False, TABLES, PRECISION, SCORE, GRAD, MASK,
         )  # fmt: skip
     d = tl.arange(0, BD)[None, :]

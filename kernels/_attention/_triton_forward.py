@@ -13,7 +13,8 @@ LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def span(
-    acc, m, den, q, K, V, start, stop, BLOCKS, b, h, bh, rows, Sk, off, w, qk_scale, seed, threshold, keep_scale, sks, svs,
+    acc, m, den, q, K, V, start, stop, BLOCKS, b, h, bh, rows, Sk, off, w, qk_scale, seed, threshold, keep_scale,
+    sks, svs,
     score_args, mask_args,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SIGMOID: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr,
@@ -91,12 +92,16 @@ def forward(
         full = tl.load(FULL + row)
         count = tl.load(COUNTS + row)
         acc, m, den = span(
-            acc, m, den, q, K, V, 0, full, BLOCKS, b, h, bh, rows, Sk, off, w, qk_scale, seed, threshold, keep_scale, sks, svs,
-            score_args, mask_args, D, DV, BD, BDV, BN, CAUSAL, WINDOW, SIGMOID, DROPOUT, False, True, PRECISION, SCORE, MASK,
+            acc, m, den, q, K, V, 0, full, BLOCKS, b, h, bh, rows, Sk, off, w, qk_scale, seed, threshold, keep_scale,
+            sks, svs,
+            score_args, mask_args, D, DV, BD, BDV, BN, CAUSAL, WINDOW, SIGMOID, DROPOUT, False, True, PRECISION,
+            SCORE, MASK,
         )  # fmt: skip
         acc, m, den = span(
-            acc, m, den, q, K, V, full, count, BLOCKS, b, h, bh, rows, Sk, off, w, qk_scale, seed, threshold, keep_scale, sks, svs,
-            score_args, mask_args, D, DV, BD, BDV, BN, CAUSAL, WINDOW, SIGMOID, DROPOUT, True, True, PRECISION, SCORE, MASK,
+            acc, m, den, q, K, V, full, count, BLOCKS, b, h, bh, rows, Sk, off, w, qk_scale, seed, threshold,
+            keep_scale, sks, svs,
+            score_args, mask_args, D, DV, BD, BDV, BN, CAUSAL, WINDOW, SIGMOID, DROPOUT, True, True, PRECISION,
+            SCORE, MASK,
         )  # fmt: skip
     else:
         lo, full_lo, full_hi, hi = key_range(m0, BM, BN, Sk, off, w, CAUSAL, WINDOW)
@@ -105,19 +110,24 @@ def forward(
             full_hi = lo
         if WINDOW:
             acc, m, den = span(
-                acc, m, den, q, K, V, lo, full_lo, BLOCKS, b, h, bh, rows, Sk, off, w, qk_scale, seed, threshold, keep_scale, sks,
-                svs, score_args, mask_args, D, DV, BD, BDV, BN, CAUSAL, WINDOW, SIGMOID, DROPOUT, True, False, PRECISION,
+                acc, m, den, q, K, V, lo, full_lo, BLOCKS, b, h, bh, rows, Sk, off, w, qk_scale, seed, threshold,
+                keep_scale, sks,
+                svs, score_args, mask_args, D, DV, BD, BDV, BN, CAUSAL, WINDOW, SIGMOID, DROPOUT, True, False,
+                PRECISION,
                 SCORE, MASK,
             )  # fmt: skip
         if MASK is None:
             acc, m, den = span(
-                acc, m, den, q, K, V, full_lo, full_hi, BLOCKS, b, h, bh, rows, Sk, off, w, qk_scale, seed, threshold, keep_scale,
+                acc, m, den, q, K, V, full_lo, full_hi, BLOCKS, b, h, bh, rows, Sk, off, w, qk_scale, seed,
+                threshold, keep_scale,
                 sks, svs, score_args, mask_args, D, DV, BD, BDV, BN, CAUSAL, WINDOW, SIGMOID, DROPOUT, False, False,
                 PRECISION, SCORE, MASK,
             )  # fmt: skip
         acc, m, den = span(
-            acc, m, den, q, K, V, tl.maximum(full_lo, full_hi), hi, BLOCKS, b, h, bh, rows, Sk, off, w, qk_scale, seed, threshold,
-            keep_scale, sks, svs, score_args, mask_args, D, DV, BD, BDV, BN, CAUSAL, WINDOW, SIGMOID, DROPOUT, True, False,
+            acc, m, den, q, K, V, tl.maximum(full_lo, full_hi), hi, BLOCKS, b, h, bh, rows, Sk, off, w, qk_scale,
+            seed, threshold,
+            keep_scale, sks, svs, score_args, mask_args, D, DV, BD, BDV, BN, CAUSAL, WINDOW, SIGMOID, DROPOUT, True,
+            False,
             PRECISION, SCORE, MASK,
         )  # fmt: skip
     inside = offsets < Sq

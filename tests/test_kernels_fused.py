@@ -1,0 +1,108 @@
+"""The fused kernels, on Triton's interpreter, against their formulas: outputs and every gradient."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install 'trainkit[kernels]'")
+
+from kernels_interpreter import interpreter
+
+from trainkit.kernels import linear_cross_entropy, rms_norm, rope, swiglu
+from trainkit.kernels.fused import _loss, _rms_norm, _rope, _swiglu
+
+
+@pytest.fixture(autouse=True)
+def kernels():
+    if torch.cuda.is_available():
+        yield
+    else:
+        with interpreter():
+            yield
+
+
+def leaves(*shapes, dtype=torch.float32):
+    g = torch.Generator().manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return [torch.randn(s, generator=g).to(device, dtype).requires_grad_() for s in shapes]
+
+
+def compare(fused, formula, inputs, bound):
+    """Against the formula in fp64."""
+    out = fused(*inputs)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    want = formula(*exact)
+    weights = torch.sin(torch.arange(out.numel(), device=out.device)).view(out.shape)
+    grads = torch.autograd.grad((out.float() * weights).sum(), inputs)
+    wants = torch.autograd.grad((want * weights).sum(), exact)
+    for ours, theirs in zip((out, *grads), (want, *wants), strict=True):
+        assert (ours.double() - theirs).abs().max() <= bound * theirs.abs().max().clamp(min=1)
+    assert out.dtype == inputs[0].dtype or out.dim() == 0
+
+
+BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+def test_rms_norm(dtype):
+    x, w = leaves((3, 5, 33), (33,), dtype=dtype)
+    compare(lambda x, w: rms_norm(x, w, 1e-5), lambda x, w: _rms_norm.reference(x, w, 1e-5), [x, w], BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+def test_swiglu(dtype):
+    compare(swiglu, _swiglu.reference, leaves((3, 7, 11), (3, 7, 11), dtype=dtype), BOUNDS[dtype])
+    a, b = leaves((5, 6, 8), (6, 5, 8), dtype=dtype)
+    compare(
+        lambda a, b: swiglu(a, b.transpose(0, 1)),
+        lambda a, b: _swiglu.reference(a, b.transpose(0, 1)),
+        [a, b],
+        BOUNDS[dtype],
+    )
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_rope(batched):
+    angles = torch.rand(*((2,) if batched else ()), 5, 3) * 6
+    (x,) = leaves((2, 5, 3, 6))
+    cos, sin = angles.cos().to(x.device), angles.sin().to(x.device)
+    compare(lambda x: rope(x, cos, sin), lambda x: _rope.reference(x, cos, sin), [x], 1e-5)
+    (y,) = leaves((2, 3, 5, 6))
+    compare(
+        lambda y: rope(y.transpose(1, 2), cos, sin), lambda y: _rope.reference(y.transpose(1, 2), cos, sin), [y], 1e-5
+    )
+
+
+@pytest.mark.parametrize("chunk", [3, 100])
+@pytest.mark.parametrize("vocabulary", [7, 130])
+def test_linear_cross_entropy(vocabulary, chunk):
+    x, w = leaves((2, 5, 9), (vocabulary, 9))
+    target = torch.randint(vocabulary, (2, 5), device=x.device)
+    target[0, 1] = target[1, 4] = -100
+    formula = lambda x, w: _loss.reference(x.flatten(0, 1), w, target.flatten(), -100)  # noqa: E731
+    compare(lambda x, w: linear_cross_entropy(x, w, target, chunk=chunk), formula, [x, w], 1e-5)
+
+
+def test_loss_without_counted_targets_is_zero_and_wrong_ones_are_not_hidden():
+    x, w = leaves((4, 8), (6, 8))
+    nothing = torch.full((4,), -100, device=x.device)
+    loss = linear_cross_entropy(x, w, nothing)
+    assert loss == 0 and all((g == 0).all() for g in torch.autograd.grad(loss, (x, w)))
+    assert linear_cross_entropy(x, w, torch.full((4,), 6, device=x.device)).isnan()
+
+
+def test_bad_input():
+    x = torch.zeros(4, 8)
+    with pytest.raises(ValueError, match=r"weight must be \[8\].*\[4\]"):
+        rms_norm(x, torch.ones(4))
+    with pytest.raises(ValueError, match=r"share shape and dtype.*\[4, 8\].*\[8\]"):
+        swiglu(x, torch.ones(8))
+    with pytest.raises(ValueError, match="even head_dim"):
+        rope(torch.zeros(1, 2, 3, 5), x, x)
+    with pytest.raises(ValueError, match=r"cos and sin must be \[2, 2\]"):
+        rope(torch.zeros(1, 2, 3, 4), x, x)
+    with pytest.raises(ValueError, match=r"\[\.\.\., N\].*\[4, 8\], \[6, 7\]"):
+        linear_cross_entropy(x, torch.ones(6, 7), torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"target must be int64.*int32"):
+        linear_cross_entropy(x, torch.ones(6, 8), torch.zeros(4, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"chunk.*got 0"):
+        linear_cross_entropy(x, torch.ones(6, 8), torch.zeros(4, dtype=torch.int64), chunk=0)
