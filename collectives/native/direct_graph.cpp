@@ -12,21 +12,26 @@ namespace direct {
 constexpr int kEnumerated = 10;
 
 InLinks::InLinks(int count, const int32_t* tail, const int32_t* head, size_t links) : nodes(count), first(count + 1) {
-  std::vector<std::pair<int, int>> arcs;
-  arcs.reserve(links);
-  for (size_t i = 0; i < links; ++i)
-    if (tail[i] != head[i]) arcs.emplace_back(head[i], tail[i]);
-  std::sort(arcs.begin(), arcs.end());
-  for (size_t i = 0; i < arcs.size(); ++i) {
-    if (i > 0 && arcs[i] == arcs[i - 1]) {
-      ++width.back();
-      continue;
+  // sorted by receiver, then by sender
+  std::vector<int> start(count + 1), all(links);
+  for (size_t i = 0; i < links; ++i) ++start[head[i]];
+  std::partial_sum(start.begin(), start.end(), start.begin());
+  for (size_t i = 0; i < links; ++i) all[--start[head[i]]] = tail[i];
+  start[count] = static_cast<int>(links);
+  sender.reserve(links), width.reserve(links);
+  for (int u = 0; u < count; ++u) {
+    std::sort(all.begin() + start[u], all.begin() + start[u + 1]);
+    for (int i = start[u]; i < start[u + 1]; ++i) {
+      if (all[i] == u) continue;
+      if (static_cast<int>(sender.size()) > first[u] && sender.back() == all[i]) {
+        ++width.back();
+        continue;
+      }
+      sender.push_back(all[i]);
+      width.push_back(1);
     }
-    ++first[arcs[i].first + 1];
-    sender.push_back(arcs[i].second);
-    width.push_back(1);
+    first[u + 1] = static_cast<int>(sender.size());
   }
-  std::partial_sum(first.begin(), first.end(), first.begin());
 }
 
 void distances_to(const InLinks& graph, int u, std::vector<uint16_t>& distance) {
