@@ -1,6 +1,5 @@
 """Collectives that follow the network: exact bounds, spanning-tree forests, one form of schedule."""
 
-from trainkit.collectives import _fabrics
 from trainkit.collectives._topology import Topology as Topology
 from trainkit.collectives._topology import TopologyError as TopologyError
 from trainkit.collectives.direct import BFB as BFB
@@ -11,7 +10,6 @@ from trainkit.collectives.direct import named_topology as named_topology
 from trainkit.collectives.schedule import Op as Op
 from trainkit.collectives.schedule import Schedule as Schedule
 from trainkit.collectives.schedule import ScheduleError as ScheduleError
-from trainkit.collectives.schedule import export as export
 from trainkit.collectives.trees import AllreduceForest as AllreduceForest
 from trainkit.collectives.trees import Forest as Forest
 from trainkit.collectives.trees import ForestError as ForestError
@@ -21,5 +19,3 @@ from trainkit.collectives.trees import allreduce_forest as allreduce_forest
 from trainkit.collectives.trees import forest as forest
 from trainkit.collectives.trees import optimum as optimum
 from trainkit.collectives.trees import ring_schedule as ring_schedule
-
-fabrics = _fabrics

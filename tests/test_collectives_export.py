@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from trainkit.collectives import Topology, allreduce_forest, export, fabrics, forest
+from trainkit.collectives import Topology, allreduce_forest, fabrics, forest
+from trainkit.collectives.schedule import export
 from trainkit.collectives.schedule.export import ExportError
 from trainkit.collectives.trees import RUNTIMES, fit
 
