@@ -21,10 +21,10 @@ _PRIOR_STD = 1.0
 _RISING = 0.02
 _LEAST_NOISE = 1e-4
 _OUTLIER = 3.5
-_DOUBT = 0.08
+_DOUBT = 0.06
 # Prior shares of a constant, one exponential, two, and a power law; and of the two refined shapes.
 _SHARES = (0.0005, 0.25, 0.55, 0.2)
-_REFINED_SHARES = (0.05, 0.03)
+_REFINED_SHARES = (0.05, 0.003)
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def _shapes() -> _Shapes:
     singles = np.geomspace(0.02, 60.0, 25)
     coarse = np.geomspace(0.02, 60.0, 14)
     pairs = [(fast, slow) for i, slow in enumerate(coarse) for fast in coarse[i + 2 :]]
-    laws = [(p, scale) for p in (0.3, 0.6, 1.0) for scale in (0.003, 0.01, 0.03, 0.1, 0.3)]
+    laws = [(p, scale) for p in (0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0, 1.3) for scale in (0.003, 0.01, 0.03, 0.1, 0.3)]
     rates = [(0.0, 0.0)] + [(r, 0.0) for r in singles] + pairs + [(0.0, 0.0)] * len(laws)
     powers = [(0.0, 0.0)] * (1 + len(singles) + len(pairs)) + laws
     counts = (1, len(singles), len(pairs), len(laws))

@@ -10,9 +10,11 @@ from trainkit.autolrs._search import check_range
 _LEAST_TRIAL = 8
 _LEAST_CANDIDATES = 3
 # Of the discard budget, the first search (the whole range) and each later one (a window) may spend this much.
-_FIRST_SHARE = 0.5
-# The run's last part anneals.
-_ANNEAL = 0.5
+_FIRST_SHARE = 0.65
+# The run's last part anneals: at most this share of it, and only after the last search.
+_ANNEAL = 0.8
+# With `stage_steps` given, stages begin only in this first share of the run.
+_STAGED = 0.7
 _DEFAULT_WARMUP = 0.02
 _PAPER_TRIAL_SHARE, _PAPER_FIRST, _PAPER_LONGEST, _PAPER_CANDIDATES = 0.1, 1000, 8000, 10
 
@@ -135,20 +137,15 @@ def plan(settings: Settings, total: int) -> Plan:
         steps = min(steps, max((end - start) // 2, 1) if settings.trial_steps is None else end - start)
         if steps < min(_LEAST_TRIAL, settings.trial_steps or _LEAST_TRIAL) or (_LEAST_CANDIDATES - 1) * steps > share:
             continue
-        searches.append(Search(start, _horizon(start, end, kept), steps, trials, share))
+        searches.append(Search(start, min(end, kept), steps, trials, share))
         left -= share
     return Plan(tuple(searches), warmup, total, anneal=True)
 
 
-def _horizon(start: int, end: int, kept: int) -> int:
-    return min(end, kept)
-
-
 def _starts(settings: Settings, kept: int) -> list[int]:
     """Where the searches are: every `stage_steps`, else at 0, an eighth and a third of the run, fewer if it is short."""
-    last = round(kept * (1.0 - _ANNEAL))
     if settings.stage_steps is not None:
-        return list(range(0, max(last, 1), settings.stage_steps))
+        return list(range(0, max(round(kept * _STAGED), 1), settings.stage_steps))
     shares = (0.0, 0.25) if kept < 1000 else (0.0, 0.12, 0.35)
     return [round(kept * share) for share in shares]
 

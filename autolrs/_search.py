@@ -15,10 +15,11 @@ Array = NDArray[np.float64]
 _GRID = 257
 # Where a cold search looks first, as fractions of the log range. Too high a rate shows itself within a few steps.
 _COLD = (0.5, 0.75, 0.25)
-# A warm search starts at the last choice and looks half a decade to both sides; improvement leads it on from there.
-_WARM = (0.0, 0.5, -0.5)
+# A warm search starts at the last choice and looks to both sides; improvement leads it on from there.
+_WARM = (0.0, 0.6, -0.6)
 # Per stage: what an old observation loses in weight, and how far the optimum may drift (decades).
 _OLD_NOISE = 1.0
+_SURPRISE = 10.0
 _DECADES_APART = 0.12
 
 
@@ -164,8 +165,11 @@ class LRSearch:
             bx, by, bnoise = _prepared(self._before)
             if len(x) and len(bx):
                 level = np.interp(x, *_sorted(bx, by))
-                by = by - float(np.mean(level - y))
+                residual = level - y
+                by = by - float(np.mean(residual))
                 spread = float(np.std(by)) or 1.0
+                # Old trials that the new ones contradict are forgotten: the optimum has jumped.
+                spread *= 1.0 + _SURPRISE * float(np.var(residual)) / spread**2
                 x, y = np.concatenate([x, bx]), np.concatenate([y, by])
                 noise = np.concatenate([noise, np.hypot(bnoise, _OLD_NOISE * spread)])
         return posterior(x, y, noise, self._grid)

@@ -92,6 +92,7 @@ def one(x, seed, arm, search, stage):
                 return super().advance(rs)
 
         trials = Told(x, seed, TAU)
+
         def told(steps, losses, horizon):
             return Forecast(expected(x, state["rate"], TAU), 1e-9)
 
@@ -121,7 +122,26 @@ def main() -> None:
                 ratios[stage].append(ratio)
                 discarded[stage].append(outcome.discarded)
                 if ARGS.verbose:
-                    print(arm, seed, stage, round(ratio, 2), f"{outcome.rate:.3g}", outcome.discarded, [(f"{t.rate:.3g}", t.steps, t.status, f"{t.mean:.3g}±{t.std:.2g}", f"{expected(np.ones(50), t.rate, TAU):.3g}") for t in outcome.trials] if stage==0 else "")
+                    print(
+                        arm,
+                        seed,
+                        stage,
+                        round(ratio, 2),
+                        f"{outcome.rate:.3g}",
+                        outcome.discarded,
+                        [
+                            (
+                                f"{t.rate:.3g}",
+                                t.steps,
+                                t.status,
+                                f"{t.mean:.3g}±{t.std:.2g}",
+                                f"{expected(np.ones(50), t.rate, TAU):.3g}",
+                            )
+                            for t in outcome.trials
+                        ]
+                        if stage == 0
+                        else "",
+                    )
         for stage, values in enumerate(ratios):
             if values:
                 print(

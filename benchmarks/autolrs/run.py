@@ -46,7 +46,9 @@ def follow(task: Task, rate_at: Callable[[int], float], optimizer: Any, steps: i
 
 def cosine(peak: float, steps: int) -> Callable[[int], float]:
     warm = max(round(0.02 * steps), 1)
-    return lambda s: peak * (min((s + 1) / warm, 1.0) if s < warm else 0.5 + 0.5 * math.cos(math.pi * (s - warm) / (steps - warm)))
+    return lambda s: (
+        peak * (min((s + 1) / warm, 1.0) if s < warm else 0.5 + 0.5 * math.cos(math.pi * (s - warm) / (steps - warm)))
+    )
 
 
 def wsd(peak: float, steps: int) -> Callable[[int], float]:
@@ -56,7 +58,9 @@ def wsd(peak: float, steps: int) -> Callable[[int], float]:
 
 def one_cycle(peak: float, steps: int) -> Callable[[int], float]:
     up = round(0.3 * steps)
-    return lambda s: peak * (0.04 + 0.96 * s / up if s < up else 0.5 + 0.5 * math.cos(math.pi * (s - up) / (steps - up)))
+    return lambda s: (
+        peak * (0.04 + 0.96 * s / up if s < up else 0.5 + 0.5 * math.cos(math.pi * (s - up) / (steps - up)))
+    )
 
 
 def found_rate(task: Task, optimizer: Any, steps: int = 100) -> float:
@@ -123,8 +127,11 @@ def curve_of(task: Task, arm: str, factor: float, seed: int) -> tuple[list[tuple
             last = charged
         h = tuner.history
         notes = {
-            "kept": h.kept_steps, "discarded": h.discarded_steps, "forwards": h.extra_forwards,
-            "search_seconds": h.search_seconds, "stages": h.as_dict()["stages"],
+            "kept": h.kept_steps,
+            "discarded": h.discarded_steps,
+            "forwards": h.extra_forwards,
+            "search_seconds": h.search_seconds,
+            "stages": h.as_dict()["stages"],
         }
         return curve, notes
     optimizer: Any = task.optimizer(task.model, peak)
@@ -148,7 +155,9 @@ def curve_of(task: Task, arm: str, factor: float, seed: int) -> tuple[list[tuple
     elif arm == "schedule-free":
         import schedulefree
 
-        kind = schedulefree.SGDScheduleFree if isinstance(optimizer, torch.optim.SGD) else schedulefree.AdamWScheduleFree
+        kind = (
+            schedulefree.SGDScheduleFree if isinstance(optimizer, torch.optim.SGD) else schedulefree.AdamWScheduleFree
+        )
         free = 1.0 if isinstance(optimizer, torch.optim.SGD) else 2.5 * peak
         optimizer = kind(task.model.parameters(), lr=free, warmup_steps=round(0.02 * steps))
         optimizer.train()
@@ -190,8 +199,15 @@ def main() -> None:
                 print(f"{target.name}: missing ({error})")
                 continue
             result = {
-                "task": args.task, "arm": arm, "factor": factor, "seed": seed, "device": device,
-                "steps": task.steps, "seconds": time.perf_counter() - began, "curve": curve, **notes,
+                "task": args.task,
+                "arm": arm,
+                "factor": factor,
+                "seed": seed,
+                "device": device,
+                "steps": task.steps,
+                "seconds": time.perf_counter() - began,
+                "curve": curve,
+                **notes,
             }
             part = target.with_suffix(f".{os.getpid()}.tmp")
             part.write_text(json.dumps(result))

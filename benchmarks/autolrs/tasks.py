@@ -44,8 +44,11 @@ class Block(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width),
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -63,8 +66,14 @@ def digits(seed: int, device: str) -> Task:
     train, test = order[:1297], order[1297:]
     torch.manual_seed(seed)
     model = nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), Block(16), Block(16),
-        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 10),
+        nn.Conv2d(1, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        Block(16),
+        Block(16),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(64, 10),
     )
     held = (x[test] + 0.3 * torch.randn(x[test].shape, generator=torch.Generator().manual_seed(1)), y[test])
 
@@ -120,7 +129,11 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.heads, self.qkv, self.out = heads, nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+        self.heads, self.qkv, self.out = (
+            heads,
+            nn.Linear(width, 3 * width, bias=False),
+            nn.Linear(width, width, bias=False),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         b, s, w = x.shape
@@ -183,7 +196,9 @@ def byte_gpt(seed: int, device: str) -> Task:
         loss,
         Batches(lambda g: cut(train, 64, g), 2000 + seed),
         [cut(valid, 64, held) for _ in range(8)],
-        lambda m, lr: torch.optim.AdamW(m.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.1, fused=device == "cuda"),
+        lambda m, lr: torch.optim.AdamW(
+            m.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.1, fused=device == "cuda"
+        ),
         1e-3,
         (1e-4, 3e-4, 6e-4, 1e-3, 2e-3, 4e-3, 8e-3),
         2000,

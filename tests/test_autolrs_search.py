@@ -1,0 +1,210 @@
+"""The search: asking, telling, following an optimum, racing trials."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from trainkit.autolrs import Forecast, Losses, LRSearch, Rules, Search, SkoptSearch, forecast, race
+
+
+def valley(best, floor=0.3):
+    """A loss that is quadratic in log rate."""
+    return lambda lr: floor + 0.2 * (math.log10(lr) - math.log10(best)) ** 2
+
+
+def explore(search, loss, asks, noise=0.02, seed=0):
+    draw = np.random.default_rng(seed)
+    for _ in range(asks):
+        lr = search.ask()
+        search.tell(lr, loss(lr) + noise * draw.standard_normal(), noise)
+    return search.best()
+
+
+def test_finds_the_valley():
+    regrets = []
+    for seed in range(8):
+        loss = valley(10 ** np.random.default_rng(seed).uniform(-4, -1))
+        regrets.append(loss(explore(LRSearch(1e-5, 1.0, seed), loss, 10, seed=seed)) - 0.3)
+    assert np.mean(regrets) <= 0.02
+
+
+@pytest.mark.parametrize("jump", [30.0, 1 / 30.0])
+def test_follows_a_thirtyfold_jump_within_one_stage(jump):
+    search = LRSearch(1e-5, 1.0)
+    explore(search, valley(3e-3), 9)
+    search.next_stage()
+    found = explore(search, valley(3e-3 * jump), 6)
+    assert abs(math.log10(found / (3e-3 * jump))) < 0.5
+
+
+def test_nan_and_inf_are_only_bad():
+    search = LRSearch(1e-5, 1.0)
+    for lr, mean in [(1e-3, 1.0), (1e-1, math.nan), (1.0, math.inf), (1e-2, 0.8)]:
+        search.tell(lr, mean, 0.1)
+    assert search.best() == 1e-2
+    assert 1e-5 <= search.ask() < 1e-1
+
+
+def test_everything_diverged():
+    search = LRSearch(1e-5, 1.0)
+    for _ in range(6):
+        search.tell(search.ask(), math.inf, math.inf)
+    assert 1e-5 <= search.best() <= 1.0
+
+
+def test_asks_stay_inside_and_apart():
+    search = LRSearch(1e-4, 1e-1)
+    asked = []
+    for _ in range(12):
+        asked.append(search.ask())
+        search.tell(asked[-1], valley(1e-4)(asked[-1]), 0.01)
+    assert all(1e-4 * 0.999 <= lr <= 1e-1 * 1.001 for lr in asked)
+    assert len({round(math.log10(lr), 2) for lr in asked}) == len(asked)
+
+
+@pytest.mark.parametrize("kind", [LRSearch, SkoptSearch])
+def test_state_goes_through_json_and_asks_the_same(kind):
+    search, other = kind(1e-5, 1.0, 3), kind(1e-5, 1.0, 99 if kind is LRSearch else 3)
+    explore(search, valley(1e-2), 2 if kind is SkoptSearch else 4)
+    other.load_state_dict(json.loads(json.dumps(search.state_dict())))
+    if kind is LRSearch:
+        assert other.ask() == search.ask()
+    assert other.best() == search.best()
+    search.next_stage()
+    assert search.state_dict()["stage"] == 1
+
+
+def test_a_rate_told_again_is_corrected():
+    search = LRSearch(1e-5, 1.0)
+    search.tell(1e-3, 5.0, 0.1)
+    search.tell(1e-2, 1.0, 0.1)
+    search.tell(1e-3, 0.1, 0.1)
+    assert search.best() == 1e-3
+
+
+@pytest.mark.parametrize("low, high", [(1.0, 1e-3), (0.0, 1.0), (1e-3, 1e-3), (1e-3, math.inf), (math.nan, 1.0)])
+def test_bad_ranges(low, high):
+    for kind in (LRSearch, SkoptSearch):
+        with pytest.raises(ValueError, match="0 < low < high"):
+            kind(low, high)
+
+
+class Bowl:
+    """Trials on f = 1/2 sum h x^2 under SGD; counts what is restored and kept."""
+
+    def __init__(self, poison=None):
+        self.h, self.poison = np.geomspace(1e-2, 1.0, 10), poison
+        self.x, self.taken, self.kept = np.ones(10), 0, None
+
+    def restart(self):
+        self.x, self.at = np.ones(10), 0
+        return Losses((0,), (float(0.5 * self.h.sum()),))
+
+    def advance(self, rates):
+        values = []
+        for rate in rates:
+            with np.errstate(over="ignore"):
+                self.x = self.x - rate * self.h * self.x
+            self.at += 1
+            self.taken += 1
+            bad = self.poison is not None and self.poison(rate)
+            values.append(math.nan if bad else float(0.5 * (self.h * self.x**2).sum()))
+        return Losses(tuple(range(self.at - len(rates) + 1, self.at + 1)), tuple(values))
+
+    def keep(self):
+        self.kept = self.x.copy()
+
+    def agree(self, value):
+        return value
+
+
+def rules(**changes):
+    def forecaster(steps, losses, horizon):
+        return forecast(losses, horizon, steps=steps, floor=0.0)
+
+    return Rules(
+        **{"stage": 0, "rate_at": lambda r, s: r, "forecaster": forecaster, "fallback": lambda low: low / 10, **changes}
+    )
+
+
+def test_the_winner_is_kept_and_the_books_balance():
+    trials = Bowl()
+    outcome = race(trials, LRSearch(1e-3, 1.9), Search(100, 600, 48, 8, 300), rules())
+    kept = [r for r in outcome.trials if r.status == "kept"]
+    assert len(kept) == 1 and kept[0].rate == outcome.rate and kept[0].steps == outcome.kept == 48
+    assert trials.taken == outcome.kept + outcome.discarded == sum(r.steps for r in outcome.trials)
+    assert outcome.discarded <= 300
+    again = Bowl()
+    again.restart()
+    again.advance([outcome.rate] * 48)
+    assert np.array_equal(trials.kept, again.x)
+    assert all(r.loss_steps[0] == 100 and r.horizon == 600 for r in outcome.trials)
+
+
+def test_bad_trials_stop_early():
+    outcome = race(Bowl(), LRSearch(1e-3, 1.9), Search(0, 500, 64, 10, 10_000), rules())
+    assert any(r.status == "stopped" and r.steps < 64 for r in outcome.trials)
+    slow = race(Bowl(), LRSearch(1e-3, 1.9), Search(0, 500, 64, 10, 10_000), rules(halving=False))
+    assert all(r.steps == 64 for r in slow.trials)
+
+
+def test_diverging_trials_leave_the_others_alone():
+    outcome = race(Bowl(lambda rate: rate > 0.1), LRSearch(1e-3, 1.9), Search(0, 500, 40, 8, 1000), rules())
+    assert {r.status for r in outcome.trials if r.rate > 0.1} == {"diverged"}
+    assert outcome.kept == 40 and outcome.rate <= 0.1
+
+
+def test_all_diverging_falls_back_below_the_lowest():
+    outcome = race(Bowl(lambda rate: True), LRSearch(1e-3, 1.9), Search(0, 500, 40, 4, 1000), rules())
+    assert outcome.kept == 0 and outcome.rate == pytest.approx(min(r.rate for r in outcome.trials) / 10)
+    assert outcome.discarded == sum(r.steps for r in outcome.trials)
+
+
+def test_a_decoy_is_not_chosen():
+    """Low rates fall fast at first and then stall at 1; high ones go on to 0.1."""
+
+    class Decoy(Bowl):
+        def advance(self, rates):
+            values = []
+            for rate in rates:
+                self.at += 1
+                low = rate < 3e-3
+                values.append(1.0 + math.exp(-self.at / 8) if low else 0.1 + 1.9 * math.exp(-self.at / 60))
+            return Losses(tuple(range(self.at - len(rates) + 1, self.at + 1)), tuple(values))
+
+    fooled = 0
+    for seed in range(10):
+        outcome = race(Decoy(), LRSearch(1e-5, 1.0, seed), Search(0, 1000, 100, 8, 10_000), rules())
+        fooled += outcome.rate < 3e-3
+    assert fooled <= 1
+
+
+def test_a_rate_that_exploded_is_not_forecast_back():
+    """It comes down from 300 as steeply as if it would end below zero: the first rate must win."""
+
+    class Bomb(Bowl):
+        def advance(self, rates):
+            values = []
+            for rate in rates:
+                self.at += 1
+                values.append(0.1 if rate < 0.1 else 0.1 + 300 * math.exp(-self.at / 20))
+            return Losses(tuple(range(self.at - len(rates) + 1, self.at + 1)), tuple(values))
+
+        def restart(self):
+            super().restart()
+            return Losses((0,), (0.1,))
+
+    outcome = race(Bomb(), LRSearch(1e-3, 1.0), Search(0, 1000, 64, 6, 10_000), rules(fallen=0.5))
+    assert outcome.rate < 0.1
+
+
+def test_point_forecasts_without_spread_do_not_break_the_race():
+    outcome = race(
+        Bowl(),
+        SkoptSearch(1e-3, 1.9),
+        Search(0, 500, 10, 4, 1000),
+        rules(forecaster=lambda s, v, h: Forecast(v[-1], 0.0), halving=False, keep=False),
+    )
+    assert outcome.kept == 0 and outcome.discarded == 40
