@@ -1,6 +1,8 @@
 """Socket buffers and what a packet takes of them."""
 
+import contextlib
 import socket
+from collections.abc import Iterator
 
 _WANTED = 8 << 20
 # SO_RCVBUFFORCE and SO_SNDBUFFORCE pass the system's limit, where the process may
@@ -33,3 +35,14 @@ def parse_address(text: str, what: str) -> tuple[str, int]:
     if not colon or not host or not port.isdigit() or int(port) > 65535:
         raise ValueError(f"{what} is host:port with a port of 0 to 65535, got {text!r}: for example 127.0.0.1:48864")
     return host, int(port)
+
+
+@contextlib.contextmanager
+def unfragmented(endpoint: socket.socket) -> Iterator[None]:
+    """Within, what the socket sends is dropped rather than cut into fragments."""
+    discover, always, default = 10, 2, 1  # IP_MTU_DISCOVER, IP_PMTUDISC_DO, IP_PMTUDISC_WANT
+    endpoint.setsockopt(socket.IPPROTO_IP, discover, always)
+    try:
+        yield
+    finally:
+        endpoint.setsockopt(socket.IPPROTO_IP, discover, default)

@@ -12,7 +12,7 @@ from trainkit.switchml import _packet as packet
 from trainkit.switchml._packet import Header, Kind
 
 Message = dict[str, Any]
-MAX_BYTES = 2048
+MAX_BYTES = 9000
 PROTOCOL = 1
 
 _HEADER = packet.encode(Header(packet.MAGIC, Kind.CONTROL, *[0] * (len(packet.HEADER) - 2)))
@@ -28,9 +28,10 @@ def control_key(token: bytes) -> bytes:
     return hmac.new(token, b"trainkit switchml control", hashlib.sha256).digest() if token else b""
 
 
-def encode(message: Message, key: bytes) -> bytes:
-    """A control packet."""
+def encode(message: Message, key: bytes, size: int = 0) -> bytes:
+    """A control packet, filled up with blanks to `size` bytes."""
     body = _HEADER + json.dumps(message, separators=(",", ":")).encode()
+    body = body.ljust(size - (packet.TAG_BYTES if key else 0))
     return body + (hmac.new(key, body, hashlib.sha256).digest()[: packet.TAG_BYTES] if key else b"")
 
 

@@ -93,3 +93,8 @@ def dequantise(sums: Integers, exponent: int, world: int, wire: str) -> Floats:
         return np.full(sums.shape, np.nan, np.float32)
     # divided first: the sum itself may be beyond fp32
     return _scaled(sums.astype(np.float32) / np.float32(world), unit_exponent(exponent, world, wire))
+
+
+def restore(integers: Integers, exponent: int, world: int, wire: str) -> Floats:
+    """What one worker's integers stand for; `exponent` is that of a finite chunk."""
+    return _scaled(integers.astype(np.float32), unit_exponent(min(exponent, NON_FINITE - 1), world, wire))

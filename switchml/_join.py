@@ -1,5 +1,6 @@
 """Joining a session, the worker's side."""
 
+import contextlib
 import logging
 import secrets
 import select
@@ -7,7 +8,8 @@ import socket
 import time
 
 from trainkit.switchml import _control as control
-from trainkit.switchml._buffers import enlarge, footprint, parse_address
+from trainkit.switchml import _packet as packet
+from trainkit.switchml._buffers import enlarge, footprint, parse_address, unfragmented
 from trainkit.switchml._errors import SessionRefused, SwitchUnreachable, WorkerMissing
 from trainkit.switchml._membership import Membership
 from trainkit.switchml._options import Options
@@ -17,6 +19,10 @@ _log = logging.getLogger(__name__)
 _RETRY = 0.1
 _NAME_AFTER = 5.0
 _CONFLICT = 3.0
+_SLOTS = 16
+_PROBES = 3
+# UDP payloads: jumbo frames, Ethernet, common tunnels, IPv6's minimum, what every path carries
+_SIZES = (8972, 1472, 1422, 1372, 1232, 548)
 
 
 def open_socket(options: Options) -> tuple[socket.socket, int]:
@@ -59,11 +65,11 @@ def join(endpoint: socket.socket, buffer: int, options: Options, rank: int, worl
     """
     key = control.control_key(token)
     nonce = secrets.token_hex(8)
-    elements = options.elements or default_elements(options, buffer)
+    elements = options.elements or default_elements(endpoint, buffer, options, key)
     room = max(1, buffer // 2 // footprint(4 * elements))
     asked = {
         "op": "join", "v": control.PROTOCOL, "session": options.session, "rank": rank, "world": world, "nonce": nonce,
-        "elements": elements, "slots": min(options.slots or 32, room), "wire": options.wire, "profile": options.profile,
+        "elements": elements, "slots": min(options.slots or _SLOTS, room), "wire": options.wire, "profile": options.profile,
     }  # fmt: skip
     began = time.monotonic()
     heard = named = False
@@ -108,14 +114,37 @@ def join(endpoint: socket.socket, buffer: int, options: Options, rank: int, worl
     )
 
 
-def default_elements(options: Options, buffer: int) -> int:
-    """Elements a packet where the user names none: on loopback what keeps 8 packets in half the buffer."""
+def default_elements(endpoint: socket.socket, buffer: int, options: Options, key: bytes) -> int:
+    """Elements a packet where the user names none: the most that the path carries both ways.
+
+    On loopback, which carries anything, as many as leave room for 8 packets in half the buffer.
+    """
     if options.profile == "core":
         return 256
-    if not parse_address(options.switch, "switch")[0].startswith("127."):
-        return 352
-    # 8000 and not 8192: with its headers the packet still fits the kernel's block of 32 KiB
-    return next((k for k in (8000, 4000) if 16 * footprint(4 * k) <= buffer), 2048)
+    if endpoint.getpeername()[0].startswith("127."):
+        # 8000 and not 8192: with its headers the packet still fits the kernel's block of 32 KiB
+        return next((k for k in (8000, 4000) if 16 * footprint(4 * k) <= buffer), 2048)
+    carried = _probe(endpoint, key)
+    return min(packet.FULL.elements[1], (carried - packet.HEADER_BYTES - packet.TAG_BYTES) // 4)
+
+
+def _probe(endpoint: socket.socket, key: bytes) -> int:
+    """Bytes of the largest datagram that passes to the switch and back; the smallest size without an answer."""
+    carried = 0
+    for _ in range(_PROBES):
+        with unfragmented(endpoint):
+            for size in _SIZES:
+                with contextlib.suppress(OSError):  # larger than the interface's own limit, or nobody listens yet
+                    endpoint.send(control.encode({"op": "probe"}, key, size))
+        until = time.monotonic() + _RETRY
+        while carried < _SIZES[0] and (left := until - time.monotonic()) > 0:
+            if select.select([endpoint], [], [], left)[0]:
+                with contextlib.suppress(OSError):
+                    data = endpoint.recv(65535)
+                    answer = control.decode(data, key)
+                    if answer and answer["op"] == "probed":
+                        carried = max(carried, len(data))
+    return carried or _SIZES[-1]
 
 
 def _exchange(endpoint: socket.socket, message: control.Message, key: bytes) -> list[control.Message]:

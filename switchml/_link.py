@@ -6,6 +6,7 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import Future
+from typing import NamedTuple
 
 from trainkit.switchml import _control as control
 from trainkit.switchml._errors import SessionLost, SwitchMLError, SwitchUnreachable, WorkerMissing
@@ -19,6 +20,13 @@ COUNTED = (
     "sent_bytes", "received_bytes", "sent_packets", "received_packets",
     "buckets", "chunks", "retransmissions", "stale", "foreign", "malformed",
 )  # fmt: skip
+
+
+class _Order(NamedTuple):
+    values: Floats
+    out: Floats
+    residual: Floats | None
+    done: "Future[None]"
 
 
 class Link:
@@ -48,9 +56,9 @@ class Link:
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
         self._port = Port(self._socket.fileno(), self._wake, self._worker)
         self._lock = threading.Lock()
-        self._arrivals: deque[tuple[Floats, Floats, Future[None]]] = deque()
+        self._arrivals: deque[_Order] = deque()
         # the arrays are kept here while the native core reads and writes them
-        self._waiting: deque[tuple[Floats, Floats, Future[None]]] = deque()
+        self._waiting: deque[_Order] = deque()
         self._stopping = False
         self._done = self._chunks = 0
         self._status: control.Message = {}
@@ -59,15 +67,16 @@ class Link:
         self._thread = threading.Thread(target=self._run, name=f"switchml-{rank}", daemon=True)
         self._thread.start()
 
-    def submit(self, values: Floats, out: Floats) -> "Future[None]":
+    def submit(self, values: Floats, out: Floats, residual: Floats | None = None) -> "Future[None]":
         """Average `values` (fp32 `[N]`) over the workers into `out` (fp32 `[N]`, may be the same memory).
 
+        `residual` (fp32 `[N]`) gets what rounding took from `values`.
         Buckets are worked on in the order of submission, which must be the same on all ranks.
         """
         done: Future[None] = Future()
         with self._lock:
             if self.error is None and not self._stopping:
-                self._arrivals.append((values, out, done))
+                self._arrivals.append(_Order(values, out, residual, done))
                 os.eventfd_write(self._wake, 1)
                 return done
         done.set_exception(self.error or SwitchMLError("the session was closed: make a new SwitchMLState"))
@@ -114,10 +123,10 @@ class Link:
             if not self._waiting:
                 self._began = now
             self._waiting.append(arrival)
-            self._send(self._worker.submit(*arrival[:2], now))
+            self._send(self._worker.submit(arrival.values, arrival.out, now, arrival.residual))
         while self._done < self._worker.finished:
             self._done += 1
-            self._waiting.popleft()[2].set_result(None)
+            self._waiting.popleft().done.set_result(None)
         for data, _ in heard:
             self._hear(control.decode(data, self._key), now)
         chunks = self._worker.counters["chunks"]
@@ -177,5 +186,5 @@ class Link:
             pending = [*self._waiting, *self._arrivals]
             self._waiting.clear()
             self._arrivals.clear()
-        for _, _, done in pending:
-            done.set_exception(error)
+        for order in pending:
+            order.done.set_exception(error)

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from trainkit.switchml import _control as control
-from trainkit.switchml._buffers import enlarge, parse_address
+from trainkit.switchml._buffers import enlarge, parse_address, unfragmented
 from trainkit.switchml._native import Port, Switch
 from trainkit.switchml._options import read_token
 from trainkit.switchml._session import Limits, Sessions
@@ -116,6 +116,10 @@ class SoftwareSwitch:
         message = control.decode(data, self._key)
         if message is None:
             self._refused += 1
+            return
+        if message["op"] == "probe":  # as long as the question, and not to be fragmented: does the path carry it?
+            with unfragmented(self._socket):
+                self._send(control.encode({"op": "probed", "bytes": len(data)}, self._key, len(data)), source)
             return
         for address, answer in self._sessions.receive(message, source, now):
             self._send(control.encode(answer, self._key), address)

@@ -3,14 +3,19 @@
 import threading
 import time
 from collections import Counter
+from concurrent.futures import Future
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
+from trainkit.switchml._device import DeviceCopies
 from trainkit.switchml._errors import SwitchMLError
+from trainkit.switchml._fixed_point import Floats
 from trainkit.switchml._link import COUNTED, Link
 from trainkit.switchml._options import Options, Wire
+from trainkit.switchml._rescue import Rescue
 
 
 class SwitchMLState:
@@ -27,7 +32,7 @@ class SwitchMLState:
         token_file: file with the secret shared with the switch; None without.
         interface: network interface to send from; None lets the system choose.
         elements: values a packet; None finds the most that the path carries.
-        slots: packets in flight; None: as many as half the receive buffers hold, at most 32.
+        slots: packets in flight; None: as many as half the receive buffers hold, at most 16.
         deadline_s: seconds without progress after which a bucket fails with a named error.
         fallback: "allreduce" goes on with torch.distributed when the switch fails; None raises.
         wire: integers from worker to switch: "int32", or "int16" or "int8" with error feedback.
@@ -64,11 +69,14 @@ class SwitchMLState:
         self._reset()
 
     def _reset(self) -> None:
-        self.link: Link | None = None
+        self.link: Link | Rescue | None = None
         self._guard = threading.Lock()
         self._calls = 0
         self._waited = 0.0
         self._past: Counter[str] = Counter()
+        self._residuals: dict[int, Floats] = {}
+        self._staging: dict[int, torch.Tensor] = {}
+        self._device: DeviceCopies | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"options": self.options, "_rank": self._rank, "_world_size": self._world_size}
@@ -92,7 +100,7 @@ class SwitchMLState:
         """Why the session failed; None while it works."""
         return self.link.error if self.link else None
 
-    def connect(self) -> Link:
+    def connect(self) -> Link | Rescue:
         """Join the session, unless that is done; blocks until all ranks have joined.
 
         Raises:
@@ -100,14 +108,18 @@ class SwitchMLState:
         """
         with self._guard:
             if self.link is None:
-                self.link = Link(self.options, self.rank, self.world_size)
+                kind = Rescue if self.options.fallback else Link
+                self.link = kind(self.options, self.rank, self.world_size)
             return self.link
 
-    def average(self, buffer: torch.Tensor, *, last: bool = True) -> "torch.futures.Future[torch.Tensor]":
+    def average(
+        self, buffer: torch.Tensor, *, index: int = 0, last: bool = True
+    ) -> "torch.futures.Future[torch.Tensor]":
         """Average `buffer` (1-D, floating point) over the workers, in place.
 
         Args:
             buffer: the values; on all ranks of the same size and in the same order of calls.
+            index: which bucket of a step this is; with a narrow wire each keeps what rounding took for its next time.
             last: nothing is left to compute while this bucket travels: its time counts as waiting.
 
         Returns:
@@ -115,25 +127,62 @@ class SwitchMLState:
             the deadline.
         """
         self._calls += 1
-        future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
-        staging = buffer.detach().float().contiguous()
-        values = staging.numpy()
-
+        link = self.connect()
+        if buffer.is_cuda and self._device is None:
+            self._device = DeviceCopies(buffer.device)
+        device = self._device if buffer.is_cuda else None
+        future = torch.futures.Future[torch.Tensor](devices=[buffer.device] if device else None)
+        staging = self._host(buffer, index)
         handed = time.monotonic()
 
-        def finish(done: Any) -> None:
+        def finish(done: "Future[None]") -> None:
             if last:
                 self._waited += time.monotonic() - handed
-            if (error := done.exception()) is not None:
-                future.set_exception(error)
-                return
-            if staging.data_ptr() != buffer.data_ptr():
-                buffer.copy_(staging)
-            future.set_result(buffer)
+            try:
+                done.result()
+                if device is not None:
+                    device.up(staging, buffer, lambda: future.set_result(buffer))
+                    return
+                if staging.data_ptr() != buffer.data_ptr():
+                    buffer.copy_(staging)
+                future.set_result(buffer)
+            except Exception as error:  # whatever it is, the backward pass must not wait for ever
+                future.set_exception(error)  # type: ignore[arg-type]
 
-        self.connect().submit(values, values).add_done_callback(finish)
+        def start() -> None:
+            values = staging.numpy()
+            residual = self._residual(index, values)
+            if residual is not None:
+                values += residual
+            link.submit(values, values, residual).add_done_callback(finish)
+
+        def failed(copied: "Future[None]") -> None:
+            if copied.exception() is not None:
+                finish(copied)
+
+        if device is not None:
+            device.down(buffer, staging, start).add_done_callback(failed)
+        else:
+            start()
         # through then(), the error's own words survive the way through C++
         return future.then(lambda finished: finished.value())
+
+    def _host(self, buffer: torch.Tensor, index: int) -> torch.Tensor:
+        """Where the bucket is in fp32 and in host memory; for a GPU's bucket pinned, and kept for the next step."""
+        if not buffer.is_cuda:
+            return buffer.detach().float().contiguous()
+        kept = self._staging.get(index)
+        if kept is None or kept.numel() != buffer.numel():  # the first step has one bucket, later ones have others
+            kept = self._staging[index] = torch.empty(buffer.numel(), dtype=torch.float32, pin_memory=True)
+        return kept
+
+    def _residual(self, index: int, values: Floats) -> Floats | None:
+        if self.options.wire == "int32":
+            return None
+        kept = self._residuals.get(index)
+        if kept is None or kept.size != values.size:
+            kept = self._residuals[index] = np.zeros_like(values)
+        return kept
 
     def counters(self) -> dict[str, float]:
         """Bytes and packets each way and what became of them, buckets, hook calls and seconds of waiting, so far.
@@ -151,3 +200,6 @@ class SwitchMLState:
                 self.link.close()
                 self._past += Counter(self.link.counters())
                 self.link = None
+            if self._device is not None:
+                self._device.close()
+                self._device = None

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainkit.switchml import _packet as packet
-from trainkit.switchml._fixed_point import SENT_TYPE, SUM_TYPE, Floats, block_exponents, dequantise, quantise
+from trainkit.switchml._fixed_point import SENT_TYPE, SUM_TYPE, Floats, block_exponents, dequantise, quantise, restore
 from trainkit.switchml._membership import Membership
 from trainkit.switchml._packet import Header, Kind
 from trainkit.switchml._round_trip import RoundTrip
@@ -28,8 +28,10 @@ _PASSED = 3
 
 
 class _Bucket:
-    def __init__(self, base: int, slots: int, elements: int, values: Floats, out: Floats) -> None:
-        self.base, self.elements, self.values, self.out = base, elements, values, out
+    def __init__(
+        self, base: int, slots: int, elements: int, values: Floats, out: Floats, residual: Floats | None
+    ) -> None:
+        self.base, self.elements, self.values, self.out, self.residual = base, elements, values, out, residual
         self.exponents = block_exponents(values, elements)
         self.agreed: NDArray[np.uint8] = np.zeros_like(self.exponents)
         self.chunks = len(self.exponents)
@@ -81,18 +83,19 @@ class Worker:
         self._flights: dict[int, _Flight] = {}
         self._round_trip = RoundTrip()
 
-    def submit(self, values: Floats, out: Floats, now: float) -> list[bytes]:
+    def submit(self, values: Floats, out: Floats, now: float, residual: Floats | None = None) -> list[bytes]:
         """Take a bucket into the stream.
 
         Args:
             values: gradients, fp32 `[N]`, unchanged until the bucket is finished unless `out` is the same memory.
             out: fp32 `[N]`, gets the average.
             now: seconds.
+            residual: fp32 `[N]`, gets what rounding took from `values` (0 in chunks that are not finite).
 
         Returns:
             Packets to send.
         """
-        bucket = _Bucket(self._end, self.member.slots, self.member.elements, values, out)
+        bucket = _Bucket(self._end, self.member.slots, self.member.elements, values, out, residual)
         self._end = bucket.end
         self._buckets.append(bucket)
         self._retire()
@@ -162,7 +165,11 @@ class Worker:
         if place < bucket.lead:
             return self._packet(Kind.DATA, number, exponent)
         chunk = place - bucket.lead
-        integers = quantise(bucket.values[bucket.span(chunk)], int(bucket.agreed[chunk]), member.world, member.wire)
+        span, agreed = bucket.span(chunk), int(bucket.agreed[chunk])
+        integers = quantise(bucket.values[span], agreed, member.world, member.wire)
+        if bucket.residual is not None:
+            own = restore(integers, agreed, member.world, member.wire)
+            bucket.residual[span] = 0 if agreed == packet.NON_FINITE else bucket.values[span] - own
         if member.profile == "core" and integers.size < member.elements:  # hardware knows one size
             integers = np.pad(integers, (0, member.elements - integers.size))
         return self._packet(

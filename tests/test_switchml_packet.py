@@ -90,8 +90,9 @@ def test_native_worker_sends_and_stores_what_the_python_one_does(
     ours, oracle = _native.Worker(member), Worker(member)
     values = np.array(bits, np.uint32).view(np.float32)
     outs = [np.full_like(values, 5) for _ in range(2)]
-    pending = ours.submit(values, outs[0], 0.0)
-    assert pending == oracle.submit(values, outs[1], 0.0)
+    errors = [np.full_like(values, 5) for _ in range(2)]
+    pending = ours.submit(values, outs[0], 0.0, errors[0])
+    assert pending == oracle.submit(values, outs[1], 0.0, errors[1])
     down = packet.DOWN_BYTES[wire]
     while pending:  # a network that answers with this worker's own integers
         header, payload = packet.decode(pending.pop(0)) or pytest.fail("malformed")
@@ -102,6 +103,7 @@ def test_native_worker_sends_and_stores_what_the_python_one_does(
         pending += sent
     assert ours.finished == oracle.finished == 1
     np.testing.assert_array_equal(outs[0].view(np.uint32), outs[1].view(np.uint32))
+    np.testing.assert_array_equal(errors[0].view(np.uint32), errors[1].view(np.uint32))
 
 
 @settings(deadline=None, max_examples=400)

@@ -5,8 +5,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 SWITCH = "10.77.0.254"
+_LOSS = Path(__file__).with_name("_loss.py")
 
 
 def run(command: str) -> None:
@@ -17,13 +19,14 @@ def run(command: str) -> None:
 
 
 @contextlib.contextmanager
-def star(workers: int, mbit: float | None, mtu: int = 1500) -> Iterator[str]:
+def star(workers: int, mbit: float | None, mtu: int = 1500, loss: float = 0.0) -> Iterator[str]:
     """Build namespaces `<prefix>0` ... and `<prefix>s` around a bridge; yields the prefix, removes all at the end.
 
     Args:
         workers: ends of the star, at 10.77.0.1 and up.
         mbit: rate of each link in each direction; None leaves them unshaped.
         mtu: of all links.
+        loss: share of the packets dropped on each link in each direction, by a seeded generator.
     """
     prefix = f"tk{os.getpid() % 10000}"
     hub = f"{prefix}s"
@@ -42,6 +45,9 @@ def star(workers: int, mbit: float | None, mtu: int = 1500) -> Iterator[str]:
                 shape = f"root tbf rate {mbit}mbit burst 16kb limit 4mb"
                 run(f"tc -n {hub} qdisc add dev p{rank} {shape}")
                 run(f"tc -n {name} qdisc add dev eth0 {shape}")
+        for rank, name in enumerate(names[1:] if loss else []):
+            for namespace, interface, seed in ((hub, f"p{rank}", 2 * rank), (name, "eth0", 2 * rank + 1)):
+                run(f"ip netns exec {namespace} {sys.executable} {_LOSS} {interface} {loss} {seed}")
         run(f"ip -n {hub} link set br0 mtu {mtu} up")
         run(f"ip -n {hub} addr add {SWITCH}/24 dev br0")
         yield prefix

@@ -107,6 +107,16 @@ WIDEST void average16(const uint8_t* sums, size_t count, Scale by, float world, 
   for (size_t i = 0; i < count; ++i) out[i] = static_cast<float>(load<int16_t>(sums, i)) / world * by.first * by.second;
 }
 
+#define SWITCHML_ERROR(BITS)                                                                                      \
+  WIDEST void error##BITS(const float* values, const uint8_t* integers, size_t count, Scale by, float* out) {     \
+    for (size_t i = 0; i < count; ++i)                                                                            \
+      out[i] = values[i] - static_cast<float>(load<int##BITS##_t>(integers, i)) * by.first * by.second;           \
+  }
+SWITCHML_ERROR(32)
+SWITCHML_ERROR(16)
+SWITCHML_ERROR(8)
+#undef SWITCHML_ERROR
+
 }  // namespace
 
 uint8_t block_exponent(const float* values, size_t count) {
@@ -145,6 +155,15 @@ void dequantise(const uint8_t* sums, size_t count, int exponent, uint32_t world,
   }
   Scale by = scale(unit_exponent(exponent, world, up));
   (down == 4 ? average32 : average16)(sums, count, by, static_cast<float>(world), out);
+}
+
+void rounding_error(const float* values, const uint8_t* integers, size_t count, int exponent, uint32_t world, int bytes,
+                    float* out) {
+  if (exponent == kNonFinite) {
+    std::memset(out, 0, count * sizeof(float));
+    return;
+  }
+  (bytes == 4 ? error32 : bytes == 2 ? error16 : error8)(values, integers, count, scale(unit_exponent(exponent, world, bytes)), out);
 }
 
 }  // namespace switchml

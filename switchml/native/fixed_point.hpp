@@ -24,4 +24,8 @@ void store_sums(const int32_t* sums, size_t count, int bytes, uint8_t* out);
 // Averages that big-endian sums stand for; `up` is the width in which they were sent. NaN where `exponent` is 255.
 void dequantise(const uint8_t* sums, size_t count, int exponent, uint32_t world, int up, int down, float* out);
 
+// What rounding took: values less what their big-endian integers stand for; zeros where `exponent` is 255.
+void rounding_error(const float* values, const uint8_t* integers, size_t count, int exponent, uint32_t world, int bytes,
+                    float* out);
+
 }  // namespace switchml

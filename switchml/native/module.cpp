@@ -78,6 +78,8 @@ nb::list heard_of(const std::vector<Control>& heard) {
 }  // namespace
 
 NB_MODULE(_native, m) {
+  // sessions live in daemon threads, which the interpreter leaves as they are when it ends
+  nb::set_leak_warnings(false);
   m.doc() = "SwitchML's packet path: the state machines of _worker.py and _switch.py, and what moves their packets.";
 
   nb::class_<Port>(m, "Port")
@@ -89,16 +91,18 @@ NB_MODULE(_native, m) {
   nb::class_<Worker>(m, "Worker")
       .def("__init__", [](Worker* self, nb::object member) { new (self) Worker(member_of(member)); }, "member"_a)
       .def("submit",
-           [](Worker& w, Floats values, Floats out, double now) {
-             if (values.shape(0) != out.shape(0)) throw nb::value_error("values and out differ in length");
+           [](Worker& w, Floats values, Floats out, double now, std::optional<Floats> residual) {
+             if (values.shape(0) != out.shape(0) || (residual && residual->shape(0) != out.shape(0)))
+               throw nb::value_error("values, out and residual differ in length");
              Outbox box;
              {
                nb::gil_scoped_release free;
-               w.submit(values.data(), out.data(), values.shape(0), now, box);
+               w.submit(values.data(), out.data(), residual ? residual->data() : nullptr, values.shape(0), now, box);
              }
              return packets_of(box);
            },
-           "values"_a, "out"_a, "now"_a, "Take a bucket in; the caller keeps both arrays until it is finished.")
+           "values"_a, "out"_a, "now"_a, "residual"_a = nb::none(),
+           "Take a bucket in; the caller keeps the arrays until it is finished.")
       .def("receive",
            [](Worker& w, nb::bytes data, double now) {
              Outbox box;

@@ -34,10 +34,10 @@ Worker::Worker(Member member)
   for (uint32_t slot = 0; slot < member_.slots; ++slot) next_[slot] = slot;
 }
 
-void Worker::submit(const float* values, float* out, size_t count, double now, Outbox& send) {
+void Worker::submit(const float* values, float* out, float* residual, size_t count, double now, Outbox& send) {
   size_t elements = member_.elements, chunks = (count + elements - 1) / elements;
   Bucket b{end_, 0, 0, static_cast<uint32_t>(std::min<size_t>(member_.slots, chunks)), static_cast<uint32_t>(chunks),
-           values, out, count, std::vector<uint8_t>(chunks), std::vector<uint8_t>(chunks)};
+           values, out, residual, count, std::vector<uint8_t>(chunks), std::vector<uint8_t>(chunks)};
   for (size_t chunk = 0; chunk < chunks; ++chunk)
     b.exponents[chunk] = block_exponent(values + chunk * elements, std::min(elements, count - chunk * elements));
   b.left = uint64_t{b.lead} + chunks;
@@ -102,6 +102,8 @@ void Worker::data(Bucket& b, uint32_t number, Outbox& send) {
     size_t chunk = place - b.lead, from = chunk * member_.elements;
     size_t count = std::min<size_t>(member_.elements, b.count - from);
     quantise(b.values + from, count, b.agreed[chunk], member_.world, member_.up, packet + kHeaderBytes);
+    if (b.residual)
+      rounding_error(b.values + from, packet + kHeaderBytes, count, b.agreed[chunk], member_.world, member_.up, b.residual + from);
     payload = count * member_.up;
     if (member_.core && count < member_.elements) {  // hardware knows one size
       std::memset(packet + kHeaderBytes + payload, 0, (member_.elements - count) * member_.up);

@@ -25,7 +25,8 @@ class Worker {
   explicit Worker(Member member);
 
   // Takes a bucket of `count` values; `values` and `out` stay valid until it is finished.
-  void submit(const float* values, float* out, size_t count, double now, Outbox& send);
+  // `residual`, where not null, gets what rounding took.
+  void submit(const float* values, float* out, float* residual, size_t count, double now, Outbox& send);
   void receive(const uint8_t* packet, size_t bytes, double now, Outbox& send);
   void poll(double now, Outbox& send);
   // No earlier than this has poll something to do; infinite with nothing on its way.
@@ -43,6 +44,7 @@ class Worker {
     uint32_t lead, chunks;
     const float* values;
     float* out;
+    float* residual;
     size_t count;
     std::vector<uint8_t> exponents, agreed;
   };
