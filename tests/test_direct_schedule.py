@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainkit.collectives import BFB, ScheduleError, bfb, named_topology
-from trainkit.collectives.direct import Transfers
+from trainkit.collectives.direct import Transfers, members
 from trainkit.collectives.direct._transfers import RECEIVER, SENDER, STEP
 
 CASES = json.loads((Path(__file__).parent / "data" / "direct.json").read_text())
@@ -152,3 +152,15 @@ def test_transfers_of_a_thousand_hosts(name: str) -> None:
 @pytest.mark.parametrize("nodes", range(5, 129, 9))
 def test_every_size_up_to_128(nodes: int, degree: int) -> None:
     check(named_topology(f"kautz({degree}, {nodes})").bfb)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("degree", range(1, 7))
+def test_the_whole_catalogue_up_to_128(degree: int) -> None:
+    for nodes in range(2, 129):
+        for name, _ in members(nodes, degree):
+            cost = named_topology(name).bfb
+            for reverse, t_b in ((False, cost.t_b), (True, cost.t_b_reverse)):
+                moved = cost.transfers(reverse=reverse)
+                moved.replay()
+                assert moved.t_b() == t_b, name
