@@ -150,8 +150,10 @@ void Splitter::join(int a, int b, int c, Int amount) {
       for (std::size_t i = 1; i < right.path.size(); i++) {
         // A path that comes back to a vertex skips the detour.
         auto again = std::find(path.begin(), path.end(), right.path[i]);
-        path.erase(again == path.end() ? path.end() : again + 1, path.end());
-        if (again == path.end() && path.back() != right.path[i]) path.push_back(right.path[i]);
+        if (again == path.end())
+          path.push_back(right.path[i]);
+        else
+          path.erase(again + 1, path.end());
       }
       auto same = std::find_if(pieces[c].begin(), pieces[c].end(), [&](const Piece &p) { return p.path == path; });
       if (same != pieces[c].end())
@@ -181,6 +183,7 @@ void Splitter::remove_switch(int w, Deal deal) {
     }
     for (std::size_t i = 0; i < in.size(); i++)
       for (std::size_t j = 0; j < out.size(); j++) {
+        tick_("split", static_cast<Int>(i), static_cast<Int>(in.size()));
         Int amount = std::min({share[i][j], cap[in[i]], cap[out[j]]});
         if (amount > 0) split(in[i], out[j], amount);
       }
@@ -188,13 +191,18 @@ void Splitter::remove_switch(int w, Deal deal) {
   if (deal == Deal::round_robin)
     for (std::size_t shift = 1; shift <= out.size(); shift++)
       for (std::size_t i = 0; i < in.size(); i++) {
+        tick_("split", static_cast<Int>(shift), static_cast<Int>(out.size()));
         int a = in[i], b = out[(i + shift) % out.size()];
         if (cap[a] > 0 && cap[b] > 0 && head[b] != tail[a]) split(a, b, 1);
       }
-  for (int a : in) {
+  for (std::size_t i = 0; i < in.size(); i++) {
+    const int a = in[i];
     for (bool back : {false, true})
       for (int b : out)
-        if ((head[b] == tail[a]) == back && cap[a] > 0 && cap[b] > 0) split(a, b, std::min(cap[a], cap[b]));
+        if ((head[b] == tail[a]) == back && cap[a] > 0 && cap[b] > 0) {
+          tick_("split", static_cast<Int>(i), static_cast<Int>(in.size()));
+          split(a, b, std::min(cap[a], cap[b]));
+        }
     if (cap[a] > 0) throw std::logic_error("a switch could not be split off: its capacities are not balanced");
   }
 }
@@ -202,14 +210,13 @@ void Splitter::remove_switch(int w, Deal deal) {
 void Splitter::run(const std::vector<int> &switches, Deal deal) {
   if (!switches.empty()) {
     flows_.assign(sinks_.size(), Ints(tail.size(), 0));
-    for (std::size_t i = 0; i < sinks_.size(); i++)
+    for (std::size_t i = 0; i < sinks_.size(); i++) {
+      tick_("flows", static_cast<Int>(i), static_cast<Int>(sinks_.size()));
       if (augment(flows_[i], source_, sinks_[i], total_) < total_)
         throw std::logic_error("the capacities do not carry the trees asked for");
+    }
   }
-  for (std::size_t i = 0; i < switches.size(); i++) {
-    tick_("split", static_cast<Int>(i), static_cast<Int>(switches.size()));
-    remove_switch(switches[i], deal);
-  }
+  for (int w : switches) remove_switch(w, deal);
 }
 
 }  // namespace forest

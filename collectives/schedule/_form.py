@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 from trainkit.collectives.schedule._units import check_unit
@@ -171,14 +172,14 @@ class Schedule:
 
         return seconds(self, Fraction(nbytes), alpha)
 
-    def save(self, path: "str") -> None:
+    def save(self, path: str | Path) -> None:
         """Write the versioned JSON; an existing file is replaced only by a whole one."""
         from trainkit.collectives.schedule._store import save
 
         save(self, path)
 
     @staticmethod
-    def load(path: "str") -> "Schedule":
+    def load(path: str | Path) -> "Schedule":
         """Read what `save` wrote."""
         from trainkit.collectives.schedule._store import load
 

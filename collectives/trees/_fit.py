@@ -9,7 +9,10 @@ from trainkit.collectives._topology import Topology
 from trainkit.collectives.schedule import Schedule
 from trainkit.collectives.schedule.export import ExportError, msccl_xml, mscclpp_json
 from trainkit.collectives.trees._allreduce import allreduce_forest
+from trainkit.collectives.trees._capacity import fixed_share
+from trainkit.collectives.trees._copying import choose_copying
 from trainkit.collectives.trees._forest import forest
+from trainkit.collectives.trees._problem import problem
 
 Runtime = Literal["msccl", "mscclpp"]
 RUNTIMES: dict[str, Callable[[Schedule], str]] = {"msccl": msccl_xml, "mscclpp": mscclpp_json}
@@ -53,17 +56,24 @@ def fit(topology: Topology, collective: str, runtime: Runtime) -> Fit:
 
 
 def _candidates(topology: Topology, collective: str) -> Iterator[tuple[int | None, Fraction, Schedule]]:
-    """(trees per root, loss, schedule), fastest first."""
+    """(trees per root, loss, schedule), fastest first; trees are built only when asked for."""
 
-    def made(k: int | None) -> tuple[Fraction, Callable[[], Schedule]]:
+    def made(k: int | None) -> tuple[Fraction, Schedule]:
         if collective == "allreduce":
             both = allreduce_forest(topology, trees_per_root=k)
-            return both.time_per_byte, both.schedule
+            return both.time_per_byte, both.schedule()
         one = forest(topology, collective, trees_per_root=k)  # type: ignore[arg-type]
-        return one.inv_rate, one.schedule
+        return one.inv_rate / len(topology.compute_nodes), one.schedule()
 
     best, schedule = made(None)
-    yield None, Fraction(0), schedule()
-    rest = sorted(((made(k), k) for k in range(1, _MOST_TREES + 1)), key=lambda entry: (entry[0][0], -entry[1]))
-    for (rate, schedule), k in rest:
-        yield k, rate / best - 1, schedule()
+    yield None, Fraction(0), schedule
+    for k in sorted(range(1, _MOST_TREES + 1), key=lambda k: (_time(topology, collective, k), -k)):
+        time, schedule = made(k)
+        yield k, time / best - 1, schedule
+
+
+def _time(topology: Topology, collective: str, k: int) -> Fraction:
+    """Time per byte with k trees per root, without building them."""
+    halves = ("allgather", "reduce_scatter") if collective == "allreduce" else (collective,)
+    shares = [fixed_share(choose_copying(problem(topology, half)), k) for half in halves]  # type: ignore[arg-type]
+    return sum((share.unit for share in shares), Fraction(0)) / k
