@@ -116,3 +116,6 @@ def test_groups_pass_through_others(topology: Topology, data: st.DataObject) -> 
     trees = forest(topology, group=group)
     assert trees.inv_rate == by_cuts(Topology("group", topology.nodes, group, topology.links), dict.fromkeys(group, 1))
     trees.schedule(2).verify()
+    both = allreduce_forest(topology, group=group)
+    assert both.exact
+    both.schedule().verify()

@@ -5,6 +5,7 @@ link is a bottleneck of both phases in turn. Here both run together and the spli
 shares of the roots. The optimum is that of all schedules that reduce along trees and then broadcast along trees.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import reduce
@@ -76,6 +77,7 @@ def allreduce_forest(
     topology: Topology,
     *,
     trees_per_root: int | None = None,
+    group: Sequence[str] | None = None,
     max_height: int | None = None,
     progress: Progress = None,
 ) -> AllreduceForest:
@@ -86,16 +88,17 @@ def allreduce_forest(
         trees_per_root: None solves the linear program and takes as many trees as its optimum needs. A number takes that
             many broadcast trees per root and their mirror images as reduction trees where links have equal capacities
             both ways, each using half of every link: simpler, for runtimes with few channels.
+        group: the compute nodes that take part; the others pass data on.
         max_height: as for `forest`, for each of the two phases.
         progress: called with (phase, done, total) now and then.
 
     Raises:
         ValueError: as `forest`.
     """
-    down = choose_copying(problem(topology, progress=progress))
-    up = choose_copying(problem(topology, "reduce_scatter", progress=progress))
+    down = choose_copying(problem(topology, group=group, progress=progress))
+    up = choose_copying(problem(topology, "reduce_scatter", group=group, progress=progress))
     if trees_per_root is not None:
-        return _mirrored(topology, trees_per_root, max_height, progress)
+        return _mirrored(topology, trees_per_root, group, max_height, progress)
     free = CutProgram([down, up], free_roots=True).solve()
     # Equal shares mostly do as well, and need far fewer trees.
     even = CutProgram([down, up], free_roots=False).solve()
@@ -103,12 +106,12 @@ def allreduce_forest(
     scale = _whole(chosen)
     weight = np.array([int(x * scale) for x in chosen.roots], dtype=np.int64)
     unit = scale * topology.scale
-    halves = []
+    halves, members = [], tuple(topology.compute_nodes if group is None else group)
     for half, capacity in ((down, chosen.sides[0]), (up, chosen.sides[1])):
         part = _part(half, capacity, scale, weight)
         flat = build(Share(part, 1, Fraction(scale), True), max_height)
         kind = "allgather" if half is down else "reduce_scatter"
-        halves.append(Forest(topology, kind, 1, Fraction(unit), True, topology.compute_nodes, weight, flat))  # type: ignore[arg-type]
+        halves.append(Forest(topology, kind, 1, Fraction(unit), True, members, weight, flat))  # type: ignore[arg-type]
     total = int(weight.sum())
     result = AllreduceForest(
         topology, Fraction(unit, total), Fraction(total, scale) == free.bound, halves[1], halves[0]
@@ -128,16 +131,18 @@ def _part(half: Problem, capacity: list[Fraction], scale: Fraction, weight: Ints
     return Problem(half.topology, half.members, weight, half.spanned, cap, half.progress)
 
 
-def _mirrored(topology: Topology, k: int, max_height: int | None, progress: Progress) -> AllreduceForest:
+def _mirrored(
+    topology: Topology, k: int, group: Sequence[str] | None, max_height: int | None, progress: Progress
+) -> AllreduceForest:
     from trainkit.collectives.trees._forest import forest
 
-    down = forest(topology, trees_per_root=k, max_height=max_height, progress=progress)
-    up = forest(topology, "reduce_scatter", trees_per_root=k, max_height=max_height, progress=progress)
+    down = forest(topology, trees_per_root=k, group=group, max_height=max_height, progress=progress)
+    up = forest(topology, "reduce_scatter", trees_per_root=k, group=group, max_height=max_height, progress=progress)
     # One unit of time for both: each link has room for the two phases at the slower one's pace.
     unit = down.unit + up.unit
     halves = [
         Forest(topology, half.collective, k, unit, False, half.members, half.weight, half.flat) for half in (down, up)
     ]
-    result = AllreduceForest(topology, unit / k / len(topology.compute_nodes), False, halves[1], halves[0])
+    result = AllreduceForest(topology, unit / k / len(down.members), False, halves[1], halves[0])
     result.verify()
     return result

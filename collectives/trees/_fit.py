@@ -16,7 +16,7 @@ from trainkit.collectives.trees._problem import problem
 
 Runtime = Literal["msccl", "mscclpp"]
 RUNTIMES: dict[str, Callable[[Schedule], str]] = {"msccl": msccl_xml, "mscclpp": mscclpp_json}
-_MOST_TREES = 8  # trees per root tried: more do not fit, or gain next to nothing
+_MOST_TREES = 16  # trees per root tried: more do not fit, or gain next to nothing
 
 
 @dataclass(frozen=True)
