@@ -16,7 +16,8 @@ from trainkit.autolrs._search import Backend, LRSearch
 from trainkit.autolrs._skopt import SkoptSearch
 
 _VERSION = 1
-_TILT = 0.5
+# A short trial flatters a small rate: it loses the noise at once and the progress only later.
+_TILT, _LATER_TILT = 0.5, 1.5
 
 
 class Controller:
@@ -67,7 +68,7 @@ class Controller:
         if self.plan is None:
             self.ratios = tuple(ratios)
             self.plan = plan(self.settings, total)
-            self._default = min(max(default, self.settings.low), self.settings.high)
+            self._default = default
         elif self.plan.total != total:
             raise ValueError(
                 f"a resumed run must have the length it was planned for, but got {total} steps instead of "
@@ -99,8 +100,9 @@ class Controller:
         assert self.plan is not None
         search = self.plan.searches[self._next]
         last = self._next + 1 == len(self.plan.searches)
-        end = self.kept_total if last or self.settings.preset == "paper" else self.plan.searches[self._next + 1].start
-        horizon = min(end, self.plan.anneal_start(self.kept_total)) if last else search.horizon
+        # The last choice is annealed linearly to the run's end, which is worth about half as many constant steps.
+        annealed = last and self.plan.anneal
+        horizon = step + (self.kept_total - step) // 2 if annealed else min(search.horizon, self.kept_total)
         horizon = max(horizon, step + search.trial_steps)
         if step + search.trial_steps > self.kept_total:
             self._next += 1
@@ -126,7 +128,7 @@ class Controller:
             forecaster=self._forecast,
             fallback=self._fallback,
             fallen=self._fallen(),
-            tilt=_TILT,
+            tilt=_TILT if stage == 0 else _LATER_TILT,
             halving=self.keeps_winner,
             keep=self.keeps_winner,
             report=told,
@@ -166,7 +168,8 @@ class Controller:
         """Rates of the kept steps, as far as they are decided."""
         if self.plan is None:
             return LRSchedule(())
-        stages = self.history.stages or (StageRecord(0, self.kept_total, self._default, False),)
+        safe = min(max(self._default, self.settings.low), self.settings.high)
+        stages = self.history.stages or (StageRecord(0, self.kept_total, safe, False),)
         if self._next >= len(self.plan.searches) and not stages[-1].anneal:
             stages = self._with_anneal(stages)
         pieces = [Piece(s.start, s.steps, s.rate, 0.0 if s.anneal else s.rate) for s in stages]
@@ -203,7 +206,7 @@ class Controller:
 
     def _fallback(self, lowest: float) -> float:
         known = self.history.stages[-1].rate if self.history.stages else self._default
-        return min(lowest / 10.0, known)
+        return min(lowest / 10.0, known if known > 0.0 else math.inf)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values only: loads with `weights_only`."""

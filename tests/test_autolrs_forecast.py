@@ -63,7 +63,7 @@ def test_accuracy_of_one_exponential():
 
 
 def test_a_hopeless_asymptote_gets_a_wide_band():
-    errors, stds = outcomes(single(0.001), 0.1, 10)
+    _, stds = outcomes(single(0.001), 0.1, 10)
     assert np.median(stds) > 0.2
 
 

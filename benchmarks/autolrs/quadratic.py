@@ -80,10 +80,9 @@ def one(x, seed, arm, search, stage):
         return run(x, seed, search, plan, ours)
     if arm == "paper":
         plan = Search(0, TAU, 100, 10, 1000)
-        return run(x, seed, search, plan, lambda s, l, h: paper_forecast(l, h, steps=s), halving=False, keep=False)
+        return run(x, seed, search, plan, lambda s, v, h: paper_forecast(v, h, steps=s), halving=False, keep=False)
     if arm == "oracle":  # noise-free losses at the horizon, the same trial lengths and search
         plan = Search(0, TAU, ARGS.trial if cold else ARGS.later, 12 if cold else 7, discards)
-        rates = iter(())
         state = {}
 
         class Told(Quadratic):

@@ -120,11 +120,12 @@ def curve_of(task: Task, arm: str, factor: float, seed: int) -> tuple[list[tuple
     steps, peak, notes = task.steps, task.default * factor, {}
     curve = [(0, valid_loss(task))]
     if arm in ("ours", "paper"):
-        last = 0
+        last, tuner = 0, None
         for charged, tuner in tuned(task, peak, arm, seed, steps):
             if charged // EVERY > last // EVERY or charged == steps:
                 curve.append((charged, valid_loss(task)))
             last = charged
+        assert tuner is not None
         h = tuner.history
         notes = {
             "kept": h.kept_steps,
