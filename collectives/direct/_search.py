@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from itertools import product as combinations_of
 from math import lcm
+from typing import NamedTuple
 
 import numpy as np
 
 from trainkit.collectives._native import direct_search
 from trainkit.collectives.direct._catalog import cayley_parts, members
-from trainkit.collectives.direct._frontier import FoundTopology, Frontier, named_topology
+from trainkit.collectives.direct._frontier import FoundTopology, Frontier, least_steps, named_topology
 from trainkit.collectives.direct._groups import Metacyclic, groups, multiplicative_order, table
 
 # A multiplication table takes 2 N^2 bytes; a candidate's Hall bound 2^d operations a step.
@@ -142,34 +144,50 @@ class Explorer:
 
     def expand(self, pool: Pool) -> bool:
         """Every expansion that could still be an improvement; whether time sufficed."""
-        for name, steps in sorted(self._expansions(pool.nodes, pool.degree), key=lambda found: found[1]):
+        for plan in sorted(_plans(pool.nodes, pool.degree, directed=self.directed), key=lambda plan: plan.least):
             if self.late():
                 return False
-            if pool.useful(steps):
-                pool.add(name)
+            if not pool.useful(plan.least):
+                continue
+            for parts in combinations_of(*(self._best(*size) for size in plan.parts)):
+                if pool.useful(sum(part.t_l for part in parts) + plan.further):
+                    pool.add(plan.name.format(*(part.name for part in parts)))
         return not self.late()
-
-    def _expansions(self, nodes: int, degree: int) -> Iterator[tuple[str, int]]:
-        """Names, and the least number of steps each can have."""
-        parts = [n for n in range(2, nodes) if nodes % n == 0]
-        for n in parts:
-            copies = nodes // n
-            if self.directed and degree == copies and degree > 1:
-                yield from ((f"line({one.name})", one.t_l + 1) for one in self._best(n, degree))
-            if degree % copies == 0:
-                yield from (
-                    (f"degree_expansion({one.name}, {copies})", one.t_l) for one in self._best(n, degree // copies)
-                )
-            if n <= copies:
-                for d in range(1, degree):
-                    for one in self._best(n, d):
-                        for other in self._best(copies, degree - d):
-                            yield f"product({one.name}, {other.name})", one.t_l + other.t_l
 
     def _best(self, nodes: int, degree: int) -> list[FoundTopology]:
         if self.late() or not _possible(nodes, degree, directed=self.directed):
             return []
         return self.small(nodes, degree)
+
+
+class _Plan(NamedTuple):
+    """One way to make a size out of smaller ones."""
+
+    least: int
+    """No such expansion has fewer steps, by the Moore bounds of its parts."""
+    name: str
+    """Its name, with places for the parts."""
+    parts: list[tuple[int, int]]
+    """(N, d) of the parts."""
+    further: int = 0
+    """Steps on top of the parts'."""
+
+
+def _plans(nodes: int, degree: int, *, directed: bool) -> Iterator[_Plan]:
+    def bound(*parts: tuple[int, int]) -> int:
+        return sum(least_steps(n, d, directed=directed) for n, d in parts)
+
+    for n in (n for n in range(2, nodes) if nodes % n == 0):
+        copies = nodes // n
+        if directed and degree == copies and degree > 1:
+            yield _Plan(bound((n, degree)) + 1, "line({})", [(n, degree)], 1)
+        if degree % copies == 0:
+            part = (n, degree // copies)
+            yield _Plan(bound(part), f"degree_expansion({{}}, {copies})", [part])
+        if n <= copies:
+            for d in range(1, degree):
+                parts = [(n, d), (copies, degree - d)]
+                yield _Plan(bound(*parts), "product({}, {})", parts)
 
 
 def _possible(nodes: int, degree: int, *, directed: bool) -> bool:
