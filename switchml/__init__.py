@@ -3,6 +3,7 @@
 After "Scaling Distributed Machine Learning with In-Network Aggregation" (Sapio et al., NSDI 2021).
 """
 
+from trainkit.switchml._buffers import parse_address as parse_address
 from trainkit.switchml._errors import SessionLost as SessionLost
 from trainkit.switchml._errors import SessionRefused as SessionRefused
 from trainkit.switchml._errors import SwitchMLError as SwitchMLError

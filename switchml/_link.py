@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from typing import NamedTuple
 
 from trainkit.switchml import _control as control
+from trainkit.switchml._at_exit import close_at_exit
 from trainkit.switchml._errors import SessionLost, SwitchMLError, SwitchUnreachable, WorkerMissing
 from trainkit.switchml._fixed_point import Floats
 from trainkit.switchml._join import join, open_socket
@@ -66,6 +67,7 @@ class Link:
         self._ponged = time.monotonic()
         self._thread = threading.Thread(target=self._run, name=f"switchml-{rank}", daemon=True)
         self._thread.start()
+        close_at_exit(self)
 
     def submit(self, values: Floats, out: Floats, residual: Floats | None = None) -> "Future[None]":
         """Average `values` (fp32 `[N]`) over the workers into `out` (fp32 `[N]`, may be the same memory).

@@ -140,7 +140,7 @@ class Sessions:
     def table(self, now: float) -> list[Message]:
         """A row a session: name, epoch, world, agreed sizes, seconds since each worker was heard."""
         return [
-            {"session": name, **session.active.place("row"), "silent": self._silent(session.active, now)}
+            {**session.active.place("row"), "session": name, "silent": self._silent(session.active, now)}
             for name, session in self._sessions.items()
             if session.active
         ]

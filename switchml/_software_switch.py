@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from trainkit.switchml import _control as control
+from trainkit.switchml._at_exit import close_at_exit
 from trainkit.switchml._buffers import enlarge, parse_address, unfragmented
 from trainkit.switchml._native import Port, Switch
 from trainkit.switchml._options import read_token
@@ -71,6 +72,7 @@ class SoftwareSwitch:
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="switchml-switch", daemon=True)
         self._thread.start()
+        close_at_exit(self)
 
     def counters(self) -> dict[str, int]:
         """Packets and bytes each way, finished chunks, and packets refused by their cause, all sessions together."""

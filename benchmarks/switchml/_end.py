@@ -19,6 +19,7 @@ state = SwitchMLState(
     plan["switch"],
     rank=rank,
     world_size=world,
+    session=plan.get("session", "default"),
     token_file=plan.get("token_file"),
     slots=plan.get("slots"),
     elements=plan.get("elements"),

@@ -61,7 +61,14 @@ def drop(interface: str, share: float, seed: int) -> None:
     loaded = _bpf(
         _PROG_LOAD,
         struct.pack(
-            "<IIQQIIQ", 6, len(program) // 8, ctypes.addressof(code), ctypes.addressof(licence), 1, len(log), ctypes.addressof(log)
+            "<IIQQIIQ",
+            6,
+            len(program) // 8,
+            ctypes.addressof(code),
+            ctypes.addressof(licence),
+            1,
+            len(log),
+            ctypes.addressof(log),
         ),
     )
     with IPRoute() as route:

@@ -1,5 +1,6 @@
 """`trainkit switch`: the software switch as a program."""
 
+import contextlib
 import json
 import signal
 import threading
@@ -22,6 +23,8 @@ class Options:
     """file with the secret that the workers share; needed beyond loopback"""
     insecure: bool = False
     """listen beyond loopback without a token"""
+    metrics: str | None = None
+    """HOST:PORT of Prometheus' metrics, at /metrics; default: none"""
     json: bool = False
     """one JSON object a line: the bound address first, then counters every `interval` seconds"""
     interval: float = 2.0
@@ -30,12 +33,19 @@ class Options:
 
 def run(options: Options) -> int:
     """Run until SIGINT or SIGTERM."""
-    from trainkit.switchml import SoftwareSwitch
+    from trainkit.cli._switch_metrics import served
+    from trainkit.switchml import SoftwareSwitch, parse_address
 
+    metrics = parse_address(options.metrics, "metrics") if options.metrics else None
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    with SoftwareSwitch(options.listen, token_file=options.token_file, insecure=options.insecure) as switch:
+    with contextlib.ExitStack() as stack:
+        switch = stack.enter_context(
+            SoftwareSwitch(options.listen, token_file=options.token_file, insecure=options.insecure)
+        )
+        if metrics:
+            stack.enter_context(served(switch, metrics))
         if options.json:
             _say({"address": switch.address})
             while not stop.wait(options.interval):
