@@ -42,7 +42,7 @@ def find_topologies(
 ) -> Frontier:
     """The Pareto frontier, by steps and bandwidth term, of the direct-connect topologies of a size.
 
-    Stops early where a topology meets both lower bounds. Random search covers up to 4096 hosts and degree 16; beyond,
+    Stops early where a topology meets both lower bounds. Random search covers up to 4096 hosts and degree 12; beyond,
     the catalogue and its expansions answer.
 
     Args:

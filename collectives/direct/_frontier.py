@@ -88,7 +88,8 @@ def named_topology(name: str) -> FoundTopology:
         >>> named_topology("hypercube(4)").t_b
         Fraction(15, 16)
     """
-    return FoundTopology(name, bfb(build(name)))
+    # all hosts of a Cayley digraph look alike, by construction
+    return FoundTopology(name, bfb(build(name), vertex_transitive=name.startswith("cayley(")))
 
 
 def least_steps(nodes: int, degree: int, *, directed: bool = True) -> int:

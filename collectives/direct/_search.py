@@ -15,7 +15,7 @@ from trainkit.collectives.direct._groups import Metacyclic, groups, multiplicati
 
 # A multiplication table takes 2 N^2 bytes; a candidate's Hall bound 2^d operations a step.
 LARGEST_GROUP = 4096
-LARGEST_DEGREE = 16
+LARGEST_DEGREE = 12
 # A batch of random digraphs is a tenth of a second or two.
 _TRIALS = 20_000
 _OPERATIONS = 80_000_000
@@ -41,7 +41,7 @@ class Pool:
         return bool(self._groups)
 
     def add(self, name: str) -> bool:
-        """Evaluate a topology in full, both directions; whether it was an improvement."""
+        """Evaluate a topology in both directions; whether it was an improvement."""
         one = named_topology(name)
         if (one.bfb.nodes, one.bfb.degree) != (self.nodes, self.degree):
             raise ValueError(
@@ -87,7 +87,7 @@ class Pool:
         )
         self.batches += 1
         self.tried += trials
-        # a later find is often better in all: then the earlier one need not be evaluated in full
+        # a later find is often better in all: then the earlier one is not kept
         better = [self.add(f"cayley({group}, {', '.join(map(str, one[3]))})") for one in reversed(found)]
         self.frontier.tried = self.tried
         return any(better)
