@@ -51,7 +51,7 @@ def test_limits_are_named() -> None:
         export.msccl_xml(large)
     with pytest.raises(ExportError, match="MSCCL allows 108 thread blocks"):
         fit(fabrics.boxes(1, 64, inside=1, uplink=1), "allgather", "msccl")
-    with pytest.raises(ExportError, match="at most 32 channels"):
+    with pytest.raises(ExportError, match="at most 32 channels, 33 between each pair of 64 ranks need 132"):
         export.msccl_xml(large, channels=33)
     with pytest.raises(ExportError, match=r"MSCCL\+\+ allows (64 ops|16 channels) per thread block"):
         export.mscclpp_json(forest(fabrics.star([1] * 80)).schedule())

@@ -3,6 +3,7 @@
     python benchmarks/collectives/generation.py times                    our seconds, heights and memory
     python benchmarks/collectives/generation.py allreduce                the native all-reduce: seconds and gain
     python benchmarks/collectives/generation.py peer --checkout FOLDER   beside the authors' code (liangyuRain/ForestColl)
+    python benchmarks/collectives/generation.py teccl                    beside TE-CCL's published outputs
     python benchmarks/collectives/generation.py exports                  what fits MSCCL and MSCCL++, and the loss
 
 Prints Markdown. Seconds are CPU seconds of this process (`time.process_time`), the median of --repeat runs; one call goes
@@ -58,6 +59,10 @@ PEER = {
     "MI250 1x16": ("mi250_topology", 1, None),
     "MI250 2x16, k=1": ("mi250_topology", 2, 1),
 }
+
+
+# microsoft/TE-CCL, output_provided, all-gather of 1 GB: boxes -> (GB/s, solver seconds) of its variants
+TE_CCL = {2: [(22.857, 43.0), (20.0, 4.6)], 4: [(15.385, 221.5), (15.094, 30854.98), (11.429, 7355.9)]}
 
 
 def _slowed(topology: Topology, both: bool) -> Topology:
@@ -160,6 +165,23 @@ def _height(root: Any, tree: Any) -> int:
     return max(depth(node) for node in parent)
 
 
+def teccl(options: argparse.Namespace) -> Iterator[str]:
+    case = next(case for case in json.loads(options.cases.read_text()) if case["name"] == "teccl_ndv2_4x8")
+    yield "| network | TE-CCL's outputs, GB/s (solver s) | ours, GB/s | ours, ms |"
+    yield "|---|---|---|---|"
+    for boxes, published in TE_CCL.items():
+        gone = tuple(f"g{box}_" for box in range(boxes, 4))
+        nodes = [name for name in case["nodes"] if not name.startswith(gone)]
+        compute = [name for name in case["compute_nodes"] if name in nodes]
+        links = [link for link in case["links"] if {link[0], link[1]} <= set(nodes)]
+        topology = Topology(f"NDv2 {boxes}x8", nodes, compute, links)
+        seconds, trees = clocked(lambda topology=topology: forest(topology), options.repeat)
+        # The case counts capacity in half GB/s.
+        rate = len(compute) / trees.inv_rate / 2
+        theirs = ", ".join(f"{value} ({spent})" for value, spent in published)
+        yield f"| {topology.name} | {theirs} | {float(rate):.3f} | {1000 * seconds:.1f} |"
+
+
 def exports(options: argparse.Namespace) -> Iterator[str]:
     columns = [(runtime, collective) for runtime in RUNTIMES for collective in ("allgather", "allreduce")]
     yield "| network | " + " | ".join(f"{runtime} {collective}" for runtime, collective in columns) + " |"
@@ -185,14 +207,15 @@ def _percent(loss: Fraction) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=["times", "allreduce", "peer", "exports"])
+    parser.add_argument("table", choices=["times", "allreduce", "peer", "teccl", "exports"])
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--checkout", type=Path, help="clone of the authors' repository")
     parser.add_argument("--cases", type=Path, default=Path("tests/data/forest_cases.json"))
     options = parser.parse_args()
     if options.table == "peer" and options.checkout is None:
         parser.error("peer needs --checkout")
-    for line in {"times": times, "allreduce": allreduce, "peer": peer, "exports": exports}[options.table](options):
+    tables = {"times": times, "allreduce": allreduce, "peer": peer, "teccl": teccl, "exports": exports}
+    for line in tables[options.table](options):
         print(line, flush=True)
 
 

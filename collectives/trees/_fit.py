@@ -15,7 +15,20 @@ from trainkit.collectives.trees._forest import forest
 from trainkit.collectives.trees._problem import problem
 
 Runtime = Literal["msccl", "mscclpp"]
-RUNTIMES: dict[str, Callable[[Schedule], str]] = {"msccl": msccl_xml, "mscclpp": mscclpp_json}
+
+
+def _msccl(schedule: Schedule) -> str:
+    """On as few channels as its thread blocks' steps fit."""
+    for channels in (1, 2):
+        try:
+            return msccl_xml(schedule, channels=channels)
+        except ExportError as error:
+            if "steps per thread block" not in str(error):
+                raise
+    return msccl_xml(schedule, channels=4)
+
+
+RUNTIMES: dict[str, Callable[[Schedule], str]] = {"msccl": _msccl, "mscclpp": mscclpp_json}
 _MOST_TREES = 16  # trees per root tried: more do not fit, or gain next to nothing
 
 

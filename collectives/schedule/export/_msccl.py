@@ -7,6 +7,7 @@ schedule's order. That order is common to all ranks, so the blocks cannot wait i
 import xml.etree.ElementTree as ET
 from collections import defaultdict
 from dataclasses import dataclass, field
+from math import ceil
 
 from trainkit.collectives.schedule._form import Schedule
 from trainkit.collectives.schedule.export._chunks import ExportError, grid, waits
@@ -41,8 +42,12 @@ def msccl_xml(schedule: Schedule, *, channels: int = 1, protocol: str = "Simple"
     """
     if protocol not in ("Simple", "LL", "LL128"):
         raise ValueError(f"protocol must be Simple, LL or LL128, got {protocol!r}")
-    if not 1 <= channels <= LIMITS["channels"]:
-        raise ExportError(f"MSCCL has at most {LIMITS['channels']} channels, got {channels}")
+    # A rank has at most 16 sending and 16 receiving blocks on a channel if its peers are dealt by their distance.
+    ranks = len(schedule.ranks)
+    bands = ceil((ranks - 1) / (LIMITS["thread blocks per channel"] // 2))
+    if not 1 <= channels * bands <= LIMITS["channels"]:
+        need = f"{channels} between each pair of {ranks} ranks need {channels * bands}"
+        raise ExportError(f"MSCCL has at most {LIMITS['channels']} channels, {need}")
     chunks = grid(schedule, "MSCCL")
     buffer = "i" if schedule.collective == "reduce_scatter" else "o"
     blocks: list[dict[tuple[int, int, int], _Block]] = [{} for _ in schedule.ranks]
@@ -70,7 +75,9 @@ def msccl_xml(schedule: Schedule, *, channels: int = 1, protocol: str = "Simple"
     users: dict[tuple[int, int], set[int]] = defaultdict(set)  # (rank, chunk) -> ops so far that touched it there
     for op, before in zip(schedule.ops, earlier, strict=True):
         first, count = chunks.place(op)
-        channel = first % channels
+        channel = first % channels * bands + ((op.dst - op.src) % ranks - 1) // (
+            LIMITS["thread blocks per channel"] // 2
+        )
         out = block(op.src, op.dst, -1, channel)
         into = block(op.dst, -1, op.src, channel)
         at_source = [done[other, op.src] for other in before if (other, op.src) in done]
@@ -87,7 +94,7 @@ def msccl_xml(schedule: Schedule, *, channels: int = 1, protocol: str = "Simple"
         for chunk in range(first, first + count):
             users[op.src, chunk].add(op.id)
             users[op.dst, chunk].add(op.id)
-    text = _write(schedule, blocks, needed, chunks.count, buffer, channels, protocol)
+    text = _write(schedule, blocks, needed, chunks.count, buffer, channels * bands, protocol)
     run_msccl(text)
     return text
 
