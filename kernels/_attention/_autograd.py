@@ -49,6 +49,7 @@ class _Attention(torch.autograd.Function):
         return None, dq, dk, dv, dsinks, *tables
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def attend(
     q: Tensor, k: Tensor, v: Tensor, spec: Spec, packed: Packed | None, hopper: bool = False
 ) -> tuple[Tensor, Tensor]:

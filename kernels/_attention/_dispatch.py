@@ -2,9 +2,10 @@
 
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
-from trainkit.kernels._attention import _hopper, _sdpa, _triton
+from trainkit.kernels._attention import _hopper, _ops, _sdpa, _triton
 from trainkit.kernels._attention._autograd import attend
 from trainkit.kernels._attention._packed import make_packed
 from trainkit.kernels._attention._reference import reference
@@ -26,19 +27,23 @@ def _choose(
     if backend == "reference":
         return Explanation("reference", "asked for")
     refusal = _sdpa.why_not(q, k, v, spec, packed, return_lse)
+    if backend == "auto" and not q.is_cuda and torch.compiler.is_compiling():
+        # The search for kernels cannot be traced, and finds none off the GPU.
+        return Explanation("reference" if refusal else "sdpa", refusal or "plain attention in a compiled graph")
     if backend == "sdpa":
         if refusal:
             raise ValueError(f"backend='sdpa' cannot serve this call: {refusal}; take backend='auto'")
         return Explanation("sdpa", "asked for")
-    lacks = {"hopper": _hopper.why_not(q, k, v, spec), "triton": _triton.why_not(q, v, spec)}
+    hopper = _hopper.why_not(q, k, v, spec)
+    if backend == "auto" and hopper is None:
+        return Explanation("hopper", "16-bit attention on a Hopper GPU")
+    lacks = {"hopper": hopper, "triton": _triton.why_not(q, v, spec)}
     if backend in lacks:
         if lacks[backend]:
             raise ValueError(f"backend={backend!r} cannot serve this call: {lacks[backend]}; take backend='auto'")
         return Explanation(backend, "asked for")
-    if q.is_cuda and lacks["hopper"] is None:
-        return Explanation("hopper", "16-bit attention on a Hopper GPU")
-    if q.is_cuda and lacks["triton"] is None and refusal is not None:
-        return Explanation("triton", f"{refusal}; {lacks['hopper']}")
+    if q.is_cuda and lacks["triton"] is None and (refusal is not None or spec.deterministic):
+        return Explanation("triton", f"{refusal or 'deterministic'}; {hopper}")
     if refusal is None:
         return Explanation("sdpa", f"plain attention on {q.device.type}")
     return Explanation("reference", f"{refusal}; {lacks['triton']}")
@@ -101,10 +106,16 @@ def attention(
         >>> out = attention(q, k, v, causal=True, window=1024)
     """
     check_tensors(q, k, v)
-    packed = make_packed(cu_seqlens, q, k)
+    # In a compiled graph lengths cannot be read back: the operator checks them when it runs.
+    traced = torch.compiler.is_compiling() and q.is_cuda and score_mod is None and mask_mod is None
+    cu_q, cu_k = cu_seqlens if isinstance(cu_seqlens, tuple | list) else (cu_seqlens, cu_seqlens)
+    packed = None if traced else make_packed(cu_seqlens, q, k)
+    sequences = q.shape[0] if cu_q is None else cu_q.shape[0] - 1
+    if traced and dropout_p > 0 and seed is None:
+        raise ValueError("dropout in a compiled graph needs its seed as an argument, got seed=None")
     spec = make_spec(
         q,
-        sequences=q.shape[0] if packed is None else len(packed.bounds_q) - 1,
+        sequences=sequences,
         causal=causal,
         window=window,
         softcap=softcap,
@@ -121,6 +132,9 @@ def attention(
     )
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if traced and backend == "auto" and not explain:
+        pair = _ops.compiled(q, k, v, spec, cu_q, cu_k)
+        return pair if return_lse else pair[0]
     explanation = _choose(q, k, v, spec, packed, return_lse, backend)
     lse: Tensor | None = None
     if explanation.path == "sdpa":

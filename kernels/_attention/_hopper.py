@@ -1,5 +1,6 @@
 """The Hopper path: Gluon kernels for bf16 and fp16 on compute capability 9, head_dim 64, 128 and 256."""
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -15,12 +16,17 @@ ROWS = 128
 """Queries a program, 64 a warpgroup."""
 
 
+@cache
+def _capability(device: int) -> int:
+    return torch.cuda.get_device_capability(device)[0]
+
+
 def why_not(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> str | None:
     """The reason the Hopper path cannot serve the call, or None."""
     lack = _triton.why_not(q, v, spec)
     if lack:
         return lack
-    if not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] != 9:
+    if not q.is_cuda or _capability(q.device.index) != 9:
         return "the device is no Hopper GPU"
     return unsupported(q, k, v, spec)
 
@@ -63,12 +69,19 @@ def plane(x: Tensor) -> Plane:
 
 def descriptor(p: Plane, rows: int, width: int) -> Any:
     """A TMA descriptor of `[rows, width]` boxes of a plane."""
-    import triton.experimental.gluon.language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}[p.tensor.dtype]
-    layout = gl.NVMMASharedLayout.get_default_for([rows, width], element)
-    return TensorDescriptor(p.tensor, list(p.shape), [p.stride, 1], [rows, width], layout)
+    return TensorDescriptor(
+        p.tensor, list(p.shape), [p.stride, 1], [rows, width], _swizzle(rows, width, p.tensor.dtype)
+    )
+
+
+@cache
+def _swizzle(rows: int, width: int, dtype: torch.dtype) -> Any:
+    import triton.experimental.gluon.language as gl
+
+    element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}[dtype]
+    return gl.NVMMASharedLayout.get_default_for([rows, width], element)
 
 
 def _ring(d: int, dv: int) -> tuple[int, int]:
@@ -150,13 +163,22 @@ def backward(
     kernel = _hopper_backward.backward_keys
     # Two accumulators of 256 columns do not fit beside a tile of scores: each gets a pass of its own.
     passes = ((True, False), (False, True)) if max(D, DV) == 256 else ((True, True),)
+    # dQ in the same pass saves two of seven products; its atomic adds come in any order.
+    fused = D == DV == 128 and not spec.deterministic
+    total = (
+        torch.zeros(q.shape, dtype=torch.float32, device=q.device) if fused else torch.empty(64, 64, device=q.device)
+    )
+    total_plane = plane(total) if fused else Plane(total, (64, 64), 64, 0, 0, 0)
     for want_dk, want_dv in passes if 0 not in grid else ():
         (launch(kernel, grid) if launch else kernel[grid])(
             descriptor(qp, bm, D), descriptor(kp, 64, D), descriptor(vp, 64, DV), descriptor(gp, bm, DV),
-            descriptor(dkp, 64, D), descriptor(dvp, 64, DV), dk, dv, lse, delta, *pointers, *strides, *steps,
-            k.shape[2] * D, k.shape[2] * DV, *scalars, BM=bm, ST=ring, WANT_DK=want_dk, WANT_DV=want_dv, LISTED=listed,
-            SCORE=functions.score_t, GRAD=functions.score_grad_t, MASK=functions.mask_t, **constants,
+            descriptor(dkp, 64, D), descriptor(dvp, 64, DV), descriptor(total_plane, 64, 64), dk, dv, lse, delta,
+            *pointers, *strides, *steps, k.shape[2] * D, k.shape[2] * DV, *scalars, BM=bm, ST=ring, WANT_DK=want_dk,
+            WANT_DV=want_dv, FUSED=fused, LISTED=listed, SCORE=functions.score_t, GRAD=functions.score_grad_t,
+            MASK=functions.mask_t, **constants,
         )  # fmt: skip
+    if fused:
+        return total.to(q.dtype), dk, dv
 
     grid, pointers, strides, listed = _triton.layout(call, q, k, Tiling(ROWS, bn, 4, key_ring), False)
     kernel = _hopper_backward.backward_queries

@@ -9,7 +9,9 @@ every time.
 """
 
 import triton.experimental.gluon.language as gl
+from triton._C.libtriton import ir
 from triton.experimental import gluon
+from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -28,6 +30,16 @@ from trainkit.kernels._attention._hopper_tiles import (
     masked,
     query_blocks,
 )
+
+
+@builtin
+def reduce_add(desc, coord, src, _semantic=None):
+    """Add a tile of shared memory to global memory by TMA; Gluon of Triton 3.6 has the instruction and no name for it."""
+    builder = _semantic.builder
+    kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
+    builder.create_async_tma_reduce(
+        kind, desc.handle, _semantic._convert_to_ir_values(coord, require_i64=False), src.handle
+    )
 
 
 @gluon.jit
@@ -114,10 +126,12 @@ def keys_producer(
 
 @gluon.jit
 def keys_step(
-    dk, dv, S, kt, vt, qs, dos, lses, deltas, q_ready, q_free, do_ready, do_free, blocks, first, n, i, count, cols,
+    dk, dv, S, kt, vt, ks, qs, dos, lses, deltas, q_ready, q_free, do_ready, do_free, dss, dqs, s_ready, s_free,
+    dq_d, dq_row, dq_col, blocks, first, n, i, count, cols,
     b, h,
     Sq, Sk, off, w, scale, score_args, mask_args, BM: gl.constexpr, ST: gl.constexpr, L: gl.constexpr, LK: gl.constexpr,
-    LV: gl.constexpr, WANT_DK: gl.constexpr, WANT_DV: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
+    LV: gl.constexpr, WANT_DK: gl.constexpr, WANT_DV: gl.constexpr, FUSED: gl.constexpr, W: gl.constexpr,
+    CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
     MASKED: gl.constexpr, LISTED: gl.constexpr, SCORE: gl.constexpr, GRAD: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
     """Block n of the ring (i of this head). On entry S^T of it and dK of the block before are in flight, in that order."""
@@ -157,15 +171,38 @@ def keys_step(
         dS = gl.convert_layout(ds.to(qs.dtype), gl.DotOperandLayout(0, LK, 2))
         if not WANT_DV:
             mbarrier.arrive(do_free.index(s))
+    if FUSED:
+        # Both warpgroups' dS, through shared memory, make dQ: each multiplies half of the columns.
+        u = n % 2
+        turn = (n // 2) & 1
+        mbarrier.wait(s_free.index(u), turn ^ 1)
+        dss.index(u * 2 + W).store(ds.to(qs.dtype))
+        fence_async_shared()
+        mbarrier.arrive(s_ready.index(u))
     t = (n + 1) % ST
     if i + 1 < count:
         mbarrier.wait(q_ready.index(t), ((n + 1) // ST) & 1)
     S = warpgroup_mma(kt, qs.index(t).permute((1, 0)), zero, use_acc=False, is_async=True)
+    if FUSED:
+        mbarrier.wait(s_ready.index(u), turn)
+        near = ks.index(0).slice(64 * W, 64, 1)
+        far = ks.index(1).slice(64 * W, 64, 1)
+        dq = warpgroup_mma(dss.index(u * 2).permute((1, 0)), near, zero, use_acc=False, is_async=True)
+        dq = warpgroup_mma(dss.index(u * 2 + 1).permute((1, 0)), far, dq, is_async=True)
     if WANT_DK:
         dk = warpgroup_mma(dS, qs.index(s), dk, is_async=True)
         if WANT_DV:
-            dv = warpgroup_mma_wait(2, deps=[dv])
+            dv = warpgroup_mma_wait(4 if FUSED else 2, deps=[dv])
             mbarrier.arrive(do_free.index(s))
+        if FUSED:  # noqa: SIM102 (one is known when compiling, the other is not)
+            # dK is still being multiplied while dQ leaves.
+            dq = warpgroup_mma_wait(1, deps=[dq])
+            mbarrier.arrive(s_free.index(u))
+            tma.store_wait(0)
+            gl.thread_barrier()
+            dqs.index(W).store(dq * scale)
+            fence_async_shared()
+            reduce_add(dq_d, [dq_row + block_at(blocks, first, i, 1, LISTED) * BM, dq_col + 64 * W], dqs.index(W))
     else:
         dv = warpgroup_mma_wait(1, deps=[dv])
         mbarrier.arrive(do_free.index(s))
@@ -174,11 +211,13 @@ def keys_step(
 
 @gluon.jit
 def keys_consumer(
-    dk_d, dv_d, DK, DV_OUT, qs, ks, vs, dos, lses, deltas, kv_ready, q_ready, q_free, do_ready, do_free, BLOCKS,
+    dk_d, dv_d, DK, DV_OUT, qs, ks, vs, dos, lses, deltas, kv_ready, q_ready, q_free, do_ready, do_free, dss, dqs,
+    s_ready, s_free, dq_d, dq_base, BLOCKS,
     COUNTS, FULL,
     row, row_head, NB, out_row, kv_head, n0, b, Sq, Sk, off, w, scale, first, n1, n2, count, score_args, mask_args,
     W: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, BM: gl.constexpr, ST: gl.constexpr,
-    dk_stride, dv_stride, WANT_DK: gl.constexpr, WANT_DV: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
+    dk_stride, dv_stride, WANT_DK: gl.constexpr, WANT_DV: gl.constexpr, FUSED: gl.constexpr, CAUSAL: gl.constexpr,
+    WINDOW: gl.constexpr,
     LISTED: gl.constexpr, SCORE: gl.constexpr, GRAD: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
     """Keys [n0 + 64 W, n0 + 64 W + 64): what every query of the group's heads brings them."""
@@ -206,34 +245,47 @@ def keys_consumer(
             # The first step has no product of a block before it in flight: what it counts on must be done already.
             S = warpgroup_mma_init(warpgroup_mma_wait(0, deps=[S]))
             for i in range(0, n1):
-                dk, dv, S = keys_step(dk, dv, S, kt, vt, qs, dos, lses, deltas, q_ready, q_free, do_ready, do_free,
-                blocks,
+                dk, dv, S = keys_step(dk, dv, S, kt, vt, ks, qs, dos, lses, deltas, q_ready, q_free, do_ready,
+                do_free, dss, dqs, s_ready, s_free, dq_d,
+                dq_base, h * D, blocks,
                                       first, base + i, i, count, cols, b, h, Sq, Sk, off, w, scale, score_args,
                                       mask_args,
-                                      BM, ST, L, LK, LV, WANT_DK, WANT_DV, CAUSAL, WINDOW, True, LISTED, SCORE, GRAD,
+                                      BM, ST, L, LK, LV, WANT_DK, WANT_DV, FUSED, W, CAUSAL, WINDOW, True, LISTED,
+                                      SCORE, GRAD,
                                       MASK)  # fmt: skip
             for i in range(n1, n2):
-                dk, dv, S = keys_step(dk, dv, S, kt, vt, qs, dos, lses, deltas, q_ready, q_free, do_ready, do_free,
-                blocks,
+                dk, dv, S = keys_step(dk, dv, S, kt, vt, ks, qs, dos, lses, deltas, q_ready, q_free, do_ready,
+                do_free, dss, dqs, s_ready, s_free, dq_d,
+                dq_base, h * D, blocks,
                                       first, base + i, i, count, cols, b, h, Sq, Sk, off, w, scale, score_args,
                                       mask_args,
-                                      BM, ST, L, LK, LV, WANT_DK, WANT_DV, CAUSAL, WINDOW, False, LISTED, SCORE,
+                                      BM, ST, L, LK, LV, WANT_DK, WANT_DV, FUSED, W, CAUSAL, WINDOW, False, LISTED,
+                                      SCORE,
                                       GRAD, MASK)  # fmt: skip
             # Blocks after the whole ones: a window's far edge, listed ones, the ragged end of the queries.
             for i in range(n2, count):
-                dk, dv, S = keys_step(dk, dv, S, kt, vt, qs, dos, lses, deltas, q_ready, q_free, do_ready, do_free,
-                blocks,
+                dk, dv, S = keys_step(dk, dv, S, kt, vt, ks, qs, dos, lses, deltas, q_ready, q_free, do_ready,
+                do_free, dss, dqs, s_ready, s_free, dq_d,
+                dq_base, h * D, blocks,
                                       first, base + i, i, count, cols, b, h, Sq, Sk, off, w, scale, score_args,
                                       mask_args,
-                                      BM, ST, L, LK, LV, WANT_DK, WANT_DV, CAUSAL, WINDOW, True, LISTED, SCORE, GRAD,
+                                      BM, ST, L, LK, LV, WANT_DK, WANT_DV, FUSED, W, CAUSAL, WINDOW, True, LISTED,
+                                      SCORE, GRAD,
                                       MASK)  # fmt: skip
             S = warpgroup_mma_wait(0, deps=[S])
             if WANT_DK:
                 dk = warpgroup_mma_init(warpgroup_mma_wait(0, deps=[dk]))
                 mbarrier.arrive(q_free.index((base + count - 1) % ST))
         base += count
+    if FUSED:
+        tma.store_wait(0)
     if WANT_DK:
         dk = warpgroup_mma_wait(0, deps=[dk])
+        if FUSED:  # noqa: SIM102 (one is known when compiling, the other is not)
+            # The other warpgroup's last dQ may still read this half of K, over which dK is about to be written.
+            last = gl.maximum(base - 1, 0)
+            if base > 0:
+                mbarrier.wait(s_free.index(last % 2), (last // 2) & 1)
         put(dk_d, DK, (dk * scale).to(ks.dtype), kt, out_row, n0, kv_head * D, dk_stride, Sk, W, D, LK)
     if WANT_DV:
         put(dv_d, DV_OUT, dv.to(vs.dtype), vt, out_row, n0, kv_head * DV, dv_stride, Sk, W, DV, LV)
@@ -241,10 +293,12 @@ def keys_consumer(
 
 @gluon.jit(do_not_specialize=["Sq", "Sk", "w"])
 def backward_keys(
-    q_d, k_d, v_d, do_d, dk_d, dv_d, DK, DV_OUT, LSE, DELTA, TILES, CU_Q, CU_K, BLOCKS, COUNTS, FULL, sbb, sbh, NB,
+    q_d, k_d, v_d, do_d, dk_d, dv_d, dq_d, DK, DV_OUT, LSE, DELTA, TILES, CU_Q, CU_K, BLOCKS, COUNTS, FULL, sbb, sbh,
+    NB,
     q_batch, q_head, q_col, k_batch, k_head, k_col, v_batch, v_head, v_col, do_batch, do_head, do_col, dk_stride,
     dv_stride, Hq, Sq, Sk, w, scale, score_args, mask_args, GROUP: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
-    BM: gl.constexpr, ST: gl.constexpr, WANT_DK: gl.constexpr, WANT_DV: gl.constexpr, CAUSAL: gl.constexpr,
+    BM: gl.constexpr, ST: gl.constexpr, WANT_DK: gl.constexpr, WANT_DV: gl.constexpr, FUSED: gl.constexpr,
+    CAUSAL: gl.constexpr,
     WINDOW: gl.constexpr, PACKED: gl.constexpr, LISTED: gl.constexpr, SCORE: gl.constexpr, GRAD: gl.constexpr,
     MASK: gl.constexpr,
 ):  # fmt: skip
@@ -264,6 +318,11 @@ def backward_keys(
     else:
         row = 0
         first, n1, n2, count = query_blocks(n0, 128, BM, Sq, off, w, CAUSAL, WINDOW, MASK is not None)
+        if FUSED:  # noqa: SIM102 (one is known when compiling, the other is not)
+            # dQ sums over the tile's keys: those beyond the end must weigh nothing.
+            if n0 + 128 > Sk:
+                n1 = count
+                n2 = count
     qs = gl.allocate_shared_memory(q_d.dtype, [ST, BM, D], q_d.layout)
     dos = gl.allocate_shared_memory(do_d.dtype, [ST, BM, DV], do_d.layout)
     ks = gl.allocate_shared_memory(k_d.dtype, [2, 64, D], k_d.layout)
@@ -271,6 +330,12 @@ def backward_keys(
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     lses = gl.allocate_shared_memory(gl.float32, [ST, BM], flat)
     deltas = gl.allocate_shared_memory(gl.float32, [ST, BM], flat)
+    # Without the fused dQ these are never touched: one row each stands for them.
+    half: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], q_d.dtype)
+    dss = gl.allocate_shared_memory(q_d.dtype, [4 if FUSED else 1, 64 if FUSED else 8, 64], half)
+    dqs = gl.allocate_shared_memory(gl.float32, [2 if FUSED else 1, 64 if FUSED else 8, 64], dq_d.layout)
+    s_ready = barriers(2, 2)
+    s_free = barriers(2, 2)
     kv_ready = barriers(1, 1)
     # Complete after two arrivals: the row statistics, and the bytes of the tile.
     q_ready = barriers(ST, 2)
@@ -287,16 +352,16 @@ def backward_keys(
     DELTA += zb * Hq * total_q + q0
     gl.warp_specialize([
         (keys_consumer, (dk_d, dv_d, DK, DV_OUT, qs, ks, vs, dos, lses, deltas, kv_ready, q_ready, q_free, do_ready,
-        do_free,
+        do_free, dss, dqs, s_ready, s_free, dq_d, zb * total_q + q0,
                          BLOCKS, COUNTS, FULL, row, sbh, NB, out_row, g, n0, b, Sq, Sk, off, w, scale, first, n1,
                          n2, count, score_args, mask_args, 0, GROUP, D, DV, BM, ST, dk_stride, dv_stride, WANT_DK,
-                         WANT_DV,
+                         WANT_DV, FUSED,
                          CAUSAL, WINDOW, LISTED, SCORE, GRAD, MASK)),
         (keys_consumer, (dk_d, dv_d, DK, DV_OUT, qs, ks, vs, dos, lses, deltas, kv_ready, q_ready, q_free, do_ready,
-        do_free,
+        do_free, dss, dqs, s_ready, s_free, dq_d, zb * total_q + q0,
                          BLOCKS, COUNTS, FULL, row, sbh, NB, out_row, g, n0, b, Sq, Sk, off, w, scale, first, n1,
                          n2, count, score_args, mask_args, 1, GROUP, D, DV, BM, ST, dk_stride, dv_stride, WANT_DK,
-                         WANT_DV,
+                         WANT_DV, FUSED,
                          CAUSAL, WINDOW, LISTED, SCORE, GRAD, MASK)),
         (keys_producer, (q_d, k_d, v_d, do_d, qs, ks, vs, dos, lses, deltas, LSE, DELTA, h0, total_q, Sq, kv_ready,
         q_ready,

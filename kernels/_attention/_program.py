@@ -48,7 +48,7 @@ SPELLING: dict[str, str] = {
     "maximum": "tl.maximum({0}, {1})", "minimum": "tl.minimum({0}, {1})", "where": "tl.where({0}, {1}, {2})",
     "eq": "{0} == {1}", "ne": "{0} != {1}", "lt": "{0} < {1}", "le": "{0} <= {1}", "gt": "{0} > {1}",
     "ge": "{0} >= {1}",
-    "and": "{0} & {1}", "or": "{0} | {1}", "xor": "{0} ^ {1}", "not": "{0} == 0",
+    "shift": "{0} >> {1}", "and": "{0} & {1}", "or": "{0} | {1}", "xor": "{0} ^ {1}", "not": "{0} == 0",
     "floordiv": "floor_divide({0}, {1})", "mod": "floor_mod({0}, {1})",
     "float": "({0}).to(tl.float32)", "int": "({0}).to(tl.int32)", "bool": "{0} != 0",
 }  # fmt: skip
@@ -95,6 +95,14 @@ class Program:
             return self.value("floor", self.value("div", *operands))
         if name == "mod" and "f" in kinds:
             return self.value("sub", operands[0], self.value("mul", self.value("floordiv", *operands), operands[1]))
+        if name in ("floordiv", "mod") and operands[0].kind == "i":
+            # Python's rounding down is what a shift and a bit mask do, for powers of two without a division.
+            divisor = operands[1].literal
+            if isinstance(divisor, int) and divisor > 0 and divisor & (divisor - 1) == 0:
+                whole = name == "floordiv"
+                return self.value(
+                    "shift" if whole else "and", operands[0], divisor.bit_length() - 1 if whole else divisor - 1
+                )
         # Triton's arithmetic on booleans is logic: count them as integers first.
         if name in ("add", "sub", "mul", "neg", "floordiv", "mod"):
             operands = tuple(self.value("int", a) if a.kind == "b" and a.literal is None else a for a in operands)

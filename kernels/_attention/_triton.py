@@ -1,6 +1,7 @@
 """The Triton path: every variant, forward and backward, on any GPU that Triton serves (and on its interpreter)."""
 
 import importlib.util
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,11 @@ class Tiling(NamedTuple):
     stages: int
 
 
+@cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def interpreted() -> bool:
     """Whether Triton runs its kernels on the CPU, in Python."""
     import triton
@@ -32,7 +38,7 @@ def interpreted() -> bool:
 
 def why_not(q: Tensor, v: Tensor, spec: Spec) -> str | None:
     """The reason the Triton path cannot serve the call, or None."""
-    if importlib.util.find_spec("triton") is None:
+    if not _installed():
         return "Triton is not installed (pip install 'trainkit[kernels]')"
     if not q.is_cuda and not interpreted():
         return f"Triton has no kernels on {q.device.type}"

@@ -3,7 +3,7 @@
 import types
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,10 +24,15 @@ class Variant:
     gradient: tuple[Value, list[TableGradient]] | None
     split: int
     """Operations of `score` that the forward pass needs."""
+    _modules: dict[str, Any] = field(default_factory=dict)
 
     def functions(self, dialect: str) -> Any:
         """A module with `score`, `score_grad` and `mask`, None where the variant has none; dialect triton or gluon."""
-        return _codegen.load(_codegen.source(dialect, self.score, self.gradient, self.split, self.mask))
+        module = self._modules.get(dialect)
+        if module is None:
+            text = _codegen.source(dialect, self.score, self.gradient, self.split, self.mask)
+            module = self._modules[dialect] = _codegen.load(text)
+        return module
 
     @property
     def learned(self) -> list[int]:
@@ -64,6 +69,8 @@ def build(spec: Spec, device: torch.device) -> Variant:
     Raises:
         Untraceable: a score_mod or mask_mod that no kernel can be made of, by operation.
     """
+    if spec.softcap is None and spec.alibi_slopes is None and spec.score_mod is None and spec.mask_mod is None:
+        return PLAIN
     key = _key(spec, device)
     if key is not None:
         known = _CACHE.get(key[0])
@@ -90,6 +97,7 @@ def build(spec: Spec, device: torch.device) -> Variant:
     return variant
 
 
+PLAIN = Variant(None, None, None, 0)
 _CACHE: dict[Any, tuple[tuple[Any, ...], Variant]] = {}
 
 

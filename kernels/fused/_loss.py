@@ -21,8 +21,8 @@ def reference(x: Tensor, weight: Tensor, target: Tensor, ignore_index: int) -> T
 
 
 def _chunk(tokens: int, vocabulary: int) -> int:
-    """Rows at a time: logits of about 256 MB in 16 bits, and no fewer rows than fill a GPU's tiles."""
-    return min(tokens, max(1024, 1 << ((128 << 20) // vocabulary).bit_length() - 1))
+    """Rows at a time: logits of about 512 MB in 16 bits, and no fewer rows than fill a GPU's tiles."""
+    return min(tokens, max(1024, 1 << ((256 << 20) // vocabulary).bit_length() - 1))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -46,7 +46,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if dx is not None:
                 torch.mm(logits, weight, out=dx[rows])
             if dweight is not None:
-                dweight += logits.T @ x[rows]  # the sum over chunks in fp32
+                _accumulate(dweight, logits, x[rows])
         # Unscaled gradients keep 16-bit ones clear of underflow; the mean's factor comes last, in fp32.
         factor = 1.0 / (target != ignore_index).sum().clamp(min=1)
         ctx.dtype = weight.dtype
@@ -64,6 +64,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _accumulate(total: Tensor, gradient: Tensor, x: Tensor) -> None:
+    """Add gradient^T x to total, summed over chunks in fp32; in the product itself where this PyTorch's can."""
+    if x.is_cuda and x.dtype != torch.float32 and hasattr(torch.ops.aten.addmm, "dtype_out"):
+        torch.ops.aten.addmm.dtype_out(total, gradient.T, x, torch.float32, out=total)
+    else:
+        total += gradient.T @ x
 
 
 def linear_cross_entropy(

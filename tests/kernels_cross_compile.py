@@ -1,0 +1,73 @@
+"""Compiles a Hopper attention kernel for sm_90 without a GPU and prints what the machine code holds, as JSON.
+
+Run as a program, since Triton must be imported without its interpreter:
+    python kernels_cross_compile.py forward|backward HEAD_DIM [causal] [deterministic]
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+
+def inspect(compiled):
+    """Registers' overflow and matrix instructions of a compiled kernel."""
+    import triton
+
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        sass = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    return {
+        "wgmma": len(re.findall(r"\bHGMMA", sass)),
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "shared": compiled.metadata.shared,
+        "tma": "cp.async.bulk.tensor" in compiled.asm["ptx"],
+    }
+
+
+def main():
+    os.environ["TRITON_INTERPRET"] = "0"
+    import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    from trainkit.kernels._attention import _hopper
+    from trainkit.kernels._attention._spec import Spec
+    from trainkit.kernels._attention._triton import Call
+    from trainkit.kernels._attention._variant import build
+
+    class Hopper:
+        """As much of a driver as compiling asks for."""
+
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+        get_current_device = staticmethod(lambda: 0)
+        get_current_stream = staticmethod(lambda device: 0)
+
+    driver.set_active(Hopper())
+    found = {}
+
+    def launch(kernel, grid):
+        def run(*args, **named):
+            found[f"{kernel.__name__}{len(found)}"] = inspect(kernel.warmup(*args, grid=grid, **named))
+
+        return run
+
+    which, width, *flags = sys.argv[1:]
+    spec = Spec(scale=0.1, causal="causal" in flags, deterministic="deterministic" in flags)
+    call = Call(spec, None, build(spec, torch.device("cpu")))
+    q, k, v = (torch.empty(1, 256, h, int(width), dtype=torch.bfloat16) for h in (8, 4, 4))
+    if which == "forward":
+        _hopper.forward(q, k, v, None, call, launch)
+    else:
+        stats = torch.empty(1, 8, 256)
+        _hopper.backward(q, k, v, stats, q, stats, call, launch)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
