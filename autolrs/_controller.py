@@ -35,7 +35,9 @@ class Controller:
         self.settings = settings
         self.plan: Plan | None = None
         self.ratios: tuple[float, ...] = (1.0,)
-        self.history = History()
+        self.kept = 0
+        self._record = History()
+        self._schedule: LRSchedule | None = None
         self._default = math.sqrt(settings.low * settings.high)
         self._next = 0
         self._backend = self._make_backend()
@@ -69,6 +71,7 @@ class Controller:
             self.ratios = tuple(ratios)
             self.plan = plan(self.settings, total)
             self._default = default
+            self._schedule = None
         elif self.plan.total != total:
             raise ValueError(
                 f"a resumed run must have the length it was planned for, but got {total} steps instead of "
@@ -80,7 +83,7 @@ class Controller:
     def kept_total(self) -> int:
         """Kept steps of the whole run, as far as is known: with count="all" each discarded step shortens it."""
         assert self.plan is not None
-        return self.plan.total - (self.history.discarded_steps if self.settings.count == "all" else 0)
+        return self.plan.total - (self._record.discarded_steps if self.settings.count == "all" else 0)
 
     @property
     def next_start(self) -> int | None:
@@ -136,12 +139,12 @@ class Controller:
         outcome = race(trials, self._backend, search, rules)
         self._backend.next_stage()
         self._next += 1
-        before = self.history
+        before = self._record
         stages = [*before.stages]
         if stages:
             stages[-1] = replace(stages[-1], steps=search.start - stages[-1].start)
         stages.append(StageRecord(search.start, max(search.horizon - search.start, 1), outcome.rate, False))
-        self.history = replace(
+        self._record = replace(
             before,
             stages=tuple(stages),
             trials=(*before.trials, *outcome.trials),
@@ -151,13 +154,14 @@ class Controller:
         self._settle()
         return outcome
 
-    def note(self, *, kept: int | None = None, forwards: int = 0) -> None:
-        """Counts kept steps so far and extra forward passes."""
-        self.history = replace(
-            self.history,
-            kept_steps=self.history.kept_steps if kept is None else kept,
-            extra_forwards=self.history.extra_forwards + forwards,
-        )
+    def note_forwards(self, forwards: int) -> None:
+        """Counts forward passes that only measured search losses."""
+        self._record = replace(self._record, extra_forwards=self._record.extra_forwards + forwards)
+
+    @property
+    def history(self) -> History:
+        """Record of the run so far."""
+        return replace(self._record, kept_steps=self.kept)
 
     def rate(self, step: int) -> float:
         """The rate of kept step `step`, warmup included, before the groups' ratios."""
@@ -166,10 +170,15 @@ class Controller:
     @property
     def schedule(self) -> LRSchedule:
         """Rates of the kept steps, as far as they are decided."""
+        if self._schedule is None:
+            self._schedule = self._make_schedule()
+        return self._schedule
+
+    def _make_schedule(self) -> LRSchedule:
         if self.plan is None:
             return LRSchedule(())
         safe = min(max(self._default, self.settings.low), self.settings.high)
-        stages = self.history.stages or (StageRecord(0, self.kept_total, safe, False),)
+        stages = self._record.stages or (StageRecord(0, self.kept_total, safe, False),)
         if self._next >= len(self.plan.searches) and not stages[-1].anneal:
             stages = self._with_anneal(stages)
         pieces = [Piece(s.start, s.steps, s.rate, 0.0 if s.anneal else s.rate) for s in stages]
@@ -187,20 +196,21 @@ class Controller:
         """After the last search the end is known: the annealed part becomes a stage of its own."""
         assert self.plan is not None
         if self._next >= len(self.plan.searches):
-            self.history = replace(self.history, stages=self._with_anneal(self.history.stages))
+            self._record = replace(self._record, stages=self._with_anneal(self._record.stages))
+        self._schedule = None
 
     def _forecast(self, steps: Sequence[float], losses: Sequence[float], horizon: float) -> Forecast:
         if self.settings.preset == "paper":
             return paper_forecast(losses, horizon, steps=steps)
         # Cross entropies and squared errors end at 0; a loss that was ever negative has no such floor.
-        seen = (v for record in self.history.trials for v in record.losses)
+        seen = (v for record in self._record.trials for v in record.losses)
         positive = all(v >= 0.0 for v in losses) and not any(v < 0.0 for v in seen)
         return forecast(losses, horizon, steps=steps, floor=0.0 if positive else None)
 
     def _fallen(self) -> float:
         """How far the search loss has fallen from the run's start to the last search."""
         firsts = [
-            record.losses[0] for record in self.history.trials if record.losses and math.isfinite(record.losses[0])
+            record.losses[0] for record in self._record.trials if record.losses and math.isfinite(record.losses[0])
         ]
         return max(firsts[0] - firsts[-1], 0.0) if firsts else 0.0
 
@@ -240,6 +250,7 @@ class Controller:
         self.ratios, self._default = tuple(state["ratios"]), state["default"]
         self.plan = plan(self.settings, state["total"]) if state["total"] is not None else None
         self._next = int(state["next"])
-        self.history = History.from_dict(state["history"])
+        self._record = History.from_dict(state["history"])
+        self.kept, self._schedule = self._record.kept_steps, None
         self._backend = self._make_backend()
         self._backend.load_state_dict(state["backend"])

@@ -4,7 +4,6 @@ AutoLRS (Jin et al., ICLR 2021, section 4.2) fits one exponential `a exp(b t) + 
 a hundred noisy losses seldom tell which, so the answer here is an average over many curve shapes by their evidence.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -88,13 +87,10 @@ def _difference_noise(t: Array, y: Array) -> float:
 def _binned(t: Array, y: Array) -> tuple[Array, Array, Array]:
     """At most `_MOST_POINTS` points: the first ones, where a curve bends most, and means of the rest, with their counts."""
     head = min(len(t), _MOST_POINTS // 2)
-    rest = np.array_split(np.arange(head, len(t)), min(len(t) - head, _MOST_POINTS // 2)) if len(t) > head else []
-    parts = [np.array([i]) for i in range(head)] + rest
-    return (
-        np.array([t[p].mean() for p in parts]),
-        np.array([y[p].mean() for p in parts]),
-        np.array([float(len(p)) for p in parts]),
-    )
+    bins = min(len(t) - head, _MOST_POINTS // 2)
+    starts = np.concatenate([np.arange(head), head + (np.arange(bins) * (len(t) - head)) // max(bins, 1)])
+    count = np.diff(np.append(starts, len(t))).astype(np.float64)
+    return np.add.reduceat(t, starts) / count, np.add.reduceat(y, starts) / count, count
 
 
 @dataclass(frozen=True)
@@ -222,10 +218,9 @@ def _average(t: Array, y: Array, count: Array, horizon: float, floor: float | No
 
     noise = max(_difference_noise(u, y), _LEAST_NOISE)
     weight = count / count.mean()
-    for _ in range(2):
+    for _ in range(2):  # the first round finds outliers, the second what they hid
         fit = _fit(design, y, weight, noise, shapes.log_prior)
-        best = fit.fitted[int(np.argmax(fit.log_weight))]
-        residual = y - best
+        residual = y - fit.fitted[int(np.argmax(fit.log_weight))]
         spread = max(1.4826 * float(np.median(np.abs(residual))), _LEAST_NOISE)
         weight = count / count.mean() / np.maximum(np.abs(residual) / (_OUTLIER * spread), 1.0) ** 2
         noise = max(_noise_level(residual, weight), _LEAST_NOISE)
@@ -255,9 +250,3 @@ def _noise_level(residual: Array, weight: Array) -> float:
     correlation = float((residual[1:] * residual[:-1]).sum() / (residual**2).sum())
     correlation = min(max(correlation, 0.0), 0.9)
     return float(np.sqrt(variance * (1.0 + correlation) / (1.0 - correlation)))
-
-
-def forecast_last(losses: Sequence[float]) -> float:
-    """The last finite loss, inf if there is none."""
-    finite = [value for value in losses if np.isfinite(value)]
-    return float(finite[-1]) if finite else float("inf")

@@ -185,7 +185,7 @@ class Tuner:
             loss = torch.as_tensor(self._played.popleft()) if self._played else self.train_step(batch).detach()
             kept = Kept(self._step, rate, loss)
             self._step += 1
-            controller.note(kept=self._step)
+            controller.kept = self._step
             yield kept
 
     def state_dict(self) -> dict[str, Any]:
@@ -212,7 +212,7 @@ class Tuner:
         except BaseException:
             trials.rewind()
             raise
-        self._controller.note(forwards=trials.forwards)
+        self._controller.note_forwards(trials.forwards)
 
     def snapshot(self) -> Snapshot:
         """An empty snapshot of everything that a step changes."""

@@ -254,7 +254,7 @@ def test_an_empty_validation_loader_and_an_endless_run(script):
     with pytest.raises(ValueError, match="validation loader, but it gave no batch"):
         trainer.fit(Validated(), script.Loader(0), iter_only())
     trainer = pl.Trainer(max_steps=-1, max_epochs=-1, accelerator="cpu", callbacks=[AutoLRS()], **quiet)
-    with pytest.raises(ValueError, match="run's length.*set max_steps"):
+    with pytest.raises(ValueError, match=r"run's length.*set max_steps"):
         trainer.fit(script.Model(), script.Loader(0))
 
 

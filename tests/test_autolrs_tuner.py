@@ -84,7 +84,7 @@ def test_resume_is_bit_for_bit(at):
     again.load_state_dict(saved[0])
     optimizer.load_state_dict(saved[1])
     second.load_state_dict(saved[2])
-    assert [k.step for k in second.run(Loader())][0] == at + 1
+    assert min(k.step for k in list(second.run(Loader()))) == at + 1
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     assert second.schedule.as_dict() == tuner.schedule.as_dict()
 

@@ -213,14 +213,14 @@ class AutoLRS(Callback):
         """Counts."""
         self._playback.batch_ended()
         controller = self._ready()
-        controller.note(kept=trainer.global_step)
+        controller.kept = trainer.global_step
         self._states = None
-        if not self._playback and controller.due(trainer.global_step) is not None:
+        if not self._playback and controller.kept == controller.next_start:
             self._remember_loader(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Records the number of kept steps."""
-        self._ready().note(kept=trainer.global_step)
+        self._ready().kept = trainer.global_step
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leaves the Trainer as it was."""
@@ -287,7 +287,7 @@ class AutoLRS(Callback):
         except BaseException:
             trials.rewind()
             raise
-        controller.note(forwards=trials.forwards)
+        controller.note_forwards(trials.forwards)
         self._playback.start(trainer, played)
         self._bound_steps(trainer)
         self._show(trainer, f"stage {len(controller.history.stages)} lr {outcome.rate:.1e}")

@@ -121,7 +121,8 @@ def curve_of(task: Task, arm: str, factor: float, seed: int) -> tuple[list[tuple
     curve = [(0, valid_loss(task))]
     if arm in ("ours", "paper"):
         last, tuner = 0, None
-        for charged, tuner in tuned(task, peak, arm, seed, steps):
+        for charged, current in tuned(task, peak, arm, seed, steps):
+            tuner = current
             if charged // EVERY > last // EVERY or charged == steps:
                 curve.append((charged, valid_loss(task)))
             last = charged
