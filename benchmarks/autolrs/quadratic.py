@@ -153,7 +153,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--arms", default="ours,oracle,paper")
-    parser.add_argument("--trial", type=int, default=150)
+    parser.add_argument("--trial", type=int, default=250)
     parser.add_argument("--later", type=int, default=120)
     parser.add_argument("--verbose", action="store_true")
     ARGS = parser.parse_args()
