@@ -1,8 +1,10 @@
 """Large fabrics: a thousand GPUs, and what happens when one link breaks the symmetry."""
 
+import random
+
 import pytest
 
-from trainkit.collectives import Topology, fabrics, forest, optimum
+from trainkit.collectives import Topology, allreduce_forest, fabrics, forest, optimum
 from trainkit.collectives.trees import packing_effort
 
 
@@ -23,6 +25,23 @@ def test_1024_gpus(fabric: Topology) -> None:
     trees = forest(fabric)
     assert trees.inv_rate == optimum(fabric).inv_rate
     assert trees.height <= 4
+
+
+@pytest.mark.parametrize(
+    "fabric", [fabrics.dgx_a100(2), fabrics.dgx_a100(8), fabrics.dgx_h100(16)], ids=lambda t: t.name
+)
+def test_the_order_of_a_file_does_not_matter(fabric: Topology) -> None:
+    shuffle = random.Random(1).sample
+    mixed = Topology(
+        fabric.name,
+        shuffle(fabric.nodes, len(fabric.nodes)),
+        shuffle(fabric.compute_nodes, len(fabric.compute_nodes)),
+        shuffle(fabric.links, len(fabric.links)),
+    )
+    trees = forest(mixed)
+    assert trees.inv_rate == optimum(fabric).inv_rate
+    assert trees.height <= 4
+    assert allreduce_forest(mixed).exact
 
 
 def test_one_slow_link_among_1024() -> None:

@@ -10,15 +10,13 @@ import numpy as np
 import trainkit.collectives._native as _native
 from trainkit.collectives._topology import Ints
 from trainkit.collectives.trees._flat import Flat
+from trainkit.collectives.trees._levels import levelled, rotations
 from trainkit.collectives.trees._problem import Problem
 
 
 def grow(problem: Problem, quota: Ints) -> Flat | None:
     """Trees that fill `problem.cap`, `quota[v]` at each root, or None where growth does not find them."""
-    group = np.array(
-        _native.free_rotations(*problem.graph, problem.colour, problem.topology.compute, problem.progress),
-        dtype=np.int64,
-    )
+    group = rotations(problem, levelled(problem))
     klass, budget = _classes(problem, group)
     roots = np.flatnonzero(quota)
     # group[:, v] is the orbit of v: its smallest vertex stands for it

@@ -19,6 +19,7 @@ from scipy.sparse import csr_matrix
 import trainkit.collectives._native as _native
 from trainkit.collectives._topology import Ints
 from trainkit.collectives.trees._exact import solve_near
+from trainkit.collectives.trees._levels import levelled
 from trainkit.collectives.trees._problem import Problem
 
 Row = dict[int, int]
@@ -114,7 +115,7 @@ class CutProgram:
         colour = first.colour
         for side in self.sides[1:]:
             colour = colour * 16 + side.colour
-        arc, vertex = _native.orbits(*first.graph, colour, first.topology.compute, first.progress)
+        arc, vertex = _native.orbits(*first.graph, colour, levelled(first), first.progress)
         return arc, vertex
 
     def _representatives(self, problem: Problem) -> Ints:
