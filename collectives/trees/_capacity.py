@@ -80,16 +80,17 @@ def fixed_share(problem: Problem, k: int) -> Share:
     if _two_way(problem):
         unit = _smallest_unit(problem, k, rate)
         return Share(problem.within(_floors(problem.cap, unit)), k, unit, True)
-    # Rounded capacities must be balanced anew; raise the unit by what the rounding cost until k trees fit.
-    unit = k * rate
+    # Rounded capacities must be balanced anew: the least unit of a ladder at which k trees still fit.
+    least = k * rate
     scale = part.search()[0] / rate  # the part's capacities are scaled up by its inverse
-    for _ in range(256):
+    ladder = [least * Fraction(16 + step, 16) for step in range(48)] + [least * 2**step for step in range(2, 40)]
+    for unit in ladder:
         rounded = problem.within(np.minimum(_floors(problem.cap, unit), -_floors(-part.cap, unit * scale)))
         rounded = rounded.within(_native.balanced(*rounded.graph, problem.passing, problem.progress))
         reached = _rate(rounded)
         if reached is not None and reached * k <= 1:
-            return Share(rounded, k, unit, proved and unit == k * rate)
-        unit = max(_next_unit(problem.cap, unit), unit * min(reached * k, Fraction(2)) if reached is not None else unit)
+            used = max(Fraction(int(r), int(c)) for r, c in zip(rounded.cap, problem.cap, strict=True))
+            return Share(rounded, k, used, proved and used == least)
     raise ValueError(
         f"no balanced rounding of the capacities for {k} trees per root was found: take another trees_per_root"
     )
