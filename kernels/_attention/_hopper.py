@@ -1,6 +1,7 @@
 """The Hopper path: Gluon kernels for bf16 and fp16 on compute capability 9, head_dim 64, 128 and 256."""
 
 from functools import cache
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +13,15 @@ from trainkit.kernels._attention._spec import Spec
 from trainkit.kernels._attention._triton import Call, Tiling
 
 HEADS = (64, 128, 256)
+GLUON = "3.6"
+"""Gluon is experimental: its names change from one version of Triton to the next."""
 ROWS = 128
 """Queries a program, 64 a warpgroup."""
+
+
+@cache
+def _triton_version() -> str:
+    return ".".join(version("triton").split(".")[:2])
 
 
 @cache
@@ -28,6 +36,8 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> str | None:
         return lack
     if not q.is_cuda or _capability(q.device.index) != 9:
         return "the device is no Hopper GPU"
+    if _triton_version() != GLUON:
+        return f"the Hopper kernels are written in the Gluon of Triton {GLUON}, got {_triton_version()}"
     return unsupported(q, k, v, spec)
 
 
@@ -140,7 +150,7 @@ def backward(
     launch: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, contiguous; `delta` as `_triton.row_delta` gives it."""
-    from trainkit.kernels._attention import _hopper_backward
+    from trainkit.kernels._attention import _hopper_backward_keys, _hopper_backward_queries
 
     spec, D, DV = call.spec, q.shape[3], v.shape[3]
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
@@ -160,7 +170,7 @@ def backward(
     (bm, ring), (bn, key_ring) = _backward_tiles(D, DV)
 
     grid, pointers, strides, listed = _triton.layout(call, q, k, Tiling(bm, ROWS, 4, ring), True)
-    kernel = _hopper_backward.backward_keys
+    kernel = _hopper_backward_keys.backward_keys
     # Two accumulators of 256 columns do not fit beside a tile of scores: each gets a pass of its own.
     passes = ((True, False), (False, True)) if max(D, DV) == 256 else ((True, True),)
     # dQ in the same pass saves two of seven products; its atomic adds come in any order.
@@ -181,7 +191,7 @@ def backward(
         return total.to(q.dtype), dk, dv
 
     grid, pointers, strides, listed = _triton.layout(call, q, k, Tiling(ROWS, bn, 4, key_ring), False)
-    kernel = _hopper_backward.backward_queries
+    kernel = _hopper_backward_queries.backward_queries
     if 0 not in grid:
         (launch(kernel, grid) if launch else kernel[grid])(
             descriptor(qp, 64, D), descriptor(kp, bn, D), descriptor(vp, bn, DV), descriptor(gp, 64, DV),
