@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 _RETRY = 0.1
 _NAME_AFTER = 5.0
 _CONFLICT = 3.0
-_SLOTS = 16
+_SLOTS = 20
 _PROBES = 3
 # UDP payloads: jumbo frames, Ethernet, common tunnels, IPv6's minimum, what every path carries
 _SIZES = (8972, 1472, 1422, 1372, 1232, 548)

@@ -4,7 +4,7 @@ import contextlib
 import os
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import Future
 from typing import NamedTuple
 
@@ -17,6 +17,8 @@ from trainkit.switchml._native import Port, Worker
 from trainkit.switchml._options import Options
 
 _PING = 0.25
+_NUMBERS = 2**32
+"""Chunk numbers of an epoch."""
 COUNTED = (
     "sent_bytes", "received_bytes", "sent_packets", "received_packets",
     "buckets", "chunks", "retransmissions", "stale", "foreign", "malformed",
@@ -44,24 +46,24 @@ class Link:
 
     def __init__(self, options: Options, rank: int, world: int) -> None:
         self.options, self.rank, self.world = options, rank, world
-        token = options.token()
-        self._key = control.control_key(token)
-        self._socket, buffer = open_socket(options)
+        self._token = options.token()
+        self._key = control.control_key(self._token)
+        self._socket, self._buffer = open_socket(options)
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK)
+        self._past: Counter[str] = Counter()
+        self._done = self._done_before = self._chunks = 0
         try:
-            self.member = join(self._socket, buffer, options, rank, world, token)
+            self._join()
         except BaseException:
             self._socket.close()
+            os.close(self._wake)
             raise
         self.error: SwitchMLError | None = None
-        self._worker = Worker(self.member)
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK)
-        self._port = Port(self._socket.fileno(), self._wake, self._worker)
         self._lock = threading.Lock()
         self._arrivals: deque[_Order] = deque()
         # the arrays are kept here while the native core reads and writes them
         self._waiting: deque[_Order] = deque()
         self._stopping = False
-        self._done = self._chunks = 0
         self._status: control.Message = {}
         self._began = self._next_ping = 0.0
         self._ponged = time.monotonic()
@@ -86,7 +88,7 @@ class Link:
 
     def counters(self) -> dict[str, int]:
         """What has travelled and what became of it: the names of `COUNTED`."""
-        return {"buckets": self._done, **self._worker.counters}
+        return {"buckets": self._done, **(self._past + Counter(self._worker.counters))}
 
     def close(self) -> None:
         """Leave the session and end the thread; what was not finished fails."""
@@ -99,6 +101,17 @@ class Link:
         self._fail(SwitchMLError("the session was closed before the bucket was finished"))
         os.close(self._wake)
         self._socket.close()
+
+    def _join(self) -> None:
+        self.member = join(self._socket, self._buffer, self.options, self.rank, self.world, self._token)
+        self._worker = Worker(self.member)
+        self._port = Port(self._socket.fileno(), self._wake, self._worker)
+
+    def _renew(self) -> None:
+        """Gather anew before chunk numbers run out: a number of an epoch, and with it a tag's nonce, is never reused."""
+        self._past += Counter(self._worker.counters)
+        self._done_before = self._done
+        self._join()
 
     def _run(self) -> None:
         try:
@@ -121,12 +134,19 @@ class Link:
         heard = self._worker.drive(self._port, self._next_ping)
         now = time.monotonic()
         while self._arrivals:
-            arrival = self._arrivals.popleft()
+            arrival = self._arrivals[0]
+            # at most twice its chunks: all ranks come to this at the same bucket
+            if self._worker.next_number + 2 * -(-arrival.values.size // self.member.elements) > _NUMBERS:
+                if self._waiting:
+                    break
+                self._renew()
+                now = time.monotonic()
+            self._arrivals.popleft()
             if not self._waiting:
                 self._began = now
             self._waiting.append(arrival)
             self._send(self._worker.submit(arrival.values, arrival.out, now, arrival.residual))
-        while self._done < self._worker.finished:
+        while self._done - self._done_before < self._worker.finished:
             self._done += 1
             self._waiting.popleft().done.set_result(None)
         for data, _ in heard:

@@ -25,7 +25,7 @@ class Options:
     elements: int | None = None
     """Values a packet; None finds the most that the path carries."""
     slots: int | None = None
-    """Packets in flight; None: as many as half the receive buffers hold, at most 16."""
+    """Packets in flight; None: as many as half the receive buffers hold, at most 20."""
     deadline_s: float = 30.0
     """Seconds without progress after which a bucket fails."""
     fallback: Literal["allreduce"] | None = None

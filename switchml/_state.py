@@ -32,7 +32,7 @@ class SwitchMLState:
         token_file: file with the secret shared with the switch; None without.
         interface: network interface to send from; None lets the system choose.
         elements: values a packet; None finds the most that the path carries.
-        slots: packets in flight; None: as many as half the receive buffers hold, at most 16.
+        slots: packets in flight; None: as many as half the receive buffers hold, at most 20.
         deadline_s: seconds without progress after which a bucket fails with a named error.
         fallback: "allreduce" goes on with torch.distributed when the switch fails; None raises.
         wire: integers from worker to switch: "int32", or "int16" or "int8" with error feedback.

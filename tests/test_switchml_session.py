@@ -21,6 +21,7 @@ from trainkit.switchml import (
     SwitchMLState,
     SwitchUnreachable,
     WorkerMissing,
+    _link,
 )
 from trainkit.switchml import _control as control
 from trainkit.switchml import _packet as packet
@@ -83,6 +84,18 @@ def test_buckets_of_all_sizes_back_to_back(world: int) -> None:
         states = joined(switch.address, world, elements=64, slots=4)
         averages(states, [1, 63, 64, 65, 4 * 64 - 1, 4 * 64 + 1, 20_000, 1, 0, 300])
         assert states[0].counters()["buckets"] == 10
+        closed(states)
+
+
+def test_session_gathers_anew_before_chunk_numbers_run_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    with SoftwareSwitch() as switch:
+        states = joined(switch.address, 2, elements=64, slots=4)
+        first = states[0].connect().member.epoch
+        monkeypatch.setattr(_link, "_NUMBERS", 100)
+        averages(states, [64 * 20, 64 * 20, 1, 64 * 30, 64 * 45])
+        assert states[0].connect().member.epoch not in (first, first + 1)
+        assert states[0].counters()["buckets"] == 5
+        assert states[0].counters()["chunks"] >= 20 + 20 + 1 + 30 + 45
         closed(states)
 
 
