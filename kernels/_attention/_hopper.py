@@ -1,7 +1,6 @@
 """The Hopper path: Gluon kernels for bf16 and fp16 on compute capability 9, head_dim 64, 128 and 256."""
 
 from functools import cache
-from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +20,9 @@ ROWS = 128
 
 @cache
 def _triton_version() -> str:
-    return ".".join(version("triton").split(".")[:2])
+    import triton
+
+    return ".".join(triton.__version__.split(".")[:2])
 
 
 @cache
