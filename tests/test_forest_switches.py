@@ -30,6 +30,18 @@ def test_unbalanced_star_without_and_with_multicast() -> None:
     assert copying.loads()["sw", "0"] == 20
 
 
+def test_measured_rates_lose_little_to_whole_trees() -> None:
+    # Adapters are switches with unequal ways in and out once rates are measured: 4 trees must be rounded anew.
+    box = fabrics.dgx_a100(2)
+    rates = {(u, v): f"{float(c) * (0.85 + 0.15 * (7 * i % 11) / 11):.2f}" for i, (u, v, c) in enumerate(box.links)}
+    measured = box.with_links(rates)
+    best = optimum(measured).achievable
+    four = forest(measured, trees_per_root=4)
+    assert best < four.inv_rate < best * Fraction(3, 2)
+    assert not four.exact
+    assert forest(measured).inv_rate == best
+
+
 def test_adding_switch_helps_the_reduction() -> None:
     plain = unbalanced_star().transposed()
     assert forest(plain, "reduce_scatter").inv_rate == 5

@@ -11,6 +11,7 @@ import trainkit.collectives._native as _native
 from trainkit.collectives._topology import Ints
 from trainkit.collectives.trees._problem import Problem
 from trainkit.collectives.trees._program import CutProgram
+from trainkit.collectives.trees._rounding import round_balanced
 
 
 @dataclass(frozen=True)
@@ -85,12 +86,15 @@ def fixed_share(problem: Problem, k: int) -> Share:
     scale = part.search()[0] / rate  # the part's capacities are scaled up by its inverse
     ladder = [least * Fraction(16 + step, 16) for step in range(48)] + [least * 2**step for step in range(2, 40)]
     for unit in ladder:
-        rounded = problem.within(np.minimum(_floors(problem.cap, unit), -_floors(-part.cap, unit * scale)))
-        rounded = rounded.within(_native.balanced(*rounded.graph, problem.passing, problem.progress))
-        reached = _rate(rounded)
-        if reached is not None and reached * k <= 1:
-            used = max(Fraction(int(r), int(c)) for r, c in zip(rounded.cap, problem.cap, strict=True))
-            return Share(rounded, k, used, proved and used == least)
+        limit, target = _floors(problem.cap, unit), [int(c) * unit * scale for c in part.cap]
+        above = np.array([-(-t // 1) for t in target], dtype=np.int64)
+        trimmed = _native.balanced(*problem.within(np.minimum(limit, above)).graph, problem.passing, problem.progress)
+        for cap in (round_balanced(problem, target, limit), trimmed):
+            rounded = problem if cap is None else problem.within(cap)
+            reached = None if cap is None else _rate(rounded)
+            if reached is not None and reached * k <= 1:
+                used = max(Fraction(int(r), int(c)) for r, c in zip(rounded.cap, problem.cap, strict=True))
+                return Share(rounded, k, used, proved and used == least)
     raise ValueError(
         f"no balanced rounding of the capacities for {k} trees per root was found: take another trees_per_root"
     )
