@@ -88,7 +88,10 @@ def _until(process: "subprocess.Popen[str]", line: str) -> None:
 
 
 def _answer(process: "subprocess.Popen[str]") -> dict[str, Any]:
-    out, _ = process.communicate(timeout=90)
+    assert process.stdout is not None
+    # not communicate(), which misses what the line reader has taken ahead
+    out = process.stdout.read()
+    process.wait(timeout=90)
     return dict(json.loads(out.strip().splitlines()[-1]))
 
 
