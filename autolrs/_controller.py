@@ -17,7 +17,7 @@ from trainkit.autolrs._skopt import SkoptSearch
 
 _VERSION = 1
 # A short trial flatters a small rate: it loses the noise at once and the progress only later.
-_TILT, _LATER_TILT = 0.5, 1.5
+_TILT, _LEAN = 0.5, 0.15
 
 
 class Controller:
@@ -131,7 +131,8 @@ class Controller:
             forecaster=self._forecast,
             fallback=self._fallback,
             fallen=self._fallen(),
-            tilt=_TILT if stage == 0 else _LATER_TILT,
+            tilt=_TILT,
+            lean=_LEAN,
             halving=self.keeps_winner,
             keep=self.keeps_winner,
             report=told,
@@ -208,11 +209,9 @@ class Controller:
         return forecast(losses, horizon, steps=steps, floor=0.0 if positive else None)
 
     def _fallen(self) -> float:
-        """How far the search loss has fallen from the run's start to the last search."""
-        firsts = [
-            record.losses[0] for record in self._record.trials if record.losses and math.isfinite(record.losses[0])
-        ]
-        return max(firsts[0] - firsts[-1], 0.0) if firsts else 0.0
+        """How far the search loss has fallen in the trials that were kept, from the run's start."""
+        kept = [record.losses for record in self._record.trials if record.status == "kept" and record.losses]
+        return max(kept[0][0] - min(losses[-1] for losses in kept), 0.0) if kept else 0.0
 
     def _fallback(self, lowest: float) -> float:
         known = self.history.stages[-1].rate if self.history.stages else self._default

@@ -84,6 +84,7 @@ class Rules:
         fallen: how far the loss has fallen in the run so far; what a trial may rise is measured by it.
         tilt: standard deviations by which a faster trial may seem worse and still win: what follows is annealed, which
             takes the faster one's noise away.
+        lean: and by which share of `fallen` for each decade that it is faster.
         halving: whether dominated trials stop early and trials inform each other.
         keep: whether the winner's steps are kept; else it starts again from the state before the search.
         report: called before each trial with its number, the most there will be, and its rate.
@@ -95,6 +96,7 @@ class Rules:
     fallback: Callable[[float], float]
     fallen: float = 0.0
     tilt: float = 0.0
+    lean: float = 0.0
     halving: bool = True
     keep: bool = True
     report: Callable[[int, int, float], None] = lambda trial, of, rate: None
@@ -127,7 +129,7 @@ def race(trials: Trials, backend: Backend, search: Search, rules: Rules) -> Outc
         if rules.halving:
             _reconsider(trials, backend, search, rules, records)
         if records[-1].status == "finished" and trials.agree(
-            best is None or _beats(records[-1], records[best], backend, rules.tilt)
+            best is None or _beats(records[-1], records[best], backend, rules)
         ):
             best = len(records) - 1
             if rules.keep:
@@ -141,13 +143,14 @@ def race(trials: Trials, backend: Backend, search: Search, rules: Rules) -> Outc
     return Outcome(records[best].rate, records[best].steps, tuple(records), taken - records[best].steps)
 
 
-def _beats(new: TrialRecord, best: TrialRecord, backend: Backend, tilt: float) -> bool:
-    """Whether the new trial's posterior mean lies below the best one's, the faster one forgiven `tilt` std."""
+def _beats(new: TrialRecord, best: TrialRecord, backend: Backend, rules: Rules) -> bool:
+    """Whether the new trial's posterior mean lies below the best one's, the faster one forgiven a little."""
     expected = getattr(backend, "expected", None)
     if expected is None:
         return new.mean < best.mean
     (mean, std), (best_mean, best_std) = expected(new.rate), expected(best.rate)
-    forgiven = tilt * math.hypot(std, best_std) * (1.0 if new.rate > best.rate else -1.0)
+    decades = math.log10(new.rate / best.rate)
+    forgiven = math.copysign(rules.tilt * math.hypot(std, best_std), decades) + rules.lean * rules.fallen * decades
     return bool(mean < best_mean + forgiven)
 
 
