@@ -124,7 +124,7 @@ def test_last_result_reaches_the_rank_that_missed_it(scene: Scene) -> None:
     assert first["digest"] == second["digest"]
 
 
-@pytest.mark.parametrize("listens_again", [False, True])
+@pytest.mark.parametrize("listens_again", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_switch_killed_without_fallback_is_named_on_every_rank(scene: Scene, listens_again: bool) -> None:
     switch = scene.switch()
     workers = scene.workers(buckets=1000, pace=0.02, deadline_s=30.0 if listens_again else 2.0)
