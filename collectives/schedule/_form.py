@@ -1,7 +1,7 @@
 """The one form of every communication schedule: forests, breadth-first broadcasts and rings alike."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
@@ -190,7 +190,3 @@ class Schedule:
         from trainkit.collectives.schedule._draw import draw
 
         return draw(self)
-
-    def map_ops(self, change: Callable[[Op], Op]) -> "Schedule":
-        """A copy with every op changed; the per-rank order follows the ops again."""
-        return replace(self, ops=[change(op) for op in self.ops], order=())

@@ -16,7 +16,6 @@ from trainkit.collectives.schedule.export._msccl_run import run_msccl
 # microsoft/msccl, msccl_struct.h; thread blocks run together, so no more of them than an A100 has multiprocessors
 LIMITS = {"channels": 32, "thread blocks per channel": 32, "thread blocks": 108, "steps per thread block": 256}
 LARGEST_COUNT = 72
-_NAMES = {"allgather": "allgather", "reduce_scatter": "reduce_scatter", "allreduce": "allreduce"}
 
 
 @dataclass
@@ -130,7 +129,7 @@ def _write(
         "algo", name=schedule.name, proto=protocol, nchannels=str(channels), nchunksperloop=str(count), ngpus=str(size)
     )
     algo.attrib |= {
-        "coll": _NAMES[schedule.collective],
+        "coll": schedule.collective,
         "inplace": "1",
         "outofplace": "0",
         "minBytes": "0",
