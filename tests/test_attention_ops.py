@@ -58,3 +58,12 @@ def test_compiles_without_a_break(interpreted):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     for a, b in zip(*(torch.autograd.grad(o.sum(), (q, k, v)) for o in (got, want)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_calls_with_functions_run_between_graphs(interpreted):
+    q, k, v, *_ = arguments(interpreted)
+    call = lambda q, k, v: attention(q * 2, k, v, score_mod=lambda s, b, h, i, j: s + i - j, backend="triton").sin()  # noqa: E731
+    got, want = torch.compile(call, backend="aot_eager")(q, k, v), call(q, k, v)
+    torch.testing.assert_close(got, want)
+    for a, b in zip(*(torch.autograd.grad(o.sum(), (q, k, v)) for o in (got, want)), strict=True):
+        torch.testing.assert_close(a, b)

@@ -1,5 +1,7 @@
 """The kernels as one differentiable function: Hopper's where they serve, Triton's for the rest."""
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -49,7 +51,6 @@ class _Attention(torch.autograd.Function):
         return None, dq, dk, dv, dsinks, *tables
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def attend(
     q: Tensor, k: Tensor, v: Tensor, spec: Spec, packed: Packed | None, hopper: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -71,3 +72,9 @@ def attend(
     call = Call(spec, packed, variant, hopper)
     out, lse = _Attention.apply(call, q, k, v, spec.sinks, *learned)  # type: ignore[no-untyped-call]
     return out, lse
+
+
+@cache
+def outside_graph() -> Callable[..., tuple[Tensor, Tensor]]:
+    """`attend`, kept out of torch.compile's graphs (made on first use: it loads the whole compiler)."""
+    return torch.compiler.disable(attend)  # type: ignore[no-any-return, no-untyped-call]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from trainkit.kernels._attention import _hopper, _ops, _sdpa, _triton
-from trainkit.kernels._attention._autograd import attend
+from trainkit.kernels._attention._autograd import attend, outside_graph
 from trainkit.kernels._attention._packed import make_packed
 from trainkit.kernels._attention._reference import reference
 from trainkit.kernels._attention._spec import MaskMod, Packed, ScoreMod, Spec, check_tensors, make_spec
@@ -140,7 +140,8 @@ def attention(
     if explanation.path == "sdpa":
         out = _sdpa.sdpa(q, k, v, spec)
     elif explanation.path in ("hopper", "triton"):
-        out, lse = attend(q, k, v, spec, packed, hopper=explanation.path == "hopper")
+        run = outside_graph() if torch.compiler.is_compiling() else attend
+        out, lse = run(q, k, v, spec, packed, hopper=explanation.path == "hopper")
     else:
         out, lse = reference(q, k, v, spec, packed)
     results: tuple[Any, ...] = (out,)

@@ -1,12 +1,11 @@
 """From a score_mod or mask_mod to a `Program`: traced by torch.fx, operation by operation; what cannot be, is named."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._decomp import get_decompositions
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from trainkit.kernels._attention._program import Arg, Program, Value, literal
 from trainkit.kernels._attention._scalars import ScalarIndex
@@ -27,19 +26,16 @@ SAME = {
 }  # fmt: skip
 CONSTANTS = {"scalar_tensor": 0, "full": 1, "full_like": 1}
 KINDS = {torch.bool: "bool", torch.float32: "float", torch.float64: "float", torch.int32: "int", torch.int64: "int"}
-SIMPLER: dict[Any, Any] = get_decompositions(  # type: ignore[assignment]
-    [
-        aten.gelu,
-        aten.silu,
-        aten.leaky_relu,
-        aten.hardtanh,
-        aten.softplus,
-        aten.log1p,
-        aten.expm1,
-        aten.addcmul,
-        aten.lerp,
-    ]
-)
+
+
+@cache
+def _simpler() -> dict[Any, Any]:
+    """Operations that are traced as the simpler ones they are made of."""
+    # Imported here: they take longer to load than all the rest of this package.
+    from torch._decomp import get_decompositions
+
+    names = ("gelu", "silu", "leaky_relu", "hardtanh", "softplus", "log1p", "expm1", "addcmul", "lerp")
+    return dict(get_decompositions([getattr(aten, name) for name in names]))
 
 
 class Untraceable(ValueError):
@@ -139,12 +135,14 @@ def append(program: Program, function: Callable[..., Tensor], score: Value | Non
     Raises:
         Untraceable: an operation that has no kernel, a branch on a value, or a result that is no scalar.
     """
+    from torch.fx.experimental.proxy_tensor import make_fx
+
     kind = "mask_mod" if score is None else "score_mod"
     index = [torch.zeros((), dtype=torch.int32, device=device) for _ in range(4)]
     inputs = index if score is None else [torch.zeros((), device=device), *index]
     try:
         with ScalarIndex(), torch.no_grad():
-            traced = make_fx(lambda *a: function(*a), decomposition_table=SIMPLER, tracing_mode="real")(*inputs)
+            traced = make_fx(lambda *a: function(*a), decomposition_table=_simpler(), tracing_mode="real")(*inputs)
     except RuntimeError as error:
         line = str(error).splitlines()[0]
         raise Untraceable(f"{kind} cannot be traced ({line}): choose with torch.where, not with if") from error
