@@ -32,7 +32,9 @@ class Regression(pl.LightningModule):
 
 if __name__ == "__main__":
     strategy = SwitchMLStrategy(sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1:48864")
-    trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=strategy, max_epochs=2, logger=False, enable_checkpointing=False)
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=2, strategy=strategy, max_epochs=2, logger=False, enable_checkpointing=False
+    )
     trainer.fit(Regression(), torch.utils.data.DataLoader(torch.randn(4096, 32), batch_size=64))
     if trainer.is_global_zero:
         print(strategy.counters())
