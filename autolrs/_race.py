@@ -150,7 +150,8 @@ def _beats(new: TrialRecord, best: TrialRecord, backend: Backend, rules: Rules) 
         return new.mean < best.mean
     (mean, std), (best_mean, best_std) = expected(new.rate), expected(best.rate)
     decades = math.log10(new.rate / best.rate)
-    forgiven = math.copysign(rules.tilt * math.hypot(std, best_std), decades) + rules.lean * rules.fallen * decades
+    # the surer of the two sets the measure: not knowing what a rate does is no merit of it
+    forgiven = math.copysign(rules.tilt * min(std, best_std), decades) + rules.lean * rules.fallen * decades
     return bool(mean < best_mean + forgiven)
 
 
