@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
+os.environ["PYTHONSAFEPATH"] = "1"  # the same for the processes that tests start
 # `python -m pytest` puts the repository root on sys.path, where `kernels/` and `p4/` would shadow other people's
 # packages (tests/test_house.py): the installed trainkit is what is tested.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]

@@ -17,15 +17,19 @@ import pytest
 STEPS = 120
 
 
+# As a user starts it from the repository's root: the source tree there must not hide what is installed.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+
+
 def demo(out: Path, *words: str) -> list[str]:
-    return [sys.executable, "-m", "trainkit", "demo", "--out", str(out), *words]
+    return [str(Path(sys.executable).with_name("trainkit")), "demo", "--out", str(out), *words]
 
 
 FRESH = ("--size", "tiny", "--steps", str(STEPS), "--seed", "3")
 
 
 def finish(out: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(demo(out, *words), capture_output=True, text=True, timeout=280)
+    return subprocess.run(demo(out, *words), capture_output=True, text=True, timeout=280, env=ENVIRONMENT)
 
 
 def children(pid: int) -> set[int]:
@@ -97,7 +101,9 @@ def kill_and_resume(out: Path, kills: int, seed: int) -> None:
     moment = random.Random(seed)
     words = [*FRESH]
     for _ in range(kills):
-        with subprocess.Popen(demo(out, *words), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as parent:
+        with subprocess.Popen(
+            demo(out, *words), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=ENVIRONMENT
+        ) as parent:
             time.sleep(moment.uniform(1.0, 14.0))
             family = children(parent.pid)
             parent.send_signal(signal.SIGKILL)
@@ -131,7 +137,7 @@ def test_killed_ten_times_it_ends_with_the_same_weights(whole: Path, tmp_path: P
 def test_a_killed_worker_is_named(tmp_path: Path) -> None:
     out = tmp_path / "run"
     words = demo(out, "--size", "tiny", "--workers", "4", "--steps", "4000", "--deadline", "10")
-    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as parent:
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as parent:
         family: set[int] = set()
         deadline = time.monotonic() + 120
         while not list((out / "autolrs").glob("step-*.ckpt")) and not (out / "autolrs").exists():
@@ -161,7 +167,7 @@ def worker_pids(parent: int) -> dict[int, int]:
         except OSError:
             continue
         if b"trainkit.demo._worker" in words:
-            found[json.loads(words[3])["rank"]] = pid
+            found[json.loads(words[4])["rank"]] = pid
     return found
 
 

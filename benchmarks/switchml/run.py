@@ -40,7 +40,7 @@ def measure(
         secret.flush()
         trust = ["--token-file", secret.name] if token else ["--insecure"]
         listen = ["--listen", f"{_net.SWITCH}:0", "--json", "--interval", "1000"]
-        switch = _net.inside(f"{prefix}s", "-m", "trainkit", "switch", *listen, *trust)
+        switch = _net.inside(f"{prefix}s", "-P", "-m", "trainkit", "switch", *listen, *trust)
         ends: list[list[subprocess.Popen[str]]] = []
         try:
             assert switch.stdout is not None

@@ -67,7 +67,8 @@ class Workers:
                 output = _STDERR if rank == 0 else log
                 self._processes.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", module, words],
+                        # -P: a source tree in the working directory must not hide the installed package
+                        [sys.executable, "-P", "-m", module, words],
                         stdin=subprocess.DEVNULL,
                         stdout=output,
                         stderr=output,
