@@ -63,7 +63,11 @@ def demo_report(folder: Path, labels: Mapping[str, str]) -> str:
                 f"What rank 0 exchanged with the switch, searches included: {retransmissions:.0f} retransmissions.",
                 figure(figures.network(ours)),
             ),
-            section("Step time", "Where a kept step's time went on rank 0.", figure(figures.step_time(ours))),
+            section(
+                "Step time",
+                "Where a kept step's time went on rank 0; steps of a kept trial were taken in the search and cost nothing here.",
+                figure(figures.step_time(ours)),
+            ),
         ],
     )
 
