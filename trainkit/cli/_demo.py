@@ -61,13 +61,13 @@ def run(options: Options) -> int:
     from trainkit.demo import run as run_demo
 
     if options.resume:
-        for name in ("size", "workers", "steps", "vocab", "seed"):
+        config = Config.load(options.out)
+        for name in ("size", "workers", "steps", "vocab", "seed", "deadline"):
             given = getattr(options, name)
-            if given is not None and given != getattr(Config.load(options.out), name):
+            if given is not None and given != getattr(config, "deadline_s" if name == "deadline" else name):
                 raise ValueError(
                     f"--resume goes on as the run began, got --{name} {given}: leave it out, or start anew"
                 )
-        config = Config.load(options.out)
     else:
         config = Config(**_fresh(options))  # type: ignore[arg-type]
         prepare(config, options.out, overwrite=options.overwrite)

@@ -1,6 +1,7 @@
 """Records what the report draws: one row an optimiser step, kept in the checkpoint, written as CSV."""
 
 import csv
+import hashlib
 import io
 import math
 import time
@@ -109,8 +110,6 @@ class Recorder(Callback):
 
 def parameters_digest(module: torch.nn.Module) -> str:
     """SHA-256 of all parameters, in order: equal on two ranks iff they hold the same bits."""
-    import hashlib
-
     digest = hashlib.sha256()
     for parameter in module.parameters():
         digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())

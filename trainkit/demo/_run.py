@@ -1,6 +1,7 @@
 """The demo's parent: one switch, the arms one after the other, a table and a report."""
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -36,8 +37,6 @@ def prepare(config: Config, folder: Path, *, overwrite: bool) -> None:
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold the run's folder; two parents in one folder would write over each other."""
-    import fcntl
-
     with (folder / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
