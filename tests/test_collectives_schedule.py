@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from trainkit.collectives import Op, Schedule, ScheduleError, fabrics, forest, ring_schedule
 from trainkit.collectives.schedule import compose, from_dict, link_loads, to_dict
+from trainkit.collectives.trees import double_binary_tree_schedule, double_binary_tree_time
 
 F = Fraction
 HALVES = [(F(0), F(1, 2)), (F(1, 2), F(1))]
@@ -129,6 +130,18 @@ def test_ring_is_a_schedule_and_its_clock_is_known() -> None:
         assert ring.time(5 * 10**9, alpha=F(1, 100)) == laps * 4 * (1 + F(1, 100))
     with pytest.raises(ValueError, match="name every compute node once"):
         ring_schedule(fabrics.ring(3), order=["0", "1"])
+
+
+@pytest.mark.parametrize("size", [2, 3, 7, 8])
+def test_double_binary_tree_is_a_schedule_that_tends_to_its_bound(size: int) -> None:
+    star = fabrics.star([1] * size, unit="GB/s")
+    double_binary_tree_schedule(star).verify()
+    fine = double_binary_tree_schedule(star, 64)
+    fine.verify()
+    bound = double_binary_tree_time(star)
+    assert bound <= fine.time(10**9, alpha=0) <= bound * F(11, 10)
+    with pytest.raises(ValueError, match="chunks"):
+        double_binary_tree_schedule(star, 0)
 
 
 def test_halves_compose() -> None:

@@ -2,9 +2,12 @@
 
 from trainkit.collectives.trees._allreduce import AllreduceForest as AllreduceForest
 from trainkit.collectives.trees._allreduce import allreduce_forest as allreduce_forest
+from trainkit.collectives.trees._classic import busiest_link as busiest_link
+from trainkit.collectives.trees._classic import double_binary_tree_schedule as double_binary_tree_schedule
 from trainkit.collectives.trees._classic import double_binary_tree_time as double_binary_tree_time
 from trainkit.collectives.trees._classic import ring_schedule as ring_schedule
 from trainkit.collectives.trees._classic import ring_time as ring_time
+from trainkit.collectives.trees._classic import route as route
 from trainkit.collectives.trees._fit import RUNTIMES as RUNTIMES
 from trainkit.collectives.trees._fit import Fit as Fit
 from trainkit.collectives.trees._fit import fit as fit

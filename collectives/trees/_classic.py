@@ -7,13 +7,13 @@ import heapq
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 
 from trainkit.collectives._topology import Ints, Topology, capacities
 from trainkit.collectives.schedule import Schedule
-from trainkit.collectives.trees._emit import Hop, assemble, tree_hops
+from trainkit.collectives.trees._emit import Hop, assemble, check_chunks, tree_hops
 from trainkit.collectives.trees._flat import Flat
 
 _LAPS = {"allgather": 1, "reduce_scatter": 1, "allreduce": 2}
@@ -24,7 +24,7 @@ def ring_time(topology: Topology, collective: str, order: Sequence[str] | None =
     members = list(order or topology.compute_nodes)
     share = Fraction(_LAPS[collective] * (len(members) - 1), len(members))
     hops = zip(members, members[1:] + members[:1], strict=True)
-    return _busiest(topology, ((u, v, share) for u, v in hops))
+    return busiest_link(topology, ((u, v, share) for u, v in hops))[1]
 
 
 def double_binary_tree_time(topology: Topology) -> Fraction:
@@ -35,7 +35,7 @@ def double_binary_tree_time(topology: Topology) -> Fraction:
         for child, parent in enumerate(tree):
             if parent is not None:
                 hops += [(members[child], members[parent], half), (members[parent], members[child], half)]
-    return _busiest(topology, hops)
+    return busiest_link(topology, hops)[1]
 
 
 def binary_trees(size: int) -> tuple[list[int | None], list[int | None]]:
@@ -88,6 +88,47 @@ def ring_schedule(topology: Topology, collective: str = "allreduce", order: Sequ
     return assemble(f"ring on {topology.name}", collective, tuple(topology.compute_nodes), hops, topology, shards)
 
 
+def double_binary_tree_schedule(topology: Topology, chunks: int = 1) -> Schedule:
+    """All-reduce on two complementary binary trees; each carries half of the message, in `chunks` pieces.
+
+    Raises:
+        ValueError: chunks below 1.
+    """
+    check_chunks(chunks)
+    members = topology.compute_nodes
+    hops: list[Hop] = []
+    for half, parents in enumerate(binary_trees(len(members))):
+        edges = _from_the_root(parents)
+        down = _tree(topology, edges, [route(topology, members[u], members[v]) for u, v in edges])
+        up = _tree(topology, edges, [route(topology, members[v], members[u])[::-1] for u, v in edges])
+        for chunk in range(chunks):
+            first = half * chunks + chunk
+            piece = (Fraction(first, 2 * chunks), Fraction(first + 1, 2 * chunks))
+            arrived = tree_hops(hops, up, topology.nodes, 0, piece, chunk, True)
+            tree_hops(hops, down, topology.nodes, 0, piece, chunk + up.height, False, arrived)
+    return assemble(f"double binary tree on {topology.name}", "allreduce", tuple(members), hops, topology)
+
+
+def _from_the_root(parents: Sequence[int | None]) -> list[tuple[int, int]]:
+    """(parent, child) of every edge, each after the edge that reached its parent."""
+    edges: list[tuple[int, int]] = []
+    reached: list[int] = [parents.index(None)]
+    for up in reached:
+        below = [child for child, parent in enumerate(parents) if parent == up]
+        edges += [(up, child) for child in below]
+        reached += below
+    return edges
+
+
+def _tree(topology: Topology, edges: Sequence[tuple[int, int]], paths: Sequence[Sequence[str]]) -> Flat:
+    """One tree over compute nodes by number, with the physical path of each edge."""
+    compute = topology.compute
+    flat = [topology.index[name] for path in paths for name in path]
+    starts = [0, *accumulate(len(path) for path in paths)]
+    tails, heads = ([int(compute[edge[end]]) for edge in edges] for end in (0, 1))
+    return Flat(*map(_array, (tails[:1], [1], [0, len(edges)], tails, heads, starts, flat)))
+
+
 def _paths(topology: Topology, members: list[str]) -> Flat:
     """One path tree per member, all the way round."""
     index, size = topology.index, len(members)
@@ -137,11 +178,16 @@ def route(topology: Topology, source: str, target: str) -> tuple[str, ...]:
     raise ValueError(f"there is no way from {source} to {target}")
 
 
-def _busiest(topology: Topology, hops: Iterable[tuple[str, str, Fraction]]) -> Fraction:
+def busiest_link(topology: Topology, hops: Iterable[tuple[str, str, Fraction]]) -> tuple[tuple[str, str], Fraction]:
+    """The link that is busy longest when each hop (from, to, part of the message) takes its route, and how long.
+
+    Returns:
+        The link, and its time per unit of message and capacity.
+    """
     load: dict[tuple[str, str], Fraction] = defaultdict(Fraction)
     for u, v, share in hops:
-        path = route(topology, u, v)
-        for link in pairwise(path):
+        for link in pairwise(route(topology, u, v)):
             load[link] += share
     capacity = capacities(topology)
-    return max(amount / capacity[link] for link, amount in load.items())
+    link = max(load, key=lambda link: load[link] / capacity[link])
+    return link, load[link] / capacity[link]

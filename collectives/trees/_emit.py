@@ -31,7 +31,7 @@ class Hop(NamedTuple):
 
 def emit_forest(forest: "Forest", chunks: int) -> Schedule:
     """See `Forest.schedule`."""
-    _check_chunks(chunks)
+    check_chunks(chunks)
     hops: list[Hop] = []
     for tree, (start, stop) in enumerate(tree_slices(forest)):
         size = (stop - start) / chunks
@@ -53,7 +53,7 @@ def emit_forest(forest: "Forest", chunks: int) -> Schedule:
 
 def emit_allreduce(forest: "AllreduceForest", chunks: int) -> Schedule:
     """Every piece of a root's shard is reduced up one tree, then broadcast down another."""
-    _check_chunks(chunks)
+    check_chunks(chunks)
     hops: list[Hop] = []
     down_slices = sorted((piece, tree) for tree, piece in enumerate(tree_slices(forest.broadcast)))
     starts = [piece[0] for piece, _ in down_slices]
@@ -158,6 +158,7 @@ def tree_slices(forest: "Forest") -> list[tuple[Fraction, Fraction]]:
     return slices
 
 
-def _check_chunks(chunks: int) -> None:
+def check_chunks(chunks: int) -> None:
+    """Refuse a number of pieces that is none."""
     if isinstance(chunks, bool) or not isinstance(chunks, int) or chunks < 1:
         raise ValueError(f"chunks must be a whole number >= 1, got {chunks!r}")
