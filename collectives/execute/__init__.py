@@ -1,0 +1,5 @@
+"""Schedules that run: compiled for each rank, chunk after chunk, both directions at once."""
+
+from trainkit.collectives.execute._errors import ExecutionError as ExecutionError
+from trainkit.collectives.execute._errors import PeerLost as PeerLost
+from trainkit.collectives.execute._reference import run_reference as run_reference
