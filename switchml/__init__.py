@@ -9,8 +9,10 @@ from trainkit.switchml._errors import SessionRefused as SessionRefused
 from trainkit.switchml._errors import SwitchMLError as SwitchMLError
 from trainkit.switchml._errors import SwitchUnreachable as SwitchUnreachable
 from trainkit.switchml._errors import WorkerMissing as WorkerMissing
+from trainkit.switchml._fixed_switch import FixedSwitch as FixedSwitch
 from trainkit.switchml._hook import noop_hook as noop_hook
 from trainkit.switchml._hook import switchml_hook as switchml_hook
 from trainkit.switchml._session import Limits as Limits
+from trainkit.switchml._session import Programmed as Programmed
 from trainkit.switchml._software_switch import SoftwareSwitch as SoftwareSwitch
 from trainkit.switchml._state import SwitchMLState as SwitchMLState

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+from trainkit.switchml._packet import PROFILES
 from trainkit.switchml._tag import session_key
 
 
@@ -31,8 +32,13 @@ class Membership:
     """Session key of the tags; empty without a token."""
 
     def with_key(self, token: bytes, salt: str) -> "Membership":
-        """The same membership with the session key of `token`, a switch's `salt` and the epoch."""
-        return replace(self, key=session_key(token, bytes.fromhex(salt), self.epoch)) if token else self
+        """The same membership with the session key of `token`, a switch's `salt` and the epoch.
+
+        Unchanged without a token, and where the profile has no tags: the token then guards the join alone.
+        """
+        if not token or not PROFILES[self.profile].tagged:
+            return self
+        return replace(self, key=session_key(token, bytes.fromhex(salt), self.epoch))
 
     def as_worker(self, worker: int) -> "Membership":
         """The same membership for rank `worker`."""

@@ -7,6 +7,7 @@ session's earlier one end.
 
 import dataclasses
 import secrets
+from collections.abc import Mapping
 from typing import Protocol
 
 from trainkit.switchml import _packet as packet
@@ -46,6 +47,20 @@ class Limits:
     """Bytes of slots, all sessions together."""
     idle: float = 600.0
     """Seconds of silence of all its workers after which a session is dropped."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Programmed:
+    """A session that a switch was programmed for beforehand; workers fill it, and can ask for no more."""
+
+    number: int
+    """Its number on the switch."""
+    hosts: tuple[str, ...]
+    """IPv4 address of rank r."""
+    slots: int
+    """Most slots, a power of two."""
+    elements: int
+    """Elements a packet."""
 
 
 @dataclasses.dataclass
@@ -97,11 +112,19 @@ class Sessions:
         token: shared secret; empty without.
         receive_buffer: bytes of the switch's socket; packets in flight never fill more than half of it.
         limits: what is admitted.
+        programmed: the sessions of a switch that knows no others, by name; None takes any.
     """
 
-    def __init__(self, plane: DataPlane, token: bytes, receive_buffer: int, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        plane: DataPlane,
+        token: bytes,
+        receive_buffer: int,
+        limits: Limits | None = None,
+        programmed: Mapping[str, Programmed] | None = None,
+    ) -> None:
         self._plane, self._token, self._receive_buffer = plane, token, receive_buffer
-        self._limits = limits or Limits()
+        self._limits, self._programmed = limits or Limits(), programmed
         self._sessions: dict[str, _Session] = {}
         self._epoch = secrets.randbits(31)
 
@@ -156,8 +179,8 @@ class Sessions:
         return None
 
     def _join(self, message: Message, source: Address, now: float) -> Replies:
-        why = _refusal(message)
         name = message.get("session")
+        why = _refusal(message) or (self._unprogrammed(message, source) if self._programmed is not None else None)
         if why is None and name not in self._sessions and len(self._sessions) >= self._limits.sessions:
             self.sweep(now)
             if len(self._sessions) >= self._limits.sessions:
@@ -165,7 +188,7 @@ class Sessions:
         nonce = message.get("nonce")
         if why is not None:
             return [(source, {"op": "refused", "nonce": nonce, "why": why})]
-        session = self._sessions.setdefault(str(name), _Session(self._free_number()))
+        session = self._sessions.setdefault(str(name), _Session(self._number(str(name))))
         rank, world = message["rank"], message["world"]
         active = session.active
         if active and active.member.world == world and active.nonces[rank] == nonce:
@@ -193,9 +216,15 @@ class Sessions:
 
     def _offer(self, number: int, present: list[_Candidate], now: float) -> _Gathering:
         world = len(present)
-        elements = min(candidate.elements for candidate in present)
+        wanted = [(candidate.elements, candidate.slots) for candidate in present]
+        for programmed in (self._programmed or {}).values():
+            if programmed.number == number:
+                wanted.append((programmed.elements, programmed.slots))
+        elements = min(pair[0] for pair in wanted)
         room = self._receive_buffer // 2 // (world * footprint(4 * elements))
-        slots = max(1, min(room, self._limits.slots, *(candidate.slots for candidate in present)))
+        slots = max(1, min(room, self._limits.slots, *(pair[1] for pair in wanted)))
+        if present[0].profile == "core":  # hardware finds a slot by the low bits of the chunk
+            slots = 1 << slots.bit_length() - 1
         taken = sum(_memory(s.active.member) for s in self._sessions.values() if s.active and s.number != number)
         self._epoch = (self._epoch + 1) % 2**32
         member = Membership(
@@ -241,7 +270,26 @@ class Sessions:
         gathering.aborted = {"op": "aborted", "epoch": gathering.member.epoch, "why": why, "ranks": named}
         return [(address, gathering.aborted) for address in gathering.addresses]
 
-    def _free_number(self) -> int:
+    def _unprogrammed(self, message: Message, source: Address) -> str | None:
+        """Why a switch that was programmed beforehand cannot take a join."""
+        assert self._programmed is not None
+        name, rank = message["session"], message["rank"]
+        session = self._programmed.get(name)
+        if session is None:
+            return f"session {name!r} is not one of {', '.join(self._programmed)}: deploy it, or name one of these"
+        if message["profile"] != "core":
+            return f"profile {message['profile']}: this switch adds in hardware, give profile='core'"
+        if message["world"] != len(session.hosts):
+            return f"world size {message['world']}, session {name!r} was deployed for {len(session.hosts)} workers"
+        if message["elements"] < session.elements:
+            return f"{message['elements']} elements, session {name!r} was deployed for {session.elements}"
+        if not (isinstance(source, tuple) and source[0] == session.hosts[rank]):
+            return f"rank {rank} of session {name!r} was deployed for host {session.hosts[rank]}, this one is {source}"
+        return None
+
+    def _number(self, name: str) -> int:
+        if self._programmed is not None:
+            return self._programmed[name].number
         taken = {session.number for session in self._sessions.values()}
         return next(number for number in range(len(taken) + 1) if number not in taken)
 
