@@ -2,10 +2,13 @@
 
 A chunk's exponent byte is the exponent field of its largest magnitude, taken over the bits, so that 0xFF means
 inf or NaN by itself. Workers agree on the maximum of their bytes; the unit is a power of two, so that scaling is
-exact, rounding happens once, and every path gives the same bits. The published scale, INT32_MAX / (n 2^e), is at
-most twice as fine (SwitchML, NSDI 2021, section 3.7 and appendix C).
+exact, rounding happens once, and every path gives the same bits (SwitchML, NSDI 2021, section 3.7 and appendix C,
+scales by INT32_MAX / (n 2^e)).
 
-For n workers and a chunk whose largest magnitude is m, the average is within n 2^-30 m of the exact one.
+int32 has more bits than fp32's 24, so that its unit moves in steps of `COARSE` binary orders: it then seldom changes
+from one training step to the next, and a guess of it is mostly right (see `_worker.py`). For n workers and a chunk
+whose largest magnitude is m, the average is within n 2^-27 m of the exact one, an eighth of what n roundings to fp32
+may take.
 """
 
 import numpy as np
@@ -15,6 +18,9 @@ from trainkit.switchml._packet import NON_FINITE, UP_BYTES
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int32]
+
+COARSE = 4
+"""Binary orders between two units of the int32 wire."""
 
 _LIMIT = {"int32": 2**31 - 1, "int16": 2**15 - 1, "int8": 2**7 - 1}
 SUM_TYPE: dict[str, np.dtype[np.signedinteger]] = {
@@ -52,6 +58,8 @@ def unit_exponent(exponent: int, world: int, wire: str) -> int:
 
     int32 leaves room for the sum of `world` workers; the narrower wires are summed in wider integers.
     """
+    if wire == "int32":
+        exponent = -(-exponent // COARSE) * COARSE
     headroom = (world - 1).bit_length() if wire == "int32" else 0
     return exponent - 126 - (8 * UP_BYTES[wire] - 1 - headroom)
 

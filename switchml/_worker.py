@@ -5,6 +5,10 @@ min(slots, C): number j of the bucket carries the exponent byte of chunk j (j < 
 (j >= lead). So the result of number j tells the scale for number j + lead: exponents travel one window ahead of
 their data, and where a bucket follows another without a pause its exponents fill the slots that the other leaves.
 
+Where the bucket comes with a guess of its agreed exponents (those of the step before), the first `lead` numbers carry
+data too, in the guessed units. If the unit of the agreed exponent is the guessed one, that sum is the sum, the chunk
+needs no second round, and number j + lead carries nothing; else it is sent again. The bits are the same either way.
+
 A number is sent when its slot is free (the result of `number - slots` is in) and its exponent is known. The result
 is the acknowledgement and the clock, so that at most `slots` chunks are ever unacknowledged (SwitchML, NSDI 2021,
 algorithms 2 and 4). Differing from the paper, every packet carries its chunk number and its epoch, and a repeat
@@ -17,11 +21,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainkit.switchml import _packet as packet
-from trainkit.switchml._fixed_point import SENT_TYPE, SUM_TYPE, Floats, block_exponents, dequantise, quantise, restore
+from trainkit.switchml._fixed_point import (
+    SENT_TYPE,
+    SUM_TYPE,
+    Floats,
+    block_exponents,
+    dequantise,
+    quantise,
+    restore,
+    unit_exponent,
+)
 from trainkit.switchml._membership import Membership
 from trainkit.switchml._packet import Header, Kind
 from trainkit.switchml._round_trip import RoundTrip
 from trainkit.switchml._tag import open_tagged, tagged
+
+Bytes = NDArray[np.uint8]
 
 _PASSED = 3
 """Results of later packets after which a missing result is asked for."""
@@ -29,18 +44,35 @@ _PASSED = 3
 
 class _Bucket:
     def __init__(
-        self, base: int, slots: int, elements: int, values: Floats, out: Floats, residual: Floats | None
+        self,
+        base: int,
+        slots: int,
+        elements: int,
+        values: Floats,
+        out: Floats,
+        residual: Floats | None,
+        known: Bytes | None,
     ) -> None:
         self.base, self.elements, self.values, self.out, self.residual = base, elements, values, out, residual
         self.exponents = block_exponents(values, elements)
-        self.agreed: NDArray[np.uint8] = np.zeros_like(self.exponents)
         self.chunks = len(self.exponents)
+        self.agreed = np.zeros_like(self.exponents) if known is None else known
+        self.guess = self.agreed.copy()
+        self.solved = np.zeros(self.chunks, bool)
         self.lead = min(slots, self.chunks)
         self.end = base + self.lead + self.chunks
         self.left = self.lead + self.chunks
+        self.unsolved = self.chunks
 
     def span(self, chunk: int) -> slice:
         return slice(chunk * self.elements, (chunk + 1) * self.elements)
+
+    def carried(self, place: int) -> tuple[int, int] | None:
+        """Which chunk's data number `base + place` carries and the exponent byte of their unit; None: no data."""
+        if place >= self.lead:
+            chunk = place - self.lead
+            return None if self.solved[chunk] else (chunk, int(self.agreed[chunk]))
+        return (place, int(self.guess[place])) if 0 < self.guess[place] < packet.NON_FINITE else None
 
 
 class _Flight:
@@ -77,13 +109,16 @@ class Worker:
         self.finished = 0
         self._profile = packet.PROFILES[member.profile]
         self._buckets: deque[_Bucket] = deque()
+        self._counted = 0
         self._end = 0
         self._next = list(range(member.slots))
         # in the order of sending: the head is the oldest
         self._flights: dict[int, _Flight] = {}
         self._round_trip = RoundTrip()
 
-    def submit(self, values: Floats, out: Floats, now: float, residual: Floats | None = None) -> list[bytes]:
+    def submit(
+        self, values: Floats, out: Floats, now: float, residual: Floats | None = None, known: Bytes | None = None
+    ) -> list[bytes]:
         """Take a bucket into the stream.
 
         Args:
@@ -91,11 +126,13 @@ class Worker:
             out: fp32 `[N]`, gets the average.
             now: seconds.
             residual: fp32 `[N]`, gets what rounding took from `values` (0 in chunks that are not finite).
+            known: uint8 `[chunks]`, a guess of the agreed exponent bytes, the same on all workers; 0 where there is
+                none. Gets what was agreed.
 
         Returns:
             Packets to send.
         """
-        bucket = _Bucket(self._end, self.member.slots, self.member.elements, values, out, residual)
+        bucket = _Bucket(self._end, self.member.slots, self.member.elements, values, out, residual, known)
         self._end = bucket.end
         self._buckets.append(bucket)
         self._retire()
@@ -143,6 +180,11 @@ class Worker:
         """First chunk number after all buckets taken so far."""
         return self._end
 
+    @property
+    def settled(self) -> int:
+        """Lowest chunk number without a result: every worker has all results up to `slots` before it."""
+        return min(self._next)
+
     def _bucket(self, number: int) -> _Bucket | None:
         return next((bucket for bucket in self._buckets if bucket.base <= number < bucket.end), None)
 
@@ -162,14 +204,19 @@ class Worker:
     def _data(self, bucket: _Bucket, number: int) -> bytes:
         member, place = self.member, number - bucket.base
         exponent = int(bucket.exponents[place]) if place < bucket.chunks else 0
-        if place < bucket.lead:
+        carried = bucket.carried(place)
+        if carried is None:
             return self._packet(Kind.DATA, number, exponent)
-        chunk = place - bucket.lead
-        span, agreed = bucket.span(chunk), int(bucket.agreed[chunk])
-        integers = quantise(bucket.values[span], agreed, member.world, member.wire)
+        chunk, unit = carried
+        span = bucket.span(chunk)
+        world, wire, largest = member.world, member.wire, int(bucket.exponents[chunk])
+        # beyond the guess the sum will not be used, whatever is sent
+        fits = self._same_unit(unit, max(unit, largest))
+        values = bucket.values[span] if fits else np.zeros_like(bucket.values[span])
+        integers = quantise(values, unit, world, wire)
         if bucket.residual is not None:
-            own = restore(integers, agreed, member.world, member.wire)
-            bucket.residual[span] = 0 if agreed == packet.NON_FINITE else bucket.values[span] - own
+            own = restore(integers, unit, world, wire)
+            bucket.residual[span] = 0 if unit == packet.NON_FINITE else bucket.values[span] - own
         if member.profile == "core" and integers.size < member.elements:  # hardware knows one size
             integers = np.pad(integers, (0, member.elements - integers.size))
         return self._packet(
@@ -194,8 +241,9 @@ class Worker:
             self.counters["stale"] += 1
             return []
         place, member = number - bucket.base, self.member
-        out = bucket.out[bucket.span(place - bucket.lead)] if place >= bucket.lead else bucket.out[:0]
-        expected = member.elements if out.size and member.profile == "core" else out.size
+        carried = bucket.carried(place)
+        out = bucket.out[bucket.span(carried[0])] if carried else bucket.out[:0]
+        expected = member.elements if carried and member.profile == "core" else out.size
         smaller = place < bucket.chunks and header.exponent < bucket.exponents[place]
         if header.elements != expected or header.wire != packet.DOWN_BYTES[member.wire] or smaller:
             self.counters["malformed"] += 1
@@ -204,12 +252,14 @@ class Worker:
         self._next[number % member.slots] = number + member.slots
         if place < bucket.chunks:
             bucket.agreed[place] = header.exponent
-        if out.size:
+        if carried and self._same_unit(carried[1], int(bucket.agreed[carried[0]])):
             sums = np.frombuffer(payload, SUM_TYPE[member.wire])[: out.size].astype(np.int32)
-            out[:] = dequantise(sums, int(bucket.agreed[place - bucket.lead]), member.world, member.wire)
-            # the exponent round waits for the slowest worker's computation: only data tells the network's time
-            if flight.data_tries == 1:
-                self._round_trip.sample(now - flight.data_sent, asked=flight.tries > 1)
+            out[:] = dequantise(sums, carried[1], member.world, member.wire)
+            bucket.solved[carried[0]] = True
+            bucket.unsolved -= 1
+        # the first round waits for the slowest worker's computation: only later data tells the network's time
+        if carried and place >= bucket.lead and flight.data_tries == 1:
+            self._round_trip.sample(now - flight.data_sent, asked=flight.tries > 1)
         self.counters["chunks"] += 1
         bucket.left -= 1
         self._retire()
@@ -218,10 +268,20 @@ class Worker:
             packets += self._try(number + bucket.lead, now)
         return packets + self._early(flight.sent, now)
 
+    def _same_unit(self, guess: int, agreed: int) -> bool:
+        if packet.NON_FINITE in (guess, agreed):
+            return guess == agreed
+        world, wire = self.member.world, self.member.wire
+        return unit_exponent(guess, world, wire) == unit_exponent(agreed, world, wire)
+
     def _retire(self) -> None:
+        """Count the buckets that have all their sums, in order; forget those of which no number is on its way."""
+        while self._counted < len(self._buckets) and self._buckets[self._counted].unsolved == 0:
+            self._counted += 1
+            self.finished += 1
         while self._buckets and self._buckets[0].left == 0:
             self._buckets.popleft()
-            self.finished += 1
+            self._counted -= 1
 
     def _early(self, sent: float, now: float) -> list[bytes]:
         """Ask for results that several packets sent later have overtaken: their loss is all but sure."""

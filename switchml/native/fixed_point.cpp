@@ -17,6 +17,8 @@
 namespace switchml {
 namespace {
 
+constexpr int kCoarse = 4;  // binary orders between two units of the int32 wire
+
 struct Scale {
   float first, second;  // 2^power itself may be outside float: two factors, of which the first is exact
 };
@@ -126,6 +128,7 @@ uint8_t block_exponent(const float* values, size_t count) {
 
 int unit_exponent(int exponent, uint32_t world, int bytes) {
   int headroom = bytes == 4 ? std::bit_width(world - 1) : 0;
+  if (bytes == 4) exponent = (exponent + kCoarse - 1) / kCoarse * kCoarse;
   return exponent - 126 - (8 * bytes - 1 - headroom);
 }
 

@@ -18,6 +18,7 @@ using namespace switchml;
 namespace {
 
 using Floats = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Bytes = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Place = std::pair<std::string, int>;  // host in dotted form, port
 
 Member member_of(nb::object m) {
@@ -91,17 +92,21 @@ NB_MODULE(_native, m) {
   nb::class_<Worker>(m, "Worker")
       .def("__init__", [](Worker* self, nb::object member) { new (self) Worker(member_of(member)); }, "member"_a)
       .def("submit",
-           [](Worker& w, Floats values, Floats out, double now, std::optional<Floats> residual) {
-             if (values.shape(0) != out.shape(0) || (residual && residual->shape(0) != out.shape(0)))
+           [](Worker& w, Floats values, Floats out, double now, std::optional<Floats> residual, std::optional<Bytes> known) {
+             size_t count = out.shape(0), elements = w.member().elements;
+             if (values.shape(0) != count || (residual && residual->shape(0) != count))
                throw nb::value_error("values, out and residual differ in length");
+             if (known && known->shape(0) != (count + elements - 1) / elements)
+               throw nb::value_error("known has one byte a chunk");
              Outbox box;
              {
                nb::gil_scoped_release free;
-               w.submit(values.data(), out.data(), residual ? residual->data() : nullptr, values.shape(0), now, box);
+               w.submit(values.data(), out.data(), residual ? residual->data() : nullptr, known ? known->data() : nullptr,
+                        count, now, box);
              }
              return packets_of(box);
            },
-           "values"_a, "out"_a, "now"_a, "residual"_a = nb::none(),
+           "values"_a, "out"_a, "now"_a, "residual"_a = nb::none(), "known"_a = nb::none(),
            "Take a bucket in; the caller keeps the arrays until it is finished.")
       .def("receive",
            [](Worker& w, nb::bytes data, double now) {
@@ -131,6 +136,7 @@ NB_MODULE(_native, m) {
       .def_prop_ro("finished", &Worker::finished)
       .def_prop_ro("in_flight", &Worker::in_flight)
       .def_prop_ro("next_number", &Worker::next_number)
+      .def_prop_ro("settled", &Worker::settled)
       .def_prop_ro("counters", [](Worker& w) { return counters_of(w.counters); });
 
   nb::class_<Switch>(m, "Switch")

@@ -12,6 +12,11 @@ constexpr int kPassed = 3;
 constexpr double kFirst = 0.05, kFloor = 0.02, kCeiling = 1.0;
 constexpr double kNever = std::numeric_limits<double>::infinity();
 
+bool same_unit(int guess, int agreed, const Member& m) {
+  if (guess == kNonFinite || agreed == kNonFinite) return guess == agreed;
+  return unit_exponent(guess, m.world, m.up) == unit_exponent(agreed, m.world, m.up);
+}
+
 }  // namespace
 
 void RoundTrip::sample(double seconds, bool asked) {
@@ -34,10 +39,21 @@ Worker::Worker(Member member)
   for (uint32_t slot = 0; slot < member_.slots; ++slot) next_[slot] = slot;
 }
 
-void Worker::submit(const float* values, float* out, float* residual, size_t count, double now, Outbox& send) {
+Worker::Part Worker::Bucket::carried(uint64_t place) const {
+  size_t chunk = place < lead ? place : place - lead, from = chunk * elements;
+  uint8_t unit = place < lead ? guess[chunk] : agreed[chunk];
+  bool any = place < lead ? unit != 0 && unit != kNonFinite : !solved[chunk];
+  return {any, chunk, from, any ? std::min(elements, count - from) : 0, unit};
+}
+
+void Worker::submit(const float* values, float* out, float* residual, uint8_t* known, size_t count, double now,
+                    Outbox& send) {
   size_t elements = member_.elements, chunks = (count + elements - 1) / elements;
-  Bucket b{end_, 0, 0, static_cast<uint32_t>(std::min<size_t>(member_.slots, chunks)), static_cast<uint32_t>(chunks),
-           values, out, residual, count, std::vector<uint8_t>(chunks), std::vector<uint8_t>(chunks)};
+  Bucket b{.base = end_, .lead = static_cast<uint32_t>(std::min<size_t>(member_.slots, chunks)),
+           .chunks = static_cast<uint32_t>(chunks), .unsolved = static_cast<uint32_t>(chunks), .values = values, .out = out,
+           .residual = residual, .known = known, .count = count, .elements = elements, .exponents = std::vector<uint8_t>(chunks),
+           .guess = known ? std::vector<uint8_t>(known, known + chunks) : std::vector<uint8_t>(chunks),
+           .agreed = std::vector<uint8_t>(chunks), .solved = std::vector<uint8_t>(chunks)};
   for (size_t chunk = 0; chunk < chunks; ++chunk)
     b.exponents[chunk] = block_exponent(values + chunk * elements, std::min(elements, count - chunk * elements));
   b.left = uint64_t{b.lead} + chunks;
@@ -98,15 +114,18 @@ void Worker::data(Bucket& b, uint32_t number, Outbox& send) {
   Header h{.kind = kData, .chunk = number, .exponent = place < b.chunks ? b.exponents[place] : uint8_t{0}};
   uint8_t* packet = send.begin(member_.largest_packet());
   size_t payload = 0;
-  if (place >= b.lead) {
-    size_t chunk = place - b.lead, from = chunk * member_.elements;
-    size_t count = std::min<size_t>(member_.elements, b.count - from);
-    quantise(b.values + from, count, b.agreed[chunk], member_.world, member_.up, packet + kHeaderBytes);
-    if (b.residual)
-      rounding_error(b.values + from, packet + kHeaderBytes, count, b.agreed[chunk], member_.world, member_.up, b.residual + from);
+  if (Part part = b.carried(place); part.any) {
+    uint8_t* integers = packet + kHeaderBytes;
+    size_t count = part.count;
     payload = count * member_.up;
+    if (same_unit(part.unit, std::max(part.unit, b.exponents[part.chunk]), member_))
+      quantise(b.values + part.from, count, part.unit, member_.world, member_.up, integers);
+    else  // beyond the guess the sum will not be used, whatever is sent
+      std::memset(integers, 0, payload);
+    if (b.residual)
+      rounding_error(b.values + part.from, integers, count, part.unit, member_.world, member_.up, b.residual + part.from);
     if (member_.core && count < member_.elements) {  // hardware knows one size
-      std::memset(packet + kHeaderBytes + payload, 0, (member_.elements - count) * member_.up);
+      std::memset(integers + payload, 0, (member_.elements - count) * member_.up);
       count = member_.elements, payload = count * member_.up;
     }
     h.elements = static_cast<uint16_t>(count);
@@ -128,9 +147,8 @@ void Worker::result(const Header& h, const uint8_t* payload, double now, Outbox&
   Bucket* b = bucket(number);
   if (!f || !b) return counters.add(kStale);
   uint64_t place = number - b->base;
-  size_t chunk = place - b->lead, from = chunk * member_.elements;
-  size_t count = place >= b->lead ? std::min<size_t>(member_.elements, b->count - from) : 0;
-  size_t expected = count && member_.core ? member_.elements : count;
+  Part part = b->carried(place);
+  size_t expected = part.any && member_.core ? member_.elements : part.count;
   bool smaller = place < b->chunks && h.exponent < b->exponents[place];
   if (h.elements != expected || h.wire != member_.down || smaller) return counters.add(kMalformed);
   double sent = f->sent;
@@ -138,11 +156,16 @@ void Worker::result(const Header& h, const uint8_t* payload, double now, Outbox&
   f->active = false;
   --in_flight_;
   next_[number % member_.slots] = number + member_.slots;
-  if (place < b->chunks) b->agreed[place] = h.exponent;
-  if (count) {
-    dequantise(payload, count, b->agreed[chunk], member_.world, member_.up, member_.down, b->out + from);
-    if (f->data_tries == 1) round_trip_.sample(now - f->data_sent, f->tries > 1);
+  if (place < b->chunks) {
+    b->agreed[place] = h.exponent;
+    if (b->known) b->known[place] = h.exponent;
   }
+  if (part.any && same_unit(part.unit, b->agreed[part.chunk], member_)) {
+    dequantise(payload, part.count, part.unit, member_.world, member_.up, member_.down, b->out + part.from);
+    b->solved[part.chunk] = 1, --b->unsolved;
+  }
+  // the first round waits for the slowest worker's computation: only later data tells the network's time
+  if (part.any && place >= b->lead && f->data_tries == 1) round_trip_.sample(now - f->data_sent, f->tries > 1);
   counters.add(kChunks);
   uint32_t lead = b->lead;
   --b->left;
@@ -153,9 +176,13 @@ void Worker::result(const Header& h, const uint8_t* payload, double now, Outbox&
 }
 
 void Worker::retire() {
+  while (counted_ < buckets_.size() && buckets_[counted_].unsolved == 0) {
+    ++counted_;
+    finished_.store(finished() + 1, std::memory_order_relaxed);
+  }
   while (!buckets_.empty() && buckets_.front().left == 0) {
     buckets_.pop_front();
-    finished_.store(finished() + 1, std::memory_order_relaxed);
+    --counted_;
   }
 }
 

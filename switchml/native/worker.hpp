@@ -1,6 +1,7 @@
 // The worker as a pure state machine; _worker.py says how it works and is its oracle.
 #pragma once
 
+#include <algorithm>
 #include <deque>
 #include <vector>
 
@@ -25,8 +26,9 @@ class Worker {
   explicit Worker(Member member);
 
   // Takes a bucket of `count` values; `values` and `out` stay valid until it is finished.
-  // `residual`, where not null, gets what rounding took.
-  void submit(const float* values, float* out, float* residual, size_t count, double now, Outbox& send);
+  // `residual`, where not null, gets what rounding took; `known`, where not null, holds a guess of the agreed exponents
+  // (0: none) and gets what was agreed.
+  void submit(const float* values, float* out, float* residual, uint8_t* known, size_t count, double now, Outbox& send);
   void receive(const uint8_t* packet, size_t bytes, double now, Outbox& send);
   void poll(double now, Outbox& send);
   // No earlier than this has poll something to do; infinite with nothing on its way.
@@ -36,17 +38,27 @@ class Worker {
   uint64_t finished() const { return finished_.load(std::memory_order_relaxed); }
   uint32_t in_flight() const { return in_flight_; }
   uint64_t next_number() const { return end_; }
+  // Lowest chunk number without a result: every worker has all results up to `slots` before it.
+  uint64_t settled() const { return *std::min_element(next_.begin(), next_.end()); }
   Counters counters;
 
  private:
+  struct Part {  // the data that a number carries
+    bool any;
+    size_t chunk, from, count;
+    uint8_t unit;  // exponent byte of their unit
+  };
   struct Bucket {
     uint64_t base, end, left;
-    uint32_t lead, chunks;
+    uint32_t lead, chunks, unsolved;
     const float* values;
     float* out;
     float* residual;
-    size_t count;
-    std::vector<uint8_t> exponents, agreed;
+    uint8_t* known;
+    size_t count, elements;
+    std::vector<uint8_t> exponents, guess, agreed, solved;
+
+    Part carried(uint64_t place) const;
   };
   struct Flight {
     bool active = false, asked = false;
@@ -76,9 +88,9 @@ class Worker {
   std::deque<Bucket> buckets_;
   std::vector<uint64_t> next_;
   std::vector<Flight> flights_;
-  std::vector<uint8_t> padding_;
   std::atomic<uint64_t> finished_ = 0;
   uint64_t end_ = 0;
+  size_t counted_ = 0;  // buckets at the front that are counted as finished
   uint32_t in_flight_ = 0;
   int oldest_ = -1, newest_ = -1;
   double due_;
