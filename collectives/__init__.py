@@ -1,4 +1,10 @@
-"""Collectives that follow the network: exact bounds, spanning-tree forests, one form of schedule."""
+"""Collectives that follow the network: exact bounds, spanning-tree forests, one form of schedule.
+
+What runs schedules needs torch and is imported on first use.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from trainkit.collectives._topology import Topology as Topology
 from trainkit.collectives._topology import TopologyError as TopologyError
@@ -7,6 +13,8 @@ from trainkit.collectives.direct import FoundTopology as FoundTopology
 from trainkit.collectives.direct import bfb as bfb
 from trainkit.collectives.direct import find_topologies as find_topologies
 from trainkit.collectives.direct import named_topology as named_topology
+from trainkit.collectives.order import Ordering as Ordering
+from trainkit.collectives.order import order_ranks as order_ranks
 from trainkit.collectives.schedule import Op as Op
 from trainkit.collectives.schedule import Schedule as Schedule
 from trainkit.collectives.schedule import ScheduleError as ScheduleError
@@ -19,3 +27,18 @@ from trainkit.collectives.trees import allreduce_forest as allreduce_forest
 from trainkit.collectives.trees import forest as forest
 from trainkit.collectives.trees import optimum as optimum
 from trainkit.collectives.trees import ring_schedule as ring_schedule
+
+if TYPE_CHECKING:
+    from trainkit.collectives.execute import ExecutionError as ExecutionError
+    from trainkit.collectives.execute import ForestState as ForestState
+    from trainkit.collectives.execute import PeerLost as PeerLost
+    from trainkit.collectives.execute import Runner as Runner
+    from trainkit.collectives.execute import forest_hook as forest_hook
+
+_EXECUTE = ("ExecutionError", "ForestState", "PeerLost", "Runner", "forest_hook")
+
+
+def __getattr__(name: str) -> object:
+    if name not in _EXECUTE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("trainkit.collectives.execute"), name)
