@@ -6,6 +6,8 @@ What runs schedules needs torch and is imported on first use.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from trainkit.collectives._probe import ProbeError as ProbeError
+from trainkit.collectives._probe import probe as probe
 from trainkit.collectives._topology import Topology as Topology
 from trainkit.collectives._topology import TopologyError as TopologyError
 from trainkit.collectives.direct import BFB as BFB
