@@ -31,8 +31,9 @@ Found anneal(Kernel& kernel, std::vector<int>& host, uint64_t seed, int64_t roun
     for (int rank = 0; rank < size; ++rank) kernel.touch(rank);
   };
   for (int64_t round = 0; round < rounds; ++round) {
-    const int64_t steps = int64_t{400} * size << std::min<int64_t>(round, 4);
-    const double hottest = 0.02 * least / (1 << std::min<int64_t>(round / 2, 3));
+    const int64_t steps = std::max<int64_t>(10000, 400 * size) << std::min<int64_t>(round, 4);
+    // every other round hot enough to leave the valley
+    const double hottest = (round % 2 ? 0.1 : 0.02) * least / (1 << std::min<int64_t>(round / 2, 3));
     const double before = least;
     double now = kernel.total() + kTie * kernel.average();
     for (int64_t step = 0; step < steps; ++step, ++found.tried) {
