@@ -12,7 +12,7 @@ from trainkit.switchml import _packet as packet
 from trainkit.switchml._buffers import enlarge, footprint, parse_address, unfragmented
 from trainkit.switchml._errors import SessionRefused, SwitchUnreachable, WorkerMissing
 from trainkit.switchml._membership import Membership
-from trainkit.switchml._options import Options
+from trainkit.switchml._options import MAX_LANES, Options
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +47,9 @@ def open_socket(options: Options) -> tuple[socket.socket, int]:
     return endpoint, buffer
 
 
-def join(endpoint: socket.socket, buffer: int, options: Options, rank: int, world: int, token: bytes) -> Membership:
+def join(
+    endpoint: socket.socket, buffer: int, options: Options, rank: int, world: int, token: bytes, lane: int = 0
+) -> tuple[Membership, list[int]]:
     """Join; returns when all ranks have.
 
     Args:
@@ -57,6 +59,10 @@ def join(endpoint: socket.socket, buffer: int, options: Options, rank: int, worl
         rank: this worker.
         world: workers.
         token: shared secret; empty without.
+        lane: which of the session's independent streams this is.
+
+    Returns:
+        What was agreed, and the switch's port for each lane.
 
     Raises:
         SwitchUnreachable: no answer at all within the deadline.
@@ -70,6 +76,7 @@ def join(endpoint: socket.socket, buffer: int, options: Options, rank: int, worl
     asked = {
         "op": "join", "v": control.PROTOCOL, "session": options.session, "rank": rank, "world": world, "nonce": nonce,
         "elements": elements, "slots": min(options.slots or _SLOTS, room), "wire": options.wire, "profile": options.profile,
+        "lanes": options.lanes or MAX_LANES,
     }  # fmt: skip
     began = time.monotonic()
     heard = named = False
@@ -81,9 +88,9 @@ def join(endpoint: socket.socket, buffer: int, options: Options, rank: int, worl
         for message in _exchange(endpoint, send, key):
             heard = True
             if message["op"] in ("offer", "go"):
-                member = _member(message, options, rank, world, token)
+                member = _member(message, options, rank, world, token, lane)
                 if member is not None and message["op"] == "go" and (offer is None or offer["epoch"] == member.epoch):
-                    return member
+                    return member, [int(port) for port in message.get("ports", [])]
                 offer = message if member is not None else None
             elif message["op"] == "lost":
                 offer = None
@@ -125,7 +132,7 @@ def default_elements(endpoint: socket.socket, buffer: int, options: Options, key
         # 8000 and not 8192: with its headers the packet still fits the kernel's block of 32 KiB
         return next((k for k in (8000, 4000) if 16 * footprint(4 * k) <= buffer), 2048)
     carried = _probe(endpoint, key)
-    return min(packet.FULL.elements[1], (carried - packet.HEADER_BYTES - packet.TAG_BYTES) // 4)
+    return min(packet.FULL.elements[1], (carried - packet.HEADER_BYTES - (packet.TAG_BYTES if key else 0)) // 4)
 
 
 def _probe(endpoint: socket.socket, key: bytes) -> int:
@@ -169,13 +176,16 @@ def _exchange(endpoint: socket.socket, message: control.Message, key: bytes) -> 
     return answers
 
 
-def _member(message: control.Message, options: Options, rank: int, world: int, token: bytes) -> Membership | None:
+def _member(
+    message: control.Message, options: Options, rank: int, world: int, token: bytes, lane: int
+) -> Membership | None:
     try:
         member = Membership(
             message["session"], message["epoch"], message["world"], rank, message["slots"], message["elements"],
             message["wire"], message["profile"], message["lane"],
         )  # fmt: skip
-        usable = member.world == world and member.wire == options.wire and member.profile == options.profile
+        asked = (world, options.wire, options.profile, lane)
+        usable = (member.world, member.wire, member.profile, member.lane) == asked
         return member.with_key(token, message["salt"]) if usable and member.slots > 0 else None
     except (KeyError, TypeError, ValueError):
         return None

@@ -8,6 +8,9 @@ from collections import Counter, deque
 from concurrent.futures import Future
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from trainkit.switchml import _control as control
 from trainkit.switchml._at_exit import close_at_exit
 from trainkit.switchml._errors import SessionLost, SwitchMLError, SwitchUnreachable, WorkerMissing
@@ -29,6 +32,7 @@ class _Order(NamedTuple):
     values: Floats
     out: Floats
     residual: Floats | None
+    bucket: int | None
     done: "Future[None]"
 
 
@@ -39,19 +43,28 @@ class Link:
         options: what the user asked for.
         rank: this worker.
         world: workers.
+        lane: which of the session's independent streams this is.
+
+    Attributes:
+        member: what the join agreed.
+        ports: the switch's port for each lane.
+        confirmed: buckets that are known to be finished on all workers.
+        error: why the session failed; None while it works.
 
     Raises:
         SwitchMLError: the session could not be joined; the subclass tells why.
     """
 
-    def __init__(self, options: Options, rank: int, world: int) -> None:
-        self.options, self.rank, self.world = options, rank, world
+    def __init__(self, options: Options, rank: int, world: int, lane: int = 0) -> None:
+        self.options, self.rank, self.world, self.lane = options, rank, world, lane
         self._token = options.token()
         self._key = control.control_key(self._token)
         self._socket, self._buffer = open_socket(options)
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
         self._past: Counter[str] = Counter()
-        self._done = self._done_before = self._chunks = 0
+        self._done = self._done_before = self._chunks = self.confirmed = 0
+        # chunk numbers after the buckets that are not confirmed
+        self._ends: deque[int] = deque()
         try:
             self._join()
         except BaseException:
@@ -71,16 +84,23 @@ class Link:
         self._thread.start()
         close_at_exit(self)
 
-    def submit(self, values: Floats, out: Floats, residual: Floats | None = None) -> "Future[None]":
+    def submit(
+        self, values: Floats, out: Floats, residual: Floats | None = None, index: int | None = None
+    ) -> "Future[None]":
         """Average `values` (fp32 `[N]`) over the workers into `out` (fp32 `[N]`, may be the same memory).
 
-        `residual` (fp32 `[N]`) gets what rounding took from `values`.
         Buckets are worked on in the order of submission, which must be the same on all ranks.
+
+        Args:
+            values: what is averaged.
+            out: gets the average.
+            residual: fp32 `[N]`, gets what rounding took from `values`.
+            index: which bucket of a step this is, the same on all ranks: its exponents are guessed from the step before.
         """
         done: Future[None] = Future()
         with self._lock:
             if self.error is None and not self._stopping:
-                self._arrivals.append(_Order(values, out, residual, done))
+                self._arrivals.append(_Order(values, out, residual, index, done))
                 os.eventfd_write(self._wake, 1)
                 return done
         done.set_exception(self.error or SwitchMLError("the session was closed: make a new SwitchMLState"))
@@ -103,14 +123,19 @@ class Link:
         self._socket.close()
 
     def _join(self) -> None:
-        self.member = join(self._socket, self._buffer, self.options, self.rank, self.world, self._token)
+        self.member, self.ports = join(
+            self._socket, self._buffer, self.options, self.rank, self.world, self._token, self.lane
+        )
+        # exponents agreed at the last time by index and length: equal on all ranks, which all begin the epoch without
+        self._known: dict[tuple[int, int], NDArray[np.uint8]] = {}
         self._worker = Worker(self.member)
         self._port = Port(self._socket.fileno(), self._wake, self._worker)
 
     def _renew(self) -> None:
         """Gather anew before chunk numbers run out: a number of an epoch, and with it a tag's nonce, is never reused."""
         self._past += Counter(self._worker.counters)
-        self._done_before = self._done
+        self._done_before = self.confirmed = self._done
+        self._ends.clear()
         self._join()
 
     def _run(self) -> None:
@@ -133,8 +158,11 @@ class Link:
             self._tell({"op": "ping"})
         heard = self._worker.drive(self._port, self._next_ping)
         now = time.monotonic()
+        self._finish()
         while self._arrivals:
             arrival = self._arrivals[0]
+            if arrival.bucket is not None and any(order.bucket == arrival.bucket for order in self._waiting):
+                break  # its exponents are guessed from those that are still on their way
             # at most twice its chunks: all ranks come to this at the same bucket
             if self._worker.next_number + 2 * -(-arrival.values.size // self.member.elements) > _NUMBERS:
                 if self._waiting:
@@ -145,10 +173,10 @@ class Link:
             if not self._waiting:
                 self._began = now
             self._waiting.append(arrival)
-            self._send(self._worker.submit(arrival.values, arrival.out, now, arrival.residual))
-        while self._done - self._done_before < self._worker.finished:
-            self._done += 1
-            self._waiting.popleft().done.set_result(None)
+            known = self._guess(arrival)
+            self._send(self._worker.submit(arrival.values, arrival.out, now, arrival.residual, known))
+            self._ends.append(self._worker.next_number)
+        self._finish()
         for data, _ in heard:
             self._hear(control.decode(data, self._key), now)
         chunks = self._worker.counters["chunks"]
@@ -156,6 +184,24 @@ class Link:
             self._chunks, self._began = chunks, now
         elif self._waiting and now - self._began > self.options.deadline_s:
             raise self._stalled(now)
+
+    def _guess(self, order: _Order) -> NDArray[np.uint8] | None:
+        if order.bucket is None or self.options.wire != "int32":  # a narrow wire has no bit to spare for coarse units
+            return None
+        chunks = -(-order.values.size // self.member.elements)
+        return self._known.setdefault((order.bucket, order.values.size), np.zeros(chunks, np.uint8))
+
+    def _finish(self) -> None:
+        """Hand over the buckets that are done."""
+        finished = self._worker.finished
+        # whoever has a result has had what all workers needed to send it
+        proven = self._worker.settled - self.member.slots
+        while self._ends and self._ends[0] <= proven:
+            self._ends.popleft()
+            self.confirmed += 1
+        while self._done - self._done_before < finished:
+            self._done += 1
+            self._waiting.popleft().done.set_result(None)
 
     def _hear(self, message: control.Message | None, now: float) -> None:
         if message is None or message.get("epoch") != self.member.epoch:

@@ -7,6 +7,7 @@ from typing import Literal
 from trainkit.switchml import _packet as packet
 from trainkit.switchml._buffers import parse_address
 
+MAX_LANES = 64
 Wire = Literal["int32", "int16", "int8"]
 
 
@@ -34,6 +35,8 @@ class Options:
     """Integers from worker to switch."""
     profile: Literal["core", "full"] = "full"
     """What the switch can do: "core" for P4 and XDP."""
+    lanes: int | None = None
+    """Independent streams, each with a thread here and one on the switch; None: as many as the switch has."""
 
     def __post_init__(self) -> None:
         parse_address(self.switch, "switch")
@@ -46,6 +49,8 @@ class Options:
             raise ValueError(f"elements of profile {self.profile} are {profile.elements}, got {self.elements}")
         if self.slots is not None and not 1 <= self.slots <= packet.SLOT_MASK + 1:
             raise ValueError(f"slots are 1 to {packet.SLOT_MASK + 1}, got {self.slots}")
+        if self.lanes is not None and not 1 <= self.lanes <= MAX_LANES:
+            raise ValueError(f"lanes are 1 to {MAX_LANES}, got {self.lanes}")
         if not self.deadline_s > 0:
             raise ValueError(f"deadline_s is a positive number of seconds, got {self.deadline_s}")
         if self.fallback not in (None, "allreduce"):

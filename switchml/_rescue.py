@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from trainkit.switchml._errors import SwitchMLError
 from trainkit.switchml._fixed_point import Floats
-from trainkit.switchml._link import Link
+from trainkit.switchml._lanes import Lanes
 from trainkit.switchml._options import Options
 
 _log = logging.getLogger(__name__)
@@ -37,15 +37,16 @@ class _Job:
     values: Floats
     out: Floats
     residual: Floats | None
+    index: int | None
     original: Floats
     done: "Future[None]" = field(default_factory=Future)
     sent: "Future[None] | None" = None
-    end: int = 0
-    """Chunk number after its last, where it went through the switch."""
+    turn: int = -1
+    """How many buckets this link had before it; -1 where it did not go through the switch."""
 
 
 class Rescue:
-    """A `Link` that outlives its switch; same `submit`, `counters` and `close`.
+    """`Lanes` that outlive their switch; same `submit`, `counters` and `close`.
 
     Args:
         options: what the user asked for.
@@ -63,24 +64,26 @@ class Rescue:
         self._options, self._rank, self._world = options, rank, world
         patience = timedelta(seconds=2 * options.deadline_s + 10)
         self._group = dist.new_group(backend="gloo", timeout=patience)
-        self._link: Link | None = Link(options, rank, world)
+        self._link: Lanes | None = Lanes(options, rank, world)
         self.member = self._link.member
         self.error: SwitchMLError | None = None
         self.rescues = 0
         self._lock = threading.Lock()
         self._jobs: dict[int, _Job] = {}
         self._kept: dict[int, _Job] = {}
-        self._submitted = self._finished = 0
+        self._submitted = self._finished = self._forwarded = 0
         self._tried = 0.0
         self._past: dict[str, int] = {}
         self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=f"switchml-rescue-{rank}", daemon=True)
         self._thread.start()
 
-    def submit(self, values: Floats, out: Floats, residual: Floats | None = None) -> "Future[None]":
+    def submit(
+        self, values: Floats, out: Floats, residual: Floats | None = None, index: int | None = None
+    ) -> "Future[None]":
         """As `Link.submit`."""
         with self._lock:
-            job = _Job(self._submitted, values, out, residual, values.copy())
+            job = _Job(self._submitted, values, out, residual, index, values.copy())
             self._submitted += 1
             if self.error is not None:
                 job.done.set_exception(self.error)
@@ -91,7 +94,7 @@ class Rescue:
         return job.done
 
     def counters(self) -> dict[str, int]:
-        """As `Link.counters`, over all links so far."""
+        """As `Lanes.counters`, over all links so far."""
         now = self._link.counters() if self._link else {}
         return {name: now.get(name, 0) + self._past.get(name, 0) for name in {*now, *self._past}}
 
@@ -103,7 +106,8 @@ class Rescue:
 
     def _forward(self, job: _Job) -> None:
         if self._link is not None:
-            job.sent = self._link.submit(job.values, job.out, job.residual)
+            job.turn, self._forwarded = self._forwarded, self._forwarded + 1
+            job.sent = self._link.submit(job.values, job.out, job.residual, job.index)
 
     def _run(self) -> None:
         while (job := self._queue.get()) is not None:
@@ -136,12 +140,9 @@ class Rescue:
             self._fall_back(error)
             return False
         assert self._link is not None
-        slots, elements = self._link.member.slots, self._link.member.elements
-        chunks = -(-job.out.size // elements)
-        job.end = max((kept.end for kept in self._kept.values()), default=0) + chunks + min(slots, chunks)
         self._complete(job)
-        for number in [number for number, kept in self._kept.items() if kept.end <= job.end - slots]:
-            del self._kept[number]
+        confirmed = self._link.confirmed
+        self._kept = {number: kept for number, kept in self._kept.items() if kept.turn >= confirmed}
         return True
 
     def _complete(self, job: _Job) -> None:
@@ -193,8 +194,8 @@ class Rescue:
         self._tried = time.monotonic()
         joined = None
         try:
-            joined = Link(replace(self._options, deadline_s=_RETRY_FOR), self._rank, self._world)
-            joined.options = self._options
+            joined = Lanes(replace(self._options, deadline_s=_RETRY_FOR), self._rank, self._world)
+            joined.wait_for(self._options.deadline_s)
         except SwitchMLError as error:
             _log.info("rank %d: still without the switch: %s", self._rank, error)
         all_joined = torch.tensor([int(joined is not None)])
@@ -206,7 +207,7 @@ class Rescue:
         _log.warning("rank %d: back on the switch at bucket %d", self._rank, self._finished)
         self._kept.clear()  # all ranks have come this far
         with self._lock:
-            self._link, self.member = joined, joined.member
+            self._link, self.member, self._forwarded = joined, joined.member, 0
             for number in sorted(self._jobs):
                 self._forward(self._jobs[number])
         return True
@@ -216,6 +217,7 @@ class Rescue:
         average = torch.from_numpy(job.out)
         dist.all_reduce(average, group=self._group)
         average /= self._world
+        self._kept.clear()  # all ranks have come this far
         if job.residual is not None:
             job.residual.fill(0)
         self._complete(job)

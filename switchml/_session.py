@@ -73,6 +73,7 @@ class _Candidate:
     slots: int
     wire: str
     profile: str
+    lanes: int
 
 
 @dataclasses.dataclass
@@ -84,6 +85,7 @@ class _Gathering:
     nonces: tuple[str, ...]
     addresses: tuple[Address, ...]
     heard: list[float]
+    ports: tuple[int, ...]
     ready: set[int] = dataclasses.field(default_factory=set)
     left: set[int] = dataclasses.field(default_factory=set)
     aborted: Message | None = None
@@ -93,7 +95,7 @@ class _Gathering:
         agreed = {
             f.name: getattr(member, f.name) for f in dataclasses.fields(member) if f.name not in ("worker", "key")
         }
-        return {"op": op, "salt": self.salt, **agreed}
+        return {"op": op, "salt": self.salt, "ports": self.ports, **agreed}
 
 
 @dataclasses.dataclass
@@ -113,6 +115,8 @@ class Sessions:
         receive_buffer: bytes of the switch's socket; packets in flight never fill more than half of it.
         limits: what is admitted.
         programmed: the sessions of a switch that knows no others, by name; None takes any.
+        lane: of which lane of its sessions this switch is.
+        ports: where the workers of a session find its lanes.
     """
 
     def __init__(
@@ -122,7 +126,10 @@ class Sessions:
         receive_buffer: int,
         limits: Limits | None = None,
         programmed: Mapping[str, Programmed] | None = None,
+        lane: int = 0,
+        ports: tuple[int, ...] = (),
     ) -> None:
+        self._lane, self._ports = lane, ports
         self._plane, self._token, self._receive_buffer = plane, token, receive_buffer
         self._limits, self._programmed = limits or Limits(), programmed
         self._sessions: dict[str, _Session] = {}
@@ -194,8 +201,9 @@ class Sessions:
         if active and active.member.world == world and active.nonces[rank] == nonce:
             return [(source, active.place("go"))]
         candidate = _Candidate(
-            rank, str(nonce), source, now, message["elements"], message["slots"], message["wire"], message["profile"]
-        )
+            rank, str(nonce), source, now, message["elements"], message["slots"], message["wire"], message["profile"],
+            message.get("lanes", 1),
+        )  # fmt: skip
         session.candidates[world, rank] = candidate
         for key, other in list(session.candidates.items()):
             if now - other.seen > _FRESH:
@@ -228,8 +236,8 @@ class Sessions:
         taken = sum(_memory(s.active.member) for s in self._sessions.values() if s.active and s.number != number)
         self._epoch = (self._epoch + 1) % 2**32
         member = Membership(
-            number, self._epoch, world, 0, slots, elements, present[0].wire, present[0].profile
-        )  # fmt: skip
+            number, self._epoch, world, 0, slots, elements, present[0].wire, present[0].profile, self._lane
+        )
         if taken + _memory(member) > self._limits.memory:
             raise ValueError(
                 f"{_memory(member)} bytes of slots for {slots} slots of {elements} elements, but the switch has "
@@ -237,7 +245,8 @@ class Sessions:
             )
         addresses = tuple(candidate.source for candidate in present)
         nonces = tuple(candidate.nonce for candidate in present)
-        return _Gathering(member, secrets.token_hex(16), nonces, addresses, [now] * world)
+        ports = self._ports[: min(candidate.lanes for candidate in present)]
+        return _Gathering(member, secrets.token_hex(16), nonces, addresses, [now] * world, ports)
 
     def _ready(self, session: _Session, gathering: _Gathering, rank: int, now: float) -> Replies:
         if gathering is session.active:
@@ -308,6 +317,8 @@ def _refusal(message: Message) -> str | None:
     if profile is None or not isinstance(nonce, str) or any(type(number) is not int for number in numbers):
         return "a join lacks a field or has one of the wrong type"
     assert rank is not None and world is not None and elements is not None and slots is not None
+    if type(message.get("lanes", 1)) is not int or message.get("lanes", 1) < 1:
+        return "lanes are 1 or more"
     if not isinstance(name, str) or not 0 < len(name) <= 64 or len(nonce) > 64:
         return "a session's name has 1 to 64 characters"
     if not 1 <= world <= profile.workers or not 0 <= rank < world:

@@ -1,35 +1,30 @@
-"""The software switch: a socket, a thread, the switch's state machine and its sessions."""
+"""The software switch: one thread and one port a lane."""
 
-import contextlib
-import os
+import dataclasses
 import socket
-import threading
-import time
 from types import TracebackType
-from typing import Any
 
 from trainkit.switchml import _control as control
 from trainkit.switchml._at_exit import close_at_exit
-from trainkit.switchml._buffers import enlarge, parse_address, unfragmented
-from trainkit.switchml._native import Port, Switch
-from trainkit.switchml._options import read_token
-from trainkit.switchml._session import Limits, Sessions
-
-_SWEEP = 5.0
+from trainkit.switchml._buffers import enlarge, parse_address
+from trainkit.switchml._options import MAX_LANES, read_token
+from trainkit.switchml._session import Limits
+from trainkit.switchml._shard import COUNTED, Shard
 
 
 class SoftwareSwitch:
     """Adds the gradients of all sessions that join it. A context manager; runs from construction to `close`.
 
     Args:
-        listen: "host:port"; port 0 takes a free one, see `address`.
+        listen: "host:port"; port 0 takes a free one, see `address`. Further threads take the ports after it.
         token_file: file with the secret that workers must share; needed beyond loopback.
         insecure: take workers without a token beyond loopback.
         limits: what is admitted.
+        threads: lanes, each with a thread and a port; a slot belongs to one lane.
 
     Raises:
         ValueError: no token beyond loopback, or a malformed address.
-        OSError: the address cannot be bound.
+        OSError: an address cannot be bound.
 
     Example:
         >>> with SoftwareSwitch() as switch:
@@ -43,56 +38,36 @@ class SoftwareSwitch:
         token_file: str | None = None,
         insecure: bool = False,
         limits: Limits | None = None,
+        threads: int = 1,
     ) -> None:
-        host, port = parse_address(listen, "listen")
-        token = read_token(token_file)
-        if not token and not insecure and not host.startswith("127.") and host != "localhost":
-            raise ValueError(
-                f"listening on {host} without a token would let anyone change gradients: give --token-file "
-                "(`openssl rand -hex 32 > FILE`), or --insecure on a network that only you use"
-            )
-        self._key = control.control_key(token)
-        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        try:
-            self._socket.bind((host, port))
-        except OSError as error:
-            self._socket.close()
-            raise OSError(
-                f"cannot listen on {listen}: {error.strerror}: take another port, or 0 for a free one"
-            ) from error
-        buffer = enlarge(self._socket)
-        self._socket.setblocking(False)
-        self.address = "{}:{}".format(*self._socket.getsockname())
-        self._switch = Switch()
-        self._lock = threading.Lock()
-        self._sessions = Sessions(self._switch, token, buffer, limits)
-        self._refused = 0
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK)
-        self._port = Port(self._socket.fileno(), self._wake, self._switch)
-        self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="switchml-switch", daemon=True)
-        self._thread.start()
+        if not 1 <= threads <= MAX_LANES:
+            raise ValueError(f"threads are 1 to {MAX_LANES}, got {threads}")
+        token = trusted(listen, token_file, insecure)
+        sockets = _bound(listen, threads)
+        buffers = [enlarge(endpoint) for endpoint in sockets]
+        limits = limits or Limits()
+        limits = dataclasses.replace(limits, memory=limits.memory // threads)
+        ports = tuple(int(endpoint.getsockname()[1]) for endpoint in sockets)
+        self.address = "{}:{}".format(*sockets[0].getsockname())
+        self._shards = [
+            Shard(endpoint, buffer, token, limits, lane, ports)
+            for lane, (endpoint, buffer) in enumerate(zip(sockets, buffers, strict=True))
+        ]
         close_at_exit(self)
 
     def counters(self) -> dict[str, int]:
         """Packets and bytes each way, finished chunks, and packets refused by their cause, all sessions together."""
-        with self._lock:
-            totals = {name: self._switch.total(name) for name in COUNTED}
-            return {**totals, "forged": totals["forged"] + self._refused}
+        totals = [shard.counters() for shard in self._shards]
+        return {name: sum(total[name] for total in totals) for name in COUNTED}
 
     def sessions(self) -> list[control.Message]:
         """A row a session: name, epoch, agreed sizes, seconds since each worker was heard."""
-        with self._lock:
-            return self._sessions.table(time.monotonic())
+        return self._shards[0].sessions()
 
     def close(self) -> None:
         """Stop; workers see that the switch no longer answers."""
-        if not self._stopping:
-            self._stopping = True
-            os.eventfd_write(self._wake, 1)
-            self._thread.join()
-            os.close(self._wake)
-            self._socket.close()
+        for shard in self._shards:
+            shard.close()
 
     def __enter__(self) -> "SoftwareSwitch":
         return self
@@ -102,36 +77,36 @@ class SoftwareSwitch:
     ) -> None:
         self.close()
 
-    def _run(self) -> None:
-        sweep = time.monotonic() + _SWEEP
-        while not self._stopping:
-            heard = self._switch.drive(self._port, sweep)
-            now = time.monotonic()
-            with self._lock:
-                for data, source in heard:
-                    self._hear(data, source, now)
-                if now > sweep:
-                    sweep = now + _SWEEP
-                    self._sessions.sweep(now)
 
-    def _hear(self, data: bytes, source: tuple[str, int], now: float) -> None:
-        message = control.decode(data, self._key)
-        if message is None:
-            self._refused += 1
-            return
-        if message["op"] == "probe":  # as long as the question, and not to be fragmented: does the path carry it?
-            with unfragmented(self._socket):
-                self._send(control.encode({"op": "probed", "bytes": len(data)}, self._key, len(data)), source)
-            return
-        for address, answer in self._sessions.receive(message, source, now):
-            self._send(control.encode(answer, self._key), address)
+def trusted(listen: str, token_file: str | None, insecure: bool) -> bytes:
+    """The secret of a switch at `listen`; empty without one, where it may be.
 
-    def _send(self, data: bytes, address: Any) -> None:
-        with contextlib.suppress(OSError):  # lost like any other packet
-            self._socket.sendto(data, address)
+    Raises:
+        ValueError: it may not.
+    """
+    host, _ = parse_address(listen, "listen")
+    token = read_token(token_file)
+    if not token and not insecure and not host.startswith("127.") and host != "localhost":
+        raise ValueError(
+            f"listening on {host} without a token would let anyone change gradients: give --token-file "
+            "(`openssl rand -hex 32 > FILE`), or --insecure on a network that only you use"
+        )
+    return token
 
 
-COUNTED = (
-    "received_packets", "sent_packets", "received_bytes", "sent_bytes", "unsent",
-    "chunks", "repeats", "sent_progress", "stale", "foreign", "malformed", "forged",
-)  # fmt: skip
+def _bound(listen: str, count: int) -> list[socket.socket]:
+    host, port = parse_address(listen, "listen")
+    sockets: list[socket.socket] = []
+    for number in range(count):
+        sockets.append(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        place = (host, port + number if port else 0)
+        try:
+            sockets[-1].bind(place)
+        except (OSError, OverflowError) as error:
+            for endpoint in sockets:
+                endpoint.close()
+            why = error.strerror if isinstance(error, OSError) else "no such port"
+            raise OSError(
+                f"cannot listen on {host}:{place[1]}: {why}: take another port, or 0 for a free one"
+            ) from error
+    return sockets

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from trainkit.switchml._device import DeviceCopies
 from trainkit.switchml._errors import SwitchMLError
 from trainkit.switchml._fixed_point import Floats
-from trainkit.switchml._link import COUNTED, Link
+from trainkit.switchml._lanes import Lanes
+from trainkit.switchml._link import COUNTED
 from trainkit.switchml._options import Options, Wire
 from trainkit.switchml._rescue import Rescue
 
@@ -37,6 +38,7 @@ class SwitchMLState:
         fallback: "allreduce" goes on with torch.distributed when the switch fails; None raises.
         wire: integers from worker to switch: "int32", or "int16" or "int8" with error feedback.
         profile: "full", or "core" for a P4 or XDP switch.
+        lanes: independent streams, each with a thread here and one on the switch; None: as many as the switch has.
 
     Raises:
         ValueError: an argument is outside its range.
@@ -61,21 +63,22 @@ class SwitchMLState:
         fallback: Literal["allreduce"] | None = None,
         wire: Wire = "int32",
         profile: Literal["core", "full"] = "full",
+        lanes: int | None = None,
     ) -> None:
         self.options = Options(
-            switch, session, token_file, interface, elements, slots, deadline_s, fallback, wire, profile
+            switch, session, token_file, interface, elements, slots, deadline_s, fallback, wire, profile, lanes
         )  # fmt: skip
         self._rank, self._world_size = rank, world_size
         self._reset()
 
     def _reset(self) -> None:
-        self.link: Link | Rescue | None = None
+        self.link: Lanes | Rescue | None = None
         self._guard = threading.Lock()
         self._calls = 0
         self._waited = 0.0
         self._past: Counter[str] = Counter()
-        self._residuals: dict[int, Floats] = {}
-        self._staging: dict[int, torch.Tensor] = {}
+        self._residuals: dict[int | None, Floats] = {}
+        self._staging: dict[int | None, torch.Tensor] = {}
         self._device: DeviceCopies | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -100,7 +103,7 @@ class SwitchMLState:
         """Why the session failed; None while it works."""
         return self.link.error if self.link else None
 
-    def connect(self) -> Link | Rescue:
+    def connect(self) -> Lanes | Rescue:
         """Join the session, unless that is done; blocks until all ranks have joined.
 
         Raises:
@@ -108,18 +111,19 @@ class SwitchMLState:
         """
         with self._guard:
             if self.link is None:
-                kind = Rescue if self.options.fallback else Link
+                kind = Rescue if self.options.fallback else Lanes
                 self.link = kind(self.options, self.rank, self.world_size)
             return self.link
 
     def average(
-        self, buffer: torch.Tensor, *, index: int = 0, last: bool = True
+        self, buffer: torch.Tensor, *, index: int | None = None, last: bool = True
     ) -> "torch.futures.Future[torch.Tensor]":
         """Average `buffer` (1-D, floating point) over the workers, in place.
 
         Args:
             buffer: the values; on all ranks of the same size and in the same order of calls.
-            index: which bucket of a step this is; with a narrow wire each keeps what rounding took for its next time.
+            index: which bucket of a step this is, the same on all ranks. What is known of it from the step before saves
+                small ones a round trip; with a narrow wire it keeps what rounding took for its next time.
             last: nothing is left to compute while this bucket travels: its time counts as waiting.
 
         Returns:
@@ -154,7 +158,7 @@ class SwitchMLState:
             residual = self._residual(index, values)
             if residual is not None:
                 values += residual
-            link.submit(values, values, residual).add_done_callback(finish)
+            link.submit(values, values, residual, index).add_done_callback(finish)
 
         def failed(copied: "Future[None]") -> None:
             if copied.exception() is not None:
@@ -167,7 +171,7 @@ class SwitchMLState:
         # through then(), the error's own words survive the way through C++
         return future.then(lambda finished: finished.value())
 
-    def _host(self, buffer: torch.Tensor, index: int) -> torch.Tensor:
+    def _host(self, buffer: torch.Tensor, index: int | None) -> torch.Tensor:
         """Where the bucket is in fp32 and in host memory; for a GPU's bucket pinned, and kept for the next step."""
         if not buffer.is_cuda:
             return buffer.detach().float().contiguous()
@@ -176,7 +180,7 @@ class SwitchMLState:
             kept = self._staging[index] = torch.empty(buffer.numel(), dtype=torch.float32, pin_memory=True)
         return kept
 
-    def _residual(self, index: int, values: Floats) -> Floats | None:
+    def _residual(self, index: int | None, values: Floats) -> Floats | None:
         if self.options.wire == "int32":
             return None
         kept = self._residuals.get(index)

@@ -78,12 +78,44 @@ def closed(states: list[SwitchMLState]) -> None:
     together(*(state.close for state in states))
 
 
-@pytest.mark.parametrize("world", [1, 2, 5])
-def test_buckets_of_all_sizes_back_to_back(world: int) -> None:
-    with SoftwareSwitch() as switch:
+@pytest.mark.parametrize(("world", "threads"), [(1, 1), (2, 1), (5, 1), (2, 3)])
+def test_buckets_of_all_sizes_back_to_back(world: int, threads: int) -> None:
+    with SoftwareSwitch(threads=threads) as switch:
         states = joined(switch.address, world, elements=64, slots=4)
         averages(states, [1, 63, 64, 65, 4 * 64 - 1, 4 * 64 + 1, 20_000, 1, 0, 300])
         assert states[0].counters()["buckets"] == 10
+        closed(states)
+
+
+def test_lanes_are_as_many_as_all_ranks_want(tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef0123456789abcdef")
+    with SoftwareSwitch(threads=4, token_file=str(token)) as switch:
+        states = [
+            SwitchMLState(switch.address, rank=r, world_size=2, lanes=lanes, token_file=str(token), elements=64)
+            for r, lanes in enumerate((None, 2))
+        ]
+        averages(states, [64 * 8 * 2, 64 * 8 * 2 - 1, 64 * 100 + 7, 5])
+        assert [len(state.link._links) for state in states] == [2, 2]  # type: ignore[union-attr]
+        with pytest.raises(ValueError, match="lanes"):
+            SwitchMLState(switch.address, lanes=0)
+        closed(states)
+    with pytest.raises(ValueError, match="threads"):
+        SoftwareSwitch(threads=0)
+
+
+def test_buckets_are_right_whether_or_not_their_exponents_are_guessed_right() -> None:
+    with SoftwareSwitch() as switch:
+        states = joined(switch.address, 2, elements=64)
+        values = [torch.linspace(-1, 1, 64 * 3), torch.linspace(0, 1, 64 * 3)]
+        plain = together(*(lambda s=s: s.average(values[s.rank].clone()).wait() for s in states))[0]
+        for far in (1.0, 1.0, 1e6, 1e6, 1e-6, 1.0, float("inf"), 1.0):
+            values[1][70] = far
+            work = [lambda s=s: [s.average(values[s.rank].clone(), index=4) for _ in range(3)] for s in states]
+            got = [[future.wait() for future in futures] for futures in together(*work)]
+            assert all(torch.equal(one.view(torch.int32), got[0][0].view(torch.int32)) for one in got[0] + got[1])
+            assert torch.equal(got[0][0][:64], plain[:64]) and torch.equal(got[0][0][128:], plain[128:])
+            assert bool(torch.isfinite(got[0][0]).all()) == (far != float("inf"))
         closed(states)
 
 

@@ -23,6 +23,8 @@ class Options:
     """file with the secret that the workers share; needed beyond loopback"""
     insecure: bool = False
     """listen beyond loopback without a token"""
+    threads: int = 1
+    """lanes, each with a thread and a UDP port, the ones after that of `listen`; a session's workers use them all"""
     metrics: str | None = None
     """HOST:PORT of Prometheus' metrics, at /metrics; default: none"""
     json: bool = False
@@ -42,7 +44,9 @@ def run(options: Options) -> int:
         signal.signal(number, lambda *_: stop.set())
     with contextlib.ExitStack() as stack:
         switch = stack.enter_context(
-            SoftwareSwitch(options.listen, token_file=options.token_file, insecure=options.insecure)
+            SoftwareSwitch(
+                options.listen, token_file=options.token_file, insecure=options.insecure, threads=options.threads
+            )
         )
         if metrics:
             stack.enter_context(served(switch, metrics))
