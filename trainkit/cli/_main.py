@@ -9,7 +9,13 @@ import trainkit
 _VERBS: dict[str, str] = {
     "demo": "trainkit.cli._demo",
     "doctor": "trainkit.cli._doctor",
+    "p4 compile": "trainkit.cli._p4_compile",
+    "p4 deploy": "trainkit.cli._p4_deploy",
+    "p4 reset": "trainkit.cli._p4_reset",
+    "p4 serve": "trainkit.cli._p4_serve",
+    "p4 status": "trainkit.cli._p4_status",
     "plan": "trainkit.cli._plan",
+    "probe": "trainkit.cli._probe",
     "report": "trainkit.cli._report",
     "switch": "trainkit.cli._switch",
     "topology find": "trainkit.cli._topology_find",

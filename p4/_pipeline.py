@@ -1,0 +1,80 @@
+"""The compiled programs: where they are, what they were compiled from, and how to compile them."""
+
+import hashlib
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+BUILD = HERE / "build"
+P4INFO = BUILD / "switchml.p4info.txtpb"
+JSON = BUILD / "switchml.json"
+HASH = BUILD / "sources.sha256"
+
+
+class CompileError(RuntimeError):
+    """The compiler is not there, or refuses the program."""
+
+
+def sources() -> list[Path]:
+    """The v1model program and all that it includes."""
+    return sorted(HERE.glob("*.p4"))
+
+
+def source_hash() -> str:
+    """SHA-256 over the names and texts of the sources."""
+    digest = hashlib.sha256()
+    for path in sources():
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def cookie() -> int:
+    """What a switch that runs this program says of it: 64 bits of the hash of its sources."""
+    return int(HASH.read_text()[:16], 16)
+
+
+def compile_bmv2(into: Path = BUILD) -> Path:
+    """Compile the v1model program with p4c-bm2-ss; the folder with p4info, JSON and the hash of the sources.
+
+    Raises:
+        CompileError: p4c-bm2-ss is not on PATH, fails, or has a warning.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        made = [Path(scratch) / path.name for path in (P4INFO, JSON)]
+        command = ["--p4v", "16", "-I", str(HERE), "--p4runtime-files", str(made[0]), "-o", str(made[1])]
+        _run("p4c-bm2-ss", [*command, str(HERE / "switchml.p4")], 120)
+        # nothing of this machine in what is shipped
+        made[1].write_text(made[1].read_text().replace(f"{HERE}/", ""))
+        into.mkdir(parents=True, exist_ok=True)
+        for path in made:
+            shutil.copyfile(path, into / path.name)
+    (into / HASH.name).write_text(source_hash() + "\n")
+    return into
+
+
+def compile_tofino(into: Path, seconds: float = 600) -> Path:
+    """Compile the TNA program with p4c-barefoot and bfas; the folder with tofino.bin and the resource reports.
+
+    Raises:
+        CompileError: p4c-barefoot or bfas is not on PATH, fails, or takes longer than `seconds`.
+    """
+    into.mkdir(parents=True, exist_ok=True)
+    program = HERE / "tofino" / "switchml_tna.p4"
+    flags = ["--target", "tofino", "--arch", "tna", "-g", "-I", str(HERE), "-I", str(program.parent)]
+    _run("p4c-barefoot", [*flags, "-o", str(into), str(program)], seconds)
+    return into
+
+
+def _run(name: str, arguments: list[str], seconds: float) -> None:
+    program = shutil.which(name)
+    if program is None:
+        raise CompileError(f"{name} is not on PATH: docs/p4.md says how to get it")
+    try:
+        done = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        raise CompileError(f"{name} gave no verdict in {seconds:g} s") from None
+    said = done.stderr.strip()
+    if done.returncode != 0 or said:
+        raise CompileError(f"{name} ended with {done.returncode}: {said or done.stdout.strip()}")

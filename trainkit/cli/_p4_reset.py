@@ -1,0 +1,40 @@
+"""`trainkit p4 reset`: end what workers have begun on a switch."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from trainkit.cli._verb import Verb
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which switch and session."""
+
+    path: str = dataclasses.field(metadata={"positional": True})
+    """YAML of the switch's address, the workers and the sessions"""
+    session: str | None = None
+    """name of one session; default: all"""
+    grpc: str = "127.0.0.1:9559"
+    """HOST:PORT of the switch's P4Runtime server"""
+    device: int = 0
+    """its device id"""
+    election: int = 1
+    """election id; the greatest is primary"""
+
+
+def run(options: Options) -> int:
+    """Reset and say what."""
+    from trainkit.p4.deploy import reset
+
+    for name in reset(**dataclasses.asdict(options)):
+        print(f"session {name}: ended, its slots are empty")
+    return 0
+
+
+VERB = Verb(
+    name="p4 reset",
+    summary="End sessions on a P4 switch and empty their slots.",
+    options=Options,
+    run=run,
+    example="trainkit p4 reset workers.yaml --session default",
+)

@@ -1,0 +1,47 @@
+"""`trainkit p4 status`: what a switch runs, holds and has counted."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+from trainkit.cli._verb import Verb
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which switch, and what it should hold."""
+
+    path: str = dataclasses.field(metadata={"positional": True})
+    """YAML of the switch's address, the workers and the sessions"""
+    grpc: str = "127.0.0.1:9559"
+    """HOST:PORT of the switch's P4Runtime server"""
+    device: int = 0
+    """its device id"""
+    election: int = 1
+    """election id; the greatest is primary"""
+    json: bool = False
+    """print JSON"""
+
+
+def run(options: Options) -> int:
+    """Print; 1 where the switch does not hold what the file describes."""
+    from trainkit.p4.deploy import status
+
+    found = status(options.path, grpc=options.grpc, device=options.device, election=options.election)
+    if options.json:
+        print(json.dumps(dataclasses.asdict(found), indent=1))
+    else:
+        print("as described" if found.as_described else "not as described: see `trainkit p4 deploy --dry-run`")
+        for name, session in found.sessions.items():
+            print(f"session {name}: " + ", ".join(f"{key} {value}" for key, value in session.items()))
+        print(", ".join(f"{key} {value}" for key, value in found.packets.items()))
+    return 0 if found.as_described else 1
+
+
+VERB = Verb(
+    name="p4 status",
+    summary="Show what a P4 switch holds and what it has counted.",
+    options=Options,
+    run=run,
+    example="trainkit p4 status workers.yaml --grpc 10.0.0.2:9559 --json",
+)
