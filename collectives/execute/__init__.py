@@ -3,3 +3,7 @@
 from trainkit.collectives.execute._errors import ExecutionError as ExecutionError
 from trainkit.collectives.execute._errors import PeerLost as PeerLost
 from trainkit.collectives.execute._reference import run_reference as run_reference
+from trainkit.collectives.execute._runner import Runner as Runner
+from trainkit.collectives.execute._runner import Seat as Seat
+from trainkit.collectives.execute._state import ForestState as ForestState
+from trainkit.collectives.execute._state import forest_hook as forest_hook

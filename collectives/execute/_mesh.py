@@ -8,6 +8,7 @@ import struct
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Protocol
 
 from trainkit.collectives.execute._errors import ExecutionError, PeerLost
@@ -28,6 +29,12 @@ class Store(Protocol):
 
     def get(self, key: str) -> bytes:
         """Wait for a value."""
+
+    def wait(self, keys: list[str], timeout: timedelta) -> None:
+        """Wait until the keys are there; a RuntimeError after `timeout`."""
+
+    def compare_set(self, key: str, expected: str, value: str) -> bytes:
+        """Set a key that has not been set (expected ""); what it then holds."""
 
 
 @dataclass
@@ -69,7 +76,7 @@ class Mesh:
         wanted = sorted(set(peers) - self.connected)
         until = time.monotonic() + self.deadline_s
         if self._key is None and wanted:
-            self._key = bytes.fromhex(self.store.get("key").decode())
+            self._key = bytes.fromhex(self._told("key", 0, until))
         ways: dict[int, socket.socket] = {}
         comes: dict[int, socket.socket] = {}
         try:
@@ -94,10 +101,7 @@ class Mesh:
 
     def _call(self, peer: int, until: float) -> socket.socket:
         assert self._key is not None
-        try:
-            host, port = self.store.get(f"address/{peer}").decode().rsplit(":", 1)
-        except RuntimeError as error:  # the store's own deadline
-            raise _missing(peer, self.deadline_s) from error
+        host, port = self._told(f"address/{peer}", peer, until).rsplit(":", 1)
         try:
             way = socket.create_connection((host, int(port)), _left(until), source_address=(self.address, 0))
         except TimeoutError as error:
@@ -110,6 +114,14 @@ class Mesh:
             ) from error
         way.sendall(_HELLO.pack(_NAME, self._key[:16], self.rank, peer))
         return way
+
+    def _told(self, key: str, peer: int, until: float) -> str:
+        """What `peer` has put into the store."""
+        try:
+            self.store.wait([key], timedelta(seconds=_left(until)))
+        except RuntimeError as error:
+            raise _missing(peer, self.deadline_s) from error
+        return self.store.get(key).decode()
 
     def _answer(self, peer: int, wanted: list[int], until: float) -> socket.socket:
         """The connection that `peer` opened; others that come first are kept for their turn."""

@@ -1,0 +1,186 @@
+"""Schedules over NCCL: wave after wave, each one group of sends and receives.
+
+NCCL knows no tags and matches the messages of a pair in order. A wave's group holds the same messages on both sides
+in the same order, and all ranks go through the waves in the same order, so that none waits for another in a circle.
+Sums run on a stream of their own, a wave behind, while the next group is on its way.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from trainkit.collectives.execute._program import COPY, OUT, REDUCE, Program
+from trainkit.collectives.execute._transport import Work
+from trainkit.collectives.schedule import Schedule
+
+
+@dataclass
+class _Wave:
+    sends: list[tuple[int, int, int]] = field(default_factory=list)
+    """(peer, first element, end)"""
+    receives: list[tuple[int, int, int, int]] = field(default_factory=list)
+    """(peer, first element, end, first element of the staging half or -1 for in place)"""
+    applies: list[tuple[int, int, int, int, bool]] = field(default_factory=list)
+    """(first element, end, source, 1 where the source is staged, whether it is added)"""
+    after: int = -1
+    """The wave whose sums must be there."""
+
+
+@dataclass
+class _Plan:
+    waves: list[_Wave]
+    staging: int
+    """Elements of one half of the staging buffer."""
+
+
+class NcclTransport:
+    """Point-to-point messages of a process group in GPU memory.
+
+    Args:
+        group: a `torch.distributed` process group or backend over NCCL.
+    """
+
+    broken = False  # NCCL's own watchdog ends a process whose peer is gone
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+        self._plans: dict[tuple[int, int], tuple[Program, _Plan]] = {}
+        self._staging: dict[torch.dtype, torch.Tensor] = {}
+        self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
+        self._moved = 0
+
+    def prepare(self, peers: Iterable[int]) -> None:
+        """Make all ranks meet once, so that groups of a few of them may follow."""
+        if self._streams is None:
+            self._streams = (torch.cuda.Stream(), torch.cuda.Stream())
+            self._group.allreduce([torch.zeros(1, device="cuda")]).wait()
+
+    def start(self, program: Program, buffer: torch.Tensor) -> Work:
+        """Queue a collective behind what the current stream does; the current stream waits for it."""
+        assert self._streams is not None
+        plan = self._plan(program, buffer.numel())
+        groups, sums = self._streams
+        current = torch.cuda.current_stream()
+        for stream in self._streams:
+            stream.wait_stream(current)
+            buffer.record_stream(stream)
+        staging = self._stage(buffer, plan.staging)
+        backend = self._group._get_backend(buffer.device) if hasattr(self._group, "_get_backend") else self._group
+        events: list[torch.cuda.Event] = []
+        for number, wave in enumerate(plan.waves):
+            # its half of the staging buffer is free, and what it sends is there
+            ready = max(wave.after, number - 2)
+            half = number % 2 * plan.staging
+            with torch.cuda.stream(groups):
+                if ready >= 0:
+                    groups.wait_event(events[ready])
+                work = self._exchange(backend, wave, buffer, staging, half)
+            with torch.cuda.stream(sums):
+                if work is not None:
+                    work.wait()
+                for first, end, source, staged, adds in wave.applies:
+                    value = (staging[half:] if staged else buffer)[source : source + end - first]
+                    buffer[first:end].add_(value) if adds else buffer[first:end].copy_(value)
+                events.append(torch.cuda.Event())
+                events[-1].record()
+        current.wait_stream(sums)
+        return _Queued()
+
+    def _exchange(self, backend: Any, wave: _Wave, buffer: torch.Tensor, staging: torch.Tensor, half: int) -> Any:
+        if not (wave.sends or wave.receives):
+            return None
+        backend._start_coalescing()
+        for peer, first, end in wave.sends:
+            backend.send([buffer[first:end]], peer, 0)
+        for peer, first, end, staged in wave.receives:
+            target = buffer[first:end] if staged < 0 else staging[half + staged : half + staged + end - first]
+            backend.recv([target], peer, 0)
+            self._moved += target.nbytes
+        return backend._end_coalescing()
+
+    def _stage(self, buffer: torch.Tensor, half: int) -> torch.Tensor:
+        kept = self._staging.get(buffer.dtype)
+        if kept is None or kept.numel() < 2 * half:
+            kept = self._staging[buffer.dtype] = buffer.new_empty(2 * half)
+            assert self._streams is not None
+            for stream in self._streams:
+                stream.wait_stream(torch.cuda.current_stream())
+                kept.record_stream(stream)
+        return kept
+
+    def _plan(self, program: Program, elements: int) -> _Plan:
+        key = (id(program), elements)
+        if key not in self._plans:
+            self._plans[key] = (program, plan_waves(program, elements))
+        return self._plans[key][1]
+
+    def counters(self) -> dict[str, int]:
+        """Bytes so far."""
+        return {"received_bytes": self._moved}
+
+    def close(self) -> None:
+        """Let the staging buffers go."""
+        self._staging.clear()
+        self._plans.clear()
+
+
+class _Queued:
+    def wait(self) -> None:
+        """The current stream waits already."""
+
+
+def waves_of(schedule: Schedule) -> list[int]:
+    """[ops] the wave of each operation, the same on all ranks.
+
+    What is received in a wave can be sent in the next one; a sum takes a wave longer, so that adding up and sending
+    overlap.
+    """
+    if schedule.mode == "steps":
+        slow = any(op.kind == "reduce" for op in schedule.ops)
+        return [op.step * (1 + slow) for op in schedule.ops]
+    waves: list[int] = []
+    for op in schedule.ops:
+        earlier = [waves[other] + 1 + (schedule.ops[other].kind == "reduce") for other in op.depends]
+        waves.append(max([op.step, *earlier]))
+    return waves
+
+
+def plan_waves(program: Program, elements: int) -> _Plan:
+    """One rank's waves for one size of message."""
+    all_waves = waves_of(program.schedule)
+    wave_of = [all_waves[op] for op in program.op.tolist()]
+    begin, end, source = (column.tolist() for column in program.slices(elements))
+    rows: dict[int, list[int]] = defaultdict(list)
+    for at in range(len(program.kind)):
+        if begin[at] < end[at]:
+            rows[wave_of[at]].append(at)
+    numbers = {wave: number for number, wave in enumerate(sorted(rows))}
+    waves, most = [], 0
+    applied: set[int] = set()  # operations that the stream of sums finishes
+    for wave in sorted(rows):
+        plan, room = _Wave(), 0
+        for at in sorted(rows[wave], key=lambda at: int(program.op[at])):
+            kind, first, last, peer = program.kind[at], begin[at], end[at], int(program.peer[at])
+            earlier = program.waits[at]
+            here = any(wave_of[other] == wave for other in earlier)
+            late = [numbers[wave_of[other]] for other in earlier if other in applied and wave_of[other] != wave]
+            if kind == COPY:
+                plan.applies.append((first, last, source[at], 0, False))
+                applied.add(at)
+            elif kind == OUT:
+                plan.sends.append((peer, first, last))
+                plan.after = max([plan.after, *late])
+            elif kind == REDUCE or here:
+                plan.receives.append((peer, first, last, room))
+                plan.applies.append((first, last, room, 1, kind == REDUCE))
+                room += last - first
+                applied.add(at)
+            else:
+                plan.receives.append((peer, first, last, -1))
+                plan.after = max([plan.after, *late])
+        waves.append(plan)
+        most = max(most, room)
+    return _Plan(waves, most)

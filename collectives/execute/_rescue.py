@@ -1,0 +1,100 @@
+"""Going on with the process group's all-reduce when a schedule can no longer run."""
+
+import logging
+import threading
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from trainkit.collectives.execute._errors import ExecutionError
+from trainkit.collectives.execute._runner import Runner
+from trainkit.collectives.schedule import Schedule
+
+_log = logging.getLogger(__name__)
+_LOOK = 0.2  # seconds between looks at the connections while nothing runs
+
+
+class Rescue:
+    """All-reduces that survive the loss of the schedule's connections, one after the other.
+
+    A rank that fails may be a collective behind one that does not: before the ranks go on they compare how many each
+    has completed, and who is ahead hands over the sum it has.
+
+    Args:
+        runner: what runs the schedules; this object has its line of waits for itself.
+        group: the ranks' process group.
+    """
+
+    def __init__(self, runner: Runner, group: "dist.ProcessGroup", deadline_s: float) -> None:
+        self._runner = runner
+        self._group = dist.new_group(
+            dist.get_process_group_ranks(group),
+            backend="gloo",
+            timeout=timedelta(seconds=max(deadline_s, 1)),
+            use_local_synchronization=True,
+        )
+        self._count = 0
+        self._last: torch.Tensor | None = None
+        self.cause: ExecutionError | None = None
+        self._closed = threading.Event()
+        threading.Thread(target=self._watch, name="trainkit-rescue", daemon=True).start()
+
+    def all_reduce(self, schedule: Schedule, tensor: torch.Tensor) -> None:
+        """Sum in place; runs in the runner's line.
+
+        Raises:
+            ExecutionError: the process group's all-reduce failed as well.
+        """
+        if self.cause is None:
+            before = tensor.clone()
+            try:
+                self._runner.start(schedule, tensor).wait()
+            except ExecutionError as error:
+                tensor.copy_(before)
+                if not self._agree(error, tensor):
+                    return
+            else:
+                self._count += 1
+                self._last = tensor.clone()
+                return
+        self._guarded(lambda: dist.all_reduce(tensor, group=self._group))
+
+    def close(self) -> None:
+        """Stop looking at the connections."""
+        self._closed.set()
+
+    def _agree(self, cause: ExecutionError, tensor: torch.Tensor | None) -> bool:
+        """Meet the other ranks; whether `tensor` still has to be summed."""
+        self.cause = cause
+        _log.warning("gradients go over the process group's all-reduce from now on: %s", cause)
+        counts = [torch.zeros(1, dtype=torch.int64) for _ in range(self._runner.seat.size)]
+        self._guarded(lambda: dist.all_gather(counts, torch.tensor([self._count]), group=self._group))
+        done = [int(count) for count in counts]
+        if min(done) == max(done):
+            return True
+        ahead = dist.get_global_rank(self._group, done.index(max(done)))
+        behind = self._count == min(done)
+        value = tensor if behind else self._last
+        self._guarded(lambda: dist.broadcast(value, ahead, group=self._group))
+        return not behind
+
+    def _guarded(self, call: object) -> None:
+        try:
+            call()  # type: ignore[operator]
+        except RuntimeError as error:
+            raise ExecutionError(
+                f"the schedule failed ({self.cause}), and so did the process group's all-reduce after it: {error}"
+            ) from self.cause
+
+    def _watch(self) -> None:
+        """A rank with nothing to sum must come to the meeting as well."""
+
+        def meet() -> None:
+            if self.cause is None:
+                self._agree(ExecutionError("another rank lost a connection"), None)
+
+        while not self._closed.wait(_LOOK):
+            if self.cause is not None or self._runner.broken:
+                self._runner.later(meet)
+                return

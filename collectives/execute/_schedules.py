@@ -1,0 +1,65 @@
+"""Which schedule carries a message: from a network, cut to the message's size, or given."""
+
+import pickle
+from datetime import timedelta
+from typing import Any
+
+from trainkit.collectives._topology import Topology
+from trainkit.collectives.execute._mesh import Store
+from trainkit.collectives.schedule import Schedule
+from trainkit.collectives.trees import allreduce_forest, forest
+
+_MOST_CHUNKS = 64
+_PLANNING = timedelta(seconds=600)
+
+
+class Schedules:
+    """Schedules of one network for collectives of any size.
+
+    Args:
+        topology: the network.
+        chunk_bytes: the least that is worth a message of its own; a tree's share is cut into at most 64.
+        store: through which rank 0 hands its trees to the others, so that all have the same.
+        rank: this one.
+    """
+
+    def __init__(self, topology: Topology, chunk_bytes: int, store: Store, rank: int) -> None:
+        self.topology, self._chunk_bytes, self._store, self._rank = topology, chunk_bytes, store, rank
+        self._trees: dict[str, Any] = {}
+        self._kept: dict[tuple[str, int], Schedule] = {}
+
+    def get(self, collective: str, nbytes: int, root: int | None = None) -> Schedule:
+        """The schedule of "allreduce", "allgather", "reduce_scatter" or "broadcast" (from rank `root` of the schedule).
+
+        Args:
+            collective: what to run.
+            nbytes: of the whole message.
+            root: rank that broadcasts.
+        """
+        name = collective if root is None else f"{collective}/{root}"
+        if name not in self._trees:
+            self._trees[name] = self._made(name, collective, root)
+        trees, share = self._trees[name]
+        chunks = 1
+        while chunks < _MOST_CHUNKS and share * nbytes >= 2 * chunks * self._chunk_bytes:
+            chunks *= 2
+        if (name, chunks) not in self._kept:
+            self._kept[name, chunks] = trees.schedule(chunks)
+        return self._kept[name, chunks]
+
+    def _made(self, name: str, collective: str, root: int | None) -> tuple[Any, float]:
+        """The trees, and the greatest part of the message that one carries."""
+        key = f"trees/{name}"
+        if self._rank == 0:
+            trees: Any
+            if collective == "allreduce":
+                trees = allreduce_forest(self.topology)
+            elif root is None:
+                trees = forest(self.topology, collective)  # type: ignore[arg-type]
+            else:
+                trees = forest(self.topology, "broadcast", root=self.topology.compute_nodes[root])
+            self._store.set(key, pickle.dumps(trees))  # type: ignore[arg-type]
+        else:
+            self._store.wait([key], _PLANNING)
+            trees = pickle.loads(self._store.get(key))  # written by rank 0 of this job
+        return trees, float(max((trees.reduce if collective == "allreduce" else trees).shares()))
