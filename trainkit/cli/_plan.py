@@ -43,6 +43,10 @@ class Options:
     """pieces that each tree's share is cut into, for --export json"""
     search: bool = False
     """only search: optimum, bottleneck, and what the packing would take"""
+    buckets: list[int] | None = None
+    """bytes of a model's gradient buckets, as [1048576,26214400]: compare every way to all-reduce them"""
+    switch_node: str | None = None
+    """node of the network that a SwitchML switch runs at, for --buckets"""
     export: str | None = None
     """json, msccl or mscclpp: write the schedule, to --out or standard output"""
     out: Path | None = None
@@ -64,6 +68,10 @@ def run(options: Options) -> int:
     if options.nbytes < 1:
         raise ValueError(f"--nbytes must be at least 1, got {options.nbytes}")
     topology = Topology.load(options.topology)
+    if options.buckets is not None:
+        return _compare(topology, options)
+    if options.switch_node is not None:
+        raise ValueError("--switch-node is for the comparison of --buckets: give the buckets' bytes")
     facts, schedule = _plan(topology, options)
     if options.export:
         facts |= _export(topology, options, schedule)
@@ -71,6 +79,22 @@ def run(options: Options) -> int:
         print(json.dumps({key: _plain(value) for key, value in facts.items()}, indent=1))
     elif options.export is None or options.out is not None:
         _print(facts, topology.unit)
+    return 0
+
+
+def _compare(topology: "Topology", options: Options) -> int:
+    """Every way to all-reduce the model's buckets, and the one to take."""
+    from rich.console import Console
+
+    from trainkit._planner import plan_network
+
+    if options.collective != "allreduce" or options.export is not None:
+        raise ValueError("--buckets compares ways to all-reduce: leave --collective and --export out")
+    plan = plan_network(topology, options.buckets or [], switch=options.switch_node)
+    if options.json:
+        print(json.dumps(plan.as_dict(), indent=1))
+    else:
+        Console().print(plan.table())
     return 0
 
 

@@ -1,0 +1,112 @@
+"""The planner's predictions: exact where the model is, ranked as the networks' own arithmetic says."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from trainkit._planner import OVERHEAD_S, plan_network
+from trainkit.cli import main
+from trainkit.collectives import Topology, fabrics
+from trainkit.collectives.trees import ring_time
+
+MIB = 2**20
+BUCKETS = [MIB, 25 * MIB, 25 * MIB]
+
+
+def case(name: str) -> Topology:
+    every = json.loads((Path(__file__).parent / "data" / "forest_cases.json").read_text())
+    found = next(case for case in every if case["name"].startswith(name))
+    return Topology.from_dict(
+        {key: found[key] for key in ("name", "nodes", "compute_nodes", "links")} | {"unit": "Mbit/s"}
+    )
+
+
+def racks(order: str) -> Topology:
+    """Two racks of four hosts at 100, uplinks of 25; the hosts named in `order`."""
+    links = [(f"{rack}{i}", f"rack-{rack}", 100) for rack in "ab" for i in range(4)]
+    links += [("rack-a", "core", 25), ("rack-b", "core", 25)]
+    both = [link for u, v, rate in links for link in ((u, v, rate), (v, u, rate))]
+    hosts = [order[at : at + 2] for at in range(0, 16, 2)]
+    return Topology("racks", [*hosts, "rack-a", "rack-b", "core"], hosts, both, unit="Mbit/s")
+
+
+@pytest.mark.parametrize(
+    ("name", "gain"),
+    [("emu_E1", 6.5), ("emu_E3", 4.0), ("emu_E7", 3.2), ("star8_one_slow", 1.7)],
+)
+def test_trees_are_chosen_where_the_ring_wastes_links(name: str, gain: float) -> None:
+    plan = plan_network(case(name), BUCKETS)
+    by_name = {way.name: way for way in plan.ways}
+    assert plan.chosen.name in ("forest", "native")
+    assert by_name["ring"].step_s / plan.chosen.step_s >= gain
+    assert plan.bound_s <= plan.chosen.step_s <= 1.25 * plan.bound_s
+    assert [way.step_s for way in plan.ways] == sorted(way.step_s for way in plan.ways)
+    assert plan.chosen.schedule is not None
+    plan.chosen.schedule.verify()
+
+
+def test_only_native_helps_where_one_host_is_slow() -> None:
+    by_name = {way.name: way for way in plan_network(case("star8_one_slow"), BUCKETS).ways}
+    assert by_name["native"].step_s < by_name["forest"].step_s
+
+
+def test_ring_takes_its_bytes_and_its_hops() -> None:
+    star = fabrics.star([100] * 4, unit="Mbit/s")
+    plan = plan_network(star, [MIB])
+    ring = next(way for way in plan.ways if way.name == "ring")
+    assert ring.step_s == pytest.approx(MIB * 8e-6 * float(ring_time(star, "allreduce")) + 6 * OVERHEAD_S)
+
+
+def test_interleaved_racks_are_put_in_order() -> None:
+    plan = plan_network(racks("a0b0a1b1a2b2a3b3"), BUCKETS)
+    by_name = {way.name: way for way in plan.ways}
+    assert by_name["ring"].step_s / by_name["reordered ring"].step_s == pytest.approx(4, rel=0.02)
+    order = by_name["reordered ring"].order
+    assert order is not None
+    crossings = sum(a[0] != b[0] for a, b in zip(order, [*order[1:], order[0]], strict=True))
+    assert crossings == 2
+
+
+def test_a_good_order_is_left_alone() -> None:
+    assert "reordered ring" not in {way.name for way in plan_network(racks("a0a1a2a3b0b1b2b3"), BUCKETS).ways}
+
+
+def test_ring_stays_where_nothing_beats_it() -> None:
+    pair = Topology("pair", "ab", "ab", [("a", "b", 100), ("b", "a", 100)], unit="GB/s")
+    assert plan_network(pair, [256 * MIB]).chosen.name == "ring"
+
+
+def test_a_switch_that_adds_wins_on_a_star() -> None:
+    star = fabrics.star([100] * 8, unit="Mbit/s")
+    hub = star.switches[0]
+    plan = plan_network(star, BUCKETS, switch=hub)
+    assert plan.chosen.name == "switchml"
+    assert plan.chosen.step_s == pytest.approx(sum(BUCKETS) * 8e-8 * 1102 / 1024, rel=0.01)
+
+
+@pytest.mark.parametrize("buckets", [[], [0]])
+def test_buckets_are_checked(buckets: list[int]) -> None:
+    with pytest.raises(ValueError, match="buckets are the bytes"):
+        plan_network(fabrics.star([1, 1], unit="GB/s"), buckets)
+
+
+def test_unit_and_switch_are_checked() -> None:
+    with pytest.raises(ValueError, match="unit"):
+        plan_network(fabrics.star([1, 1]), [MIB])
+    with pytest.raises(ValueError, match="'nowhere'"):
+        plan_network(fabrics.star([1, 1], unit="GB/s"), [MIB], switch="nowhere")
+
+
+def test_cli_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "network.json"
+    racks("a0b0a1b1a2b2a3b3").save(file)
+    assert main(["plan", "--topology", str(file), "--buckets", "[1048576,26214400]"]) == 0
+    shown = capsys.readouterr().out
+    assert "reordered ring" in shown
+    assert "(chosen)" in shown
+    assert main(["plan", "--topology", str(file), "--buckets", "[1048576]", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["chosen"] in facts["ways"]
+    assert main(["plan", "--topology", str(file), "--buckets", "[1]", "--collective", "allgather"]) == 2
+    assert main(["plan", "--topology", str(file), "--switch-node", "core"]) == 2

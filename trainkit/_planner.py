@@ -1,0 +1,207 @@
+"""The planner: what each way to all-reduce would cost on a measured network, and which to take.
+
+A prediction is the sum over the model's gradient buckets of the time of one all-reduce: the busiest link's load over
+its capacity, plus what starting, passing on and ending the messages costs.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal
+
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import dijkstra
+
+from trainkit.collectives import Forest, Schedule, Topology, allreduce_forest, forest, order_ranks
+from trainkit.collectives.schedule import bytes_per_second, compose, link_loads
+from trainkit.collectives.trees import busiest_link, double_binary_tree_schedule, route
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+OVERHEAD_S = 1e-4
+"""What a message between two processes costs beside its bytes and the links' latencies."""
+MARGIN = 1.05
+"""A schedule of ours has to be this much faster than the process group's own ring."""
+_CHUNKS = (4, 16, 64)
+_MOST_OPS = 40_000
+_LEAST_PIECE = 8192
+_SWITCHML_BYTES = Fraction(1024 + 20 + 16 + 42, 1024)
+"""Bytes on the wire for a byte of fp32 gradients: header, tag, UDP, IP and Ethernet around 256 values."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to all-reduce the gradients."""
+
+    name: str
+    """"ring", "reordered ring", "tree", "forest", "native" or "switchml"."""
+    seconds: tuple[float, ...]
+    """Predicted for each bucket."""
+    busiest: tuple[str, str]
+    """The link that limits it."""
+    order: tuple[str, ...] | None = None
+    """Compute nodes round the ring, where that is not the network's own order."""
+    schedule: Schedule | None = None
+    """What the executor runs; None where the process group or a switch does it."""
+
+    @property
+    def step_s(self) -> float:
+        """Predicted seconds of communication in a step."""
+        return sum(self.seconds)
+
+
+@dataclass(frozen=True)
+class NetworkPlan:
+    """Every way that was considered, fastest first, and the one to take."""
+
+    topology: Topology
+    """The network planned for."""
+    buckets: tuple[int, ...]
+    """Bytes of each gradient bucket of a step."""
+    bound_s: float
+    """No all-reduce along trees is faster, latency apart."""
+    ways: tuple[Way, ...]
+    """Fastest first."""
+    chosen: Way
+    """The fastest, or the ring where nothing beats it by more than 5 %."""
+
+    def table(self) -> "Table":
+        """The comparison for people."""
+        from rich.table import Table
+
+        size = sum(self.buckets) / 2**20
+        table = Table(title=f"{self.topology.name}: all-reduce of {size:.4g} MiB in {len(self.buckets)} buckets")
+        for heading in ("way", "s a step", "against ring", "over bound", "limited by"):
+            table.add_column(heading, justify="left" if heading in ("way", "limited by") else "right")
+        ring = next(way for way in self.ways if way.name == "ring")
+        for way in self.ways:
+            table.add_row(
+                f"[bold]{way.name} (chosen)[/bold]" if way is self.chosen else way.name,
+                f"{way.step_s:.4g}",
+                f"{ring.step_s / way.step_s:.2f} x",
+                f"{way.step_s / self.bound_s:.2f}",
+                " -> ".join(way.busiest),
+            )
+        return table
+
+    def as_dict(self) -> dict[str, Any]:
+        """The comparison for machines."""
+        ways = {
+            way.name: {"step_s": way.step_s, "bucket_s": way.seconds, "busiest": way.busiest, "order": way.order}
+            for way in self.ways
+        }
+        return {
+            "network": self.topology.name,
+            "buckets": self.buckets,
+            "bound_s": self.bound_s,
+            "ways": ways,
+            "chosen": self.chosen.name,
+        }
+
+
+def plan_network(
+    topology: Topology,
+    buckets: Sequence[int],
+    *,
+    switch: str | None = None,
+    overhead_s: float = OVERHEAD_S,
+    order_seconds: float = 1.0,
+) -> NetworkPlan:
+    """Predict every way to all-reduce `buckets` on `topology`, and choose.
+
+    Args:
+        topology: the network, with a unit; its compute nodes in the order of the ranks.
+        buckets: bytes of each gradient bucket of one training step, fp32.
+        switch: the node at which a SwitchML switch runs; None: there is none.
+        overhead_s: seconds that a message between two processes costs beside its bytes and the links' latencies.
+        order_seconds: how long the search for a better rank order may take.
+
+    Raises:
+        ValueError: no buckets, one below a byte, a network without a unit, an unknown switch.
+    """
+    if not buckets or min(buckets) < 1:
+        raise ValueError(f"buckets are the bytes of each gradient bucket, at least one of 1 or more, got {buckets!r}")
+    if switch is not None and switch not in topology.nodes:
+        raise ValueError(
+            f"switch is a node of {topology.name}, got {switch!r}: name one of {', '.join(topology.nodes)}"
+        )
+    network = _with_overhead(topology, overhead_s)
+    native = allreduce_forest(network)
+    halves = [_fewest_trees(network, half) for half in ("reduce_scatter", "allgather")]
+    ring = _ring("ring", network, topology.compute_nodes, buckets)
+    ways = [
+        ring,
+        *_reordered(network, buckets, order_seconds),
+        _scheduled("tree", lambda chunks: double_binary_tree_schedule(network, chunks), buckets),
+        _scheduled("forest", lambda chunks: compose(*(half.schedule(chunks) for half in halves)), buckets),
+        _scheduled("native", native.schedule, buckets),
+        *([_through_switch(network, switch, buckets)] if switch is not None else []),
+    ]
+    ways.sort(key=lambda way: way.step_s)
+    chosen = ways[0] if ring.step_s >= MARGIN * ways[0].step_s else ring
+    return NetworkPlan(topology, tuple(buckets), float(native.seconds(sum(buckets))), tuple(ways), chosen)
+
+
+def _with_overhead(topology: Topology, overhead_s: float) -> Topology:
+    """The overhead of a message as latency of the link that it arrives by."""
+    compute = set(topology.compute_nodes)
+    latency = {(u, v): topology.latency.get((u, v), 0.0) + overhead_s * (v in compute) for u, v, _ in topology.links}
+    return replace(topology, latency=latency)
+
+
+def _ring(name: str, network: Topology, order: Sequence[str], buckets: Sequence[int]) -> Way:
+    size = len(order)
+    legs = list(zip(order, [*order[1:], order[0]], strict=True))
+    busiest, time = busiest_link(network, ((u, v, Fraction(2 * (size - 1), size)) for u, v in legs))
+    paths = [route(network, u, v) for u, v in legs]
+    slowest = max(sum(network.latency[link] for link in pairwise(path)) for path in paths)
+    rate = float(bytes_per_second(network.unit) / time)
+    seconds = tuple(nbytes / rate + 2 * (size - 1) * slowest for nbytes in buckets)
+    return Way(name, seconds, busiest, order=tuple(order))
+
+
+def _reordered(network: Topology, buckets: Sequence[int], order_seconds: float) -> list[Way]:
+    """The ring in the best order found; none where the given order is as good."""
+    # What a hop takes from all links on its way together: hops that share a thin link are then avoided like slow ones.
+    tail, head, capacity = network.arcs
+    size = len(network.nodes)
+    cost = dijkstra(csr_array((1.0 / capacity, (tail, head)), shape=(size, size)), indices=network.compute)
+    found = order_ranks(cost[:, network.compute], "ring", seconds=order_seconds)
+    order = [network.compute_nodes[number] for number in found.order]
+    return [] if order == list(network.compute_nodes) else [_ring("reordered ring", network, order, buckets)]
+
+
+def _fewest_trees(network: Topology, collective: Literal["reduce_scatter", "allgather"]) -> Forest:
+    """The best forest with few trees: measured capacities have no small common unit, the optimum may need thousands."""
+    return min((forest(network, collective, trees_per_root=k) for k in (1, 2, 3, 4)), key=lambda made: made.inv_rate)
+
+
+def _scheduled(name: str, make: Callable[[int], Schedule], buckets: Sequence[int]) -> Way:
+    """A schedule cut into as many pieces as are good for the largest bucket."""
+    largest = max(buckets)
+    best = make(_CHUNKS[0])
+    best_s = float(best.time(largest))
+    for before, chunks in pairwise(_CHUNKS):
+        piece = max(op.stop - op.start for op in best.ops) * largest
+        if len(best.ops) * chunks > _MOST_OPS * before or piece * before < _LEAST_PIECE * chunks:
+            break
+        finer = make(chunks)
+        if (finer_s := float(finer.time(largest))) >= best_s:
+            break
+        best, best_s = finer, finer_s
+    times = {nbytes: float(best.time(nbytes)) for nbytes in set(buckets)}
+    loads = link_loads(best)
+    busiest = max(loads, key=lambda link: loads[link] / Fraction(best.links[link]))
+    return Way(name, tuple(times[nbytes] for nbytes in buckets), busiest, schedule=best)
+
+
+def _through_switch(network: Topology, switch: str, buckets: Sequence[int]) -> Way:
+    """Everybody sends its gradients to the switch and gets the sum back; both directions at once."""
+    workers = [name for name in network.compute_nodes if name != switch]
+    hops = [hop for name in workers for hop in ((name, switch, _SWITCHML_BYTES), (switch, name, _SWITCHML_BYTES))]
+    busiest, time = busiest_link(network, hops)
+    trips = [sum(network.latency[link] for link in pairwise(route(network, u, v))) for u, v, _ in hops]
+    rate = float(bytes_per_second(network.unit) / time)
+    return Way("switchml", tuple(nbytes / rate + 2 * max(trips) for nbytes in buckets), busiest)
