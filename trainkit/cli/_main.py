@@ -9,6 +9,7 @@ import trainkit
 _VERBS: dict[str, str] = {
     "demo": "trainkit.cli._demo",
     "doctor": "trainkit.cli._doctor",
+    "order": "trainkit.cli._order",
     "p4 compile": "trainkit.cli._p4_compile",
     "p4 deploy": "trainkit.cli._p4_deploy",
     "p4 reset": "trainkit.cli._p4_reset",
