@@ -83,6 +83,7 @@ class Conductor:
                 names = ", ".join(member.name for member in self.members) or "none"
                 raise ProbeError(f"{len(came)} of {hosts} hosts came within {join_s:g} s: {names}") from None
         shut(self._listener)
+        self.members = [member for _, member in came]  # who is to be told if their ranks make no sense
         self.members = _numbered(came, hosts)
         session = secrets.token_hex(32)
         listed = [[member.name, member.address, member.port] for member in self.members]

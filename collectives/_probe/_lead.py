@@ -16,7 +16,7 @@ from trainkit.collectives._topology import Topology
 
 
 def lead(
-    conductor: Conductor, plan: Plan, hosts: Sequence[HostFacts], prior: Prior | None, progress: Progress, seed: int = 0
+    conductor: Conductor, plan: Plan, hosts: Sequence[HostFacts], prior: Prior | None, progress: Progress, hops: bool
 ) -> Topology:
     """Probe the hosts that the conductor has collected.
 
@@ -26,12 +26,12 @@ def lead(
         hosts: what is known of each beside its rates.
         prior: a declared topology.
         progress: told of every round.
-        seed: of the pairings.
+        hops: whether to count routers.
 
     Raises:
         ProbeError: a host failed.
     """
-    rng = random.Random(seed)
+    rng = random.Random(0)
     count = len(hosts)
     claims = [] if prior is None else prior.levels([host.name for host in hosts])
     trips = RoundTrips()
@@ -47,8 +47,8 @@ def lead(
             measured.append(conductor.load(flows, plan.warm_s, plan.measure_s))
 
     load("all pairs under load", [both_ways(pairs) for _ in range(plan.repeats) for pairs in tournament(count, rng)])
-    said = _claimed_by_hops(trips, count)
-    claims += [said] if said is not None and not claims else []
+    said = _claimed_by_hops(trips, count) if hops and not claims else None
+    claims += [said] if said is not None else []
     tree = infer(measured, count, claims)
     for _ in range(2):
         load("groups under load", _tests(tree, rng))

@@ -37,6 +37,7 @@ def probe(
     warm_s: float = WARM_S,
     measure_s: float = MEASURE_S,
     streams: int = 1,
+    hops: bool = True,
     timeout_s: float = 30.0,
     interface: str | None = None,
     progress: Progress | None = None,
@@ -52,6 +53,7 @@ def probe(
         warm_s: seconds that flows run before they are measured.
         measure_s: seconds that are measured.
         streams: TCP connections of one flow; several where one cannot fill the link.
+        hops: whether counts of routers between hosts may show racks that rates do not.
         timeout_s: longest wait for a host beyond what its work takes.
         interface: network interface to measure; None: the one that the routes between the hosts use.
         progress: told on rank 0 of every round.
@@ -93,7 +95,7 @@ def probe(
             raise ProbeError(f"all {size} ranks are on host {everyone[0]['name']!r}: there is no network to measure")
         if measures:
             about = {"name": everyone[rank]["name"], "rank": first.index(rank), "devices": read_devices()}
-            run = _Run(Plan(len(hosts), warm_s, measure_s), [len(of_host) for of_host in ranks], prior, progress)
+            run = _Run(Plan(len(hosts), warm_s, measure_s), [len(of_host) for of_host in ranks], prior, progress, hops)
             at = (address, port)
             source = everyone[rank]["address"] if interface else ""
             outcome = [run.both(listener, at, bytes.fromhex(key), about, timeout_s, streams, source).to_dict()]
@@ -121,6 +123,7 @@ def probe_hosts(
     warm_s: float = WARM_S,
     measure_s: float = MEASURE_S,
     streams: int = 1,
+    hops: bool = True,
     timeout_s: float = 30.0,
     join_s: float = 120.0,
     interface: str | None = None,
@@ -139,6 +142,7 @@ def probe_hosts(
         warm_s: seconds that flows run before they are measured.
         measure_s: seconds that are measured.
         streams: TCP connections of one flow.
+        hops: whether counts of routers between hosts may show racks that rates do not.
         timeout_s: longest wait for a host beyond what its work takes.
         join_s: longest wait for all hosts to come.
         interface: network interface to measure.
@@ -164,7 +168,7 @@ def probe_hosts(
                     f"rank 0 leads and cannot listen at {rendezvous[0]}:{rendezvous[1]}: {error}"
                 ) from None
     about = {"name": name or socket.gethostname(), "rank": rank, "devices": read_devices()}
-    run = _Run(Plan(hosts, warm_s, measure_s), [1] * hosts, prior, progress, join_s)
+    run = _Run(Plan(hosts, warm_s, measure_s), [1] * hosts, prior, progress, hops, join_s)
     source = _own(interface) if interface else ""
     return run.both(listener, rendezvous, key, about, timeout_s, streams, source)
 
@@ -173,9 +177,15 @@ class _Run:
     """A probe as one process sees it: an agent, and on the leading host the conductor too."""
 
     def __init__(
-        self, plan: Plan, ranks: Sequence[int], prior: Prior | None, progress: Progress | None, join_s: float = 120.0
+        self,
+        plan: Plan,
+        ranks: Sequence[int],
+        prior: Prior | None,
+        progress: Progress | None,
+        hops: bool,
+        join_s: float = 120.0,
     ) -> None:
-        self._plan, self._ranks, self._prior, self._join_s = plan, ranks, prior, join_s
+        self._plan, self._ranks, self._prior, self._hops, self._join_s = plan, ranks, prior, hops, join_s
         self._progress: Callable[[str, int, int], None] = progress or (lambda what, done, total: None)
 
     def both(
@@ -214,7 +224,7 @@ class _Run:
             HostFacts(member.name, member.address, ranks, member.devices)
             for member, ranks in zip(conductor.members, self._ranks, strict=True)
         ]
-        return lead(conductor, self._plan, hosts, self._prior, self._progress)
+        return lead(conductor, self._plan, hosts, self._prior, self._progress, self._hops)
 
 
 def _identity() -> str:

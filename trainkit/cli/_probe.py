@@ -35,6 +35,8 @@ class Options:
     """file with a secret that all hosts share; without it whoever reaches the port may take part"""
     topology: Path | None = None
     """declared topology: YAML tree {core: {rack: [hosts]}}, YAML {labels: {host: [zone, rack]}}, or Slurm's topology.conf"""
+    ignore_hops: bool = False
+    """do not count the routers between hosts, which can show racks that rates do not"""
     interface: str | None = None
     """network interface to measure; default: the one that the routes between the hosts use"""
     warm: float = 0.15
@@ -132,6 +134,7 @@ def _over_address(options: Options, hosts: int) -> "tuple[Topology, bool]":
             warm_s=options.warm,
             measure_s=options.measure,
             streams=options.streams,
+            hops=not options.ignore_hops,
             timeout_s=options.timeout,
             join_s=options.join,
             interface=options.interface,
@@ -160,6 +163,7 @@ def _over_torchrun(options: Options) -> "tuple[Topology, bool]":
                 warm_s=options.warm,
                 measure_s=options.measure,
                 streams=options.streams,
+                hops=not options.ignore_hops,
                 timeout_s=options.timeout,
                 interface=options.interface,
                 progress=progress,
