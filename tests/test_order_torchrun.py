@@ -1,0 +1,49 @@
+"""The rendezvous plug-in of torchrun: planned ranks, kept over restarts and over hosts that leave and return."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from order_agents import Agents
+
+A, B, C, D = (f"127.0.0.{number}" for number in range(1, 5))
+# c10d's own order is by address
+PLAN = {"version": 1, "hosts": ["c", B, A], "addresses": {"c": [C]}, "racks": {"c": "r0", D: "r0"}}
+
+
+@pytest.fixture
+def agents(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Agents]:
+    nodes, restarts = request.param
+    made = Agents(tmp_path, PLAN, nodes=nodes, restarts=restarts)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("agents", [("3", 1)], indirect=True)
+def test_a_killed_worker_keeps_the_order(agents: Agents) -> None:
+    for host in (A, B, C):
+        agents.start(host)
+    agents.wait(lambda: len(agents.rounds()) == 3)
+    assert agents.settled(C, B, A)
+    (agents.folder / "kill").write_text(B)
+    agents.wait(lambda: len(agents.rounds()) == 6)
+    assert agents.settled(C, B, A)
+    assert agents.finish() == [0, 0, 0]
+    # the workers meet on rank 0's host; an agent that saw others go first counts no restart
+    assert {row[4] for row in agents.rounds()} == {C}
+    assert "1" in {row[3] for row in agents.rounds()[3:]}
+
+
+@pytest.mark.parametrize("agents", [("2:4", 10)], indirect=True)
+def test_a_host_leaves_and_returns_and_a_stranger_joins(agents: Agents) -> None:
+    for host in (A, B, C):
+        agents.start(host)
+    agents.wait(lambda: agents.settled(C, B, A))
+    agents.leave(C)
+    agents.wait(lambda: agents.settled(B, A))
+    agents.start(C)
+    agents.wait(lambda: agents.settled(C, B, A))
+    # not among the hosts of the plan, but its rack is known: behind c
+    agents.start(D)
+    agents.wait(lambda: agents.settled(C, D, B, A))
+    assert agents.finish() == [0, 0, 0, 0]
