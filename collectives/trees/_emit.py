@@ -58,18 +58,20 @@ def emit_allreduce(forest: "AllreduceForest", chunks: int) -> Schedule:
     down_slices = sorted((piece, tree) for tree, piece in enumerate(tree_slices(forest.broadcast)))
     starts = [piece[0] for piece, _ in down_slices]
     for up, (start, stop) in enumerate(tree_slices(forest.reduce)):
-        size = (stop - start) / chunks
-        for chunk in range(chunks):
-            first, last = start + chunk * size, start + (chunk + 1) * size
-            place = bisect_right(starts, first) - 1
-            # The two phases cut a shard differently: a piece that several broadcast trees share is cut again.
-            while place < len(down_slices) and down_slices[place][0][0] < last:
-                (below, above), down = down_slices[place]
-                piece = (max(first, below), min(last, above))
+        height = int(forest.reduce.flat.heights[up])
+        place = bisect_right(starts, start) - 1
+        # The two phases cut a shard differently. Each part that one tree reduces and one broadcasts is cut into chunks
+        # of its own, so that all trees are busy all the time, each with its share of the links.
+        while place < len(down_slices) and down_slices[place][0][0] < stop:
+            (below, above), down = down_slices[place]
+            first, size = max(start, below), (min(stop, above) - max(start, below)) / chunks
+            for chunk in range(chunks):
+                piece = (first + chunk * size, first + (chunk + 1) * size)
                 arrived = tree_hops(hops, forest.reduce.flat, forest.topology.nodes, up, piece, chunk, True)
-                wave = chunk + int(forest.reduce.flat.heights[up])
-                tree_hops(hops, forest.broadcast.flat, forest.topology.nodes, down, piece, wave, False, arrived)
-                place += 1
+                tree_hops(
+                    hops, forest.broadcast.flat, forest.topology.nodes, down, piece, chunk + height, False, arrived
+                )
+            place += 1
     return assemble(
         f"all-reduce forest of {forest.topology.name}", "allreduce", forest.reduce.members, hops, forest.topology
     )
