@@ -3,6 +3,7 @@
 The published algorithm, which does not look at the chunk of a packet, is driven by the same adversary and must fail.
 """
 
+import dataclasses
 import heapq
 import random
 from collections import Counter
@@ -206,18 +207,25 @@ def guessed(buckets: Buckets, member: Membership, seeded: random.Random) -> list
 
 
 def schedule(
-    core: str, seed: int, wire: str = "int32", profile: str | None = None, adversary: Adversary | None = None
+    core: str,
+    seed: int,
+    wire: str = "int32",
+    profile: str | None = None,
+    adversary: Adversary | None = None,
+    elements: int = 4,
+    slots: int | None = None,
 ) -> None:
     """One run; raises where a sum is wrong, a worker hangs or a failure has no name."""
     seeded = random.Random(seed)
     numbers = np.random.default_rng(seed)
     profile = profile or seeded.choice(["core", "full"] if wire == "int32" else ["full"])
     member = Membership(
-        session=seeded.randrange(4), epoch=seeded.randrange(2**32), world=seeded.randint(1, 5), slots=seeded.randint(1, 4),
-        elements=4, wire=wire, profile=profile,
+        session=seeded.randrange(4), epoch=seeded.randrange(2**32), world=seeded.randint(1, 5),
+        slots=seeded.randint(1, 4), elements=elements, wire=wire, profile=profile,
         key=seeded.randbytes(32) if core != "published" and seeded.random() < 0.3 and profile == "full" else b"",
     )  # fmt: skip
-    sizes = [seeded.choice([0, 1, 3, 4, 5, 16, 17, 40]) for _ in range(seeded.randint(1, 3))]
+    member = dataclasses.replace(member, slots=slots or member.slots)
+    sizes = [elements * seeded.choice([0, 1, 3, 4, 5, 16, 17, 40]) // 4 for _ in range(seeded.randint(1, 3))]
     buckets = [
         [
             (numbers.standard_normal(size) * 10.0 ** numbers.integers(-30, 30)).astype(np.float32)
