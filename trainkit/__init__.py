@@ -8,12 +8,19 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from trainkit._callback import AutoLRS as AutoLRS
+    from trainkit._network import AutoNetworkStrategy as AutoNetworkStrategy
+    from trainkit._strategies import ForestStrategy as ForestStrategy
     from trainkit._strategies import SwitchMLStrategy as SwitchMLStrategy
 
 __version__ = "0.1.0"
-__all__ = ["AutoLRS", "SwitchMLStrategy"]
+__all__ = ["AutoLRS", "AutoNetworkStrategy", "ForestStrategy", "SwitchMLStrategy"]
 
-_HOMES = {"AutoLRS": "trainkit._callback", "SwitchMLStrategy": "trainkit._strategies"}
+_HOMES = {
+    "AutoLRS": "trainkit._callback",
+    "AutoNetworkStrategy": "trainkit._network",
+    "ForestStrategy": "trainkit._strategies",
+    "SwitchMLStrategy": "trainkit._strategies",
+}
 
 
 def __getattr__(name: str) -> object:

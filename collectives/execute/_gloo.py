@@ -6,6 +6,7 @@ Plain sends and receives with tags of their own; gloo's batched form can hang.
 import threading
 from collections.abc import Callable, Iterable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -124,13 +125,16 @@ class _Run:
     def _send(self, peer: int, mine: list[int]) -> None:
         for at in mine:
             with self.moved:
-                if not self.moved.wait_for(lambda at=at: self.waits[at] == 0 or self.error, self.transport.deadline_s):
+                if not self.moved.wait_for(partial(self._may_go, at), self.transport.deadline_s):
                     raise TimeoutError(f"nothing to send for {self.transport.deadline_s:g} s")
                 if self.error is not None:
                     return
             work = self.transport.group.send([self.buffer[self.begin[at] : self.end[at]]], peer, self._tag(at))
             work.wait(timedelta(seconds=self.transport.deadline_s))
             self._complete(at)
+
+    def _may_go(self, at: int) -> bool:
+        return self.waits[at] == 0 or self.error is not None
 
     def _tag(self, at: int) -> int:
         return _TAG | int(self.program.op[at]) & 0xFFFFFF

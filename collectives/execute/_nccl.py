@@ -55,7 +55,7 @@ class NcclTransport:
     def prepare(self, peers: Iterable[int]) -> None:
         """Make all ranks meet once, so that groups of a few of them may follow."""
         if self._streams is None:
-            self._streams = (torch.cuda.Stream(), torch.cuda.Stream())
+            self._streams = (torch.cuda.Stream(), torch.cuda.Stream())  # type: ignore[no-untyped-call]
             self._group.allreduce([torch.zeros(1, device="cuda")]).wait()
 
     def start(self, program: Program, buffer: torch.Tensor) -> Work:
@@ -84,7 +84,7 @@ class NcclTransport:
                 for first, end, source, staged, adds in wave.applies:
                     value = (staging[half:] if staged else buffer)[source : source + end - first]
                     buffer[first:end].add_(value) if adds else buffer[first:end].copy_(value)
-                events.append(torch.cuda.Event())
+                events.append(torch.cuda.Event())  # type: ignore[no-untyped-call]
                 events[-1].record()
         current.wait_stream(sums)
         return _Queued()

@@ -76,6 +76,7 @@ class Rescue:
         ahead = dist.get_global_rank(self._group, done.index(max(done)))
         behind = self._count == min(done)
         value = tensor if behind else self._last
+        assert value is not None  # who is behind was summing, and who is ahead has a sum
         self._guarded(lambda: dist.broadcast(value, ahead, group=self._group))
         return not behind
 

@@ -61,7 +61,9 @@ class Seat:
             raise ValueError("this process is not in the process group that the schedule is to run on")
         name = str(group.group_name)
         _runs[name] += 1
-        store = dist.PrefixStore(f"trainkit/{name}/{_runs[name]}", dist.distributed_c10d._get_default_store())
+        store = dist.distributed_c10d.PrefixStore(
+            f"trainkit/{name}/{_runs[name]}", dist.distributed_c10d._get_default_store()
+        )
         return Seat(group, store, dist.get_rank(group), dist.get_world_size(group))
 
 
