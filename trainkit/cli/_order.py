@@ -158,8 +158,7 @@ def _show(options: Options, facts: dict[str, Any]) -> None:
     if not facts["converged"]:
         print("  the search was cut short: more --seconds may find more")
     print(f"  ranks               {' '.join(facts['order'])}")
-    if "written" in facts:
-        assert options.write is not None
+    if options.write is not None and "written" in facts:
         use = _HINTS[options.write].format(out=facts["written"], first=facts["order"][0])
         print(f"  written             {facts['written']}\n  use                 {use}")
 
