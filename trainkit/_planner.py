@@ -106,6 +106,7 @@ def plan_network(
     buckets: Sequence[int],
     *,
     switch: str | None = None,
+    backend: Literal["gloo", "nccl"] = "gloo",
     overhead_s: float = OVERHEAD_S,
     order_seconds: float = 1.0,
 ) -> NetworkPlan:
@@ -115,6 +116,7 @@ def plan_network(
         topology: the network, with a unit; its compute nodes in the order of the ranks.
         buckets: bytes of each gradient bucket of one training step, fp32.
         switch: the node at which a SwitchML switch runs; None: there is none.
+        backend: whose ring it is: gloo's all-reduce sends from rank r to r - 1, NCCL's to r + 1.
         overhead_s: seconds that a message between two processes costs beside its bytes and the links' latencies.
         order_seconds: how long the search for a better rank order may take.
 
@@ -129,13 +131,14 @@ def plan_network(
         )
     network = _with_overhead(topology, overhead_s)
     native = allreduce_forest(network)
-    halves = [_fewest_trees(network, half) for half in ("reduce_scatter", "allgather")]
-    ring = _ring("ring", network, topology.compute_nodes, buckets)
+    down, up = _fewest_trees(network, "allgather"), _fewest_trees(network, "reduce_scatter")
+    flow = -1 if backend == "gloo" else 1
+    ring = _ring("ring", network, topology.compute_nodes, flow, buckets)
     ways = [
         ring,
-        *_reordered(network, buckets, order_seconds),
+        *_reordered(network, flow, buckets, order_seconds),
         _scheduled("tree", lambda chunks: double_binary_tree_schedule(network, chunks), buckets),
-        _scheduled("forest", lambda chunks: compose(*(half.schedule(chunks) for half in halves)), buckets),
+        _scheduled("forest", lambda chunks: compose(up.schedule(chunks), down.schedule(chunks)), buckets),
         _scheduled("native", native.schedule, buckets),
         *([_through_switch(network, switch, buckets)] if switch is not None else []),
     ]
@@ -151,9 +154,9 @@ def _with_overhead(topology: Topology, overhead_s: float) -> Topology:
     return replace(topology, latency=latency)
 
 
-def _ring(name: str, network: Topology, order: Sequence[str], buckets: Sequence[int]) -> Way:
+def _ring(name: str, network: Topology, order: Sequence[str], flow: int, buckets: Sequence[int]) -> Way:
     size = len(order)
-    legs = list(zip(order, [*order[1:], order[0]], strict=True))
+    legs = list(zip(order, [*order[flow:], *order[:flow]], strict=True))
     busiest, time = busiest_link(network, ((u, v, Fraction(2 * (size - 1), size)) for u, v in legs))
     paths = [route(network, u, v) for u, v in legs]
     slowest = max(sum(network.latency[link] for link in pairwise(path)) for path in paths)
@@ -162,15 +165,16 @@ def _ring(name: str, network: Topology, order: Sequence[str], buckets: Sequence[
     return Way(name, seconds, busiest, order=tuple(order))
 
 
-def _reordered(network: Topology, buckets: Sequence[int], order_seconds: float) -> list[Way]:
+def _reordered(network: Topology, flow: int, buckets: Sequence[int], order_seconds: float) -> list[Way]:
     """The ring in the best order found; none where the given order is as good."""
     # What a hop takes from all links on its way together: hops that share a thin link are then avoided like slow ones.
     tail, head, capacity = network.arcs
     size = len(network.nodes)
     cost = dijkstra(csr_array((1.0 / capacity, (tail, head)), shape=(size, size)), indices=network.compute)
-    found = order_ranks(cost[:, network.compute], "ring", seconds=order_seconds)
+    cost = cost[:, network.compute]
+    found = order_ranks(cost if flow > 0 else cost.T, "ring", seconds=order_seconds)
     order = [network.compute_nodes[number] for number in found.order]
-    return [] if order == list(network.compute_nodes) else [_ring("reordered ring", network, order, buckets)]
+    return [] if order == list(network.compute_nodes) else [_ring("reordered ring", network, order, flow, buckets)]
 
 
 def _fewest_trees(network: Topology, collective: Literal["reduce_scatter", "allgather"]) -> Forest:

@@ -1,0 +1,141 @@
+"""AutoNetworkStrategy with real processes: it plans, carries, compares, plans anew, and every rank ends with equal bits."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainkit.collectives import Topology, fabrics
+
+_TRAIN = """
+import json, os, sys
+import torch, pytorch_lightning as pl
+from lightning_fabric.plugins.environments import LightningEnvironment
+from trainkit.collectives import Topology
+torch.set_num_threads(1)
+told = json.loads(sys.argv[1])
+
+class Net(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.Tanh(), torch.nn.Linear(64, 1))
+        self.seen = []
+    def training_step(self, batch, index):
+        state = self.trainer.strategy.network_state
+        self.seen.append(state.plan and state.plan.chosen.name)
+        return (self.net(batch) - batch.sum(1, keepdim=True)).square().mean()
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+pl.seed_everything(0, verbose=False)
+data = torch.utils.data.DataLoader(torch.randn(400, 16), batch_size=4)
+if told["strategy"] == "by name":
+    import trainkit
+    trainkit.AutoNetworkStrategy
+    strategy = "auto_network"
+else:
+    from trainkit import AutoNetworkStrategy
+    network = told["network"] and Topology.from_dict(told["network"])
+    strategy = AutoNetworkStrategy(network, window=told["window"], **told["more"])
+trainer = pl.Trainer(accelerator="cpu", devices=told["world"], strategy=strategy, max_steps=told["steps"], logger=False,
+                     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+                     plugins=[LightningEnvironment()])
+net = Net()
+trainer.fit(net, data)
+state = trainer.strategy.network_state
+flat = torch.cat([p.detach().flatten() for p in net.parameters()])
+print(json.dumps({"bits": flat.view(torch.int32).tolist(), "seen": net.seen, "plan": state.plan and state.plan.as_dict(),
+                  "compared": [[c.way, c.steps, c.predicted_s, c.measured_s] for c in state.comparisons]}), flush=True)
+"""
+
+
+def train(
+    folder: Path,
+    network: Topology | None,
+    *,
+    world: int = 2,
+    steps: int = 14,
+    window: int = 4,
+    strategy: str = "new",
+    **more: Any,
+) -> list[dict[str, Any]]:
+    script = folder / "train.py"
+    script.write_text(_TRAIN)
+    told = json.dumps(
+        {
+            "network": network and network.to_dict(),
+            "world": world,
+            "steps": steps,
+            "window": window,
+            "strategy": strategy,
+            "more": more,
+        }
+    )
+    port = str(20000 + os.getpid() % 20000)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), told],
+            env={**os.environ, "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    try:
+        ended = [process.communicate(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, (_, errors) in zip(processes, ended, strict=True):
+        assert process.returncode == 0, errors
+    return [json.loads(out.strip().splitlines()[-1]) | {"errors": errors} for out, errors in ended]
+
+
+def test_a_schedule_is_chosen_and_compared_with_what_happens(tmp_path: Path) -> None:
+    # one slow host on a star: only reducing and broadcasting at once saves its link
+    results = train(tmp_path, fabrics.star([1, 4, 4], unit="Mbit/s"), world=3)
+    assert all(result["bits"] == results[0]["bits"] for result in results)
+    chosen = results[0]["plan"]["chosen"]
+    assert chosen in ("native", "tree", "forest")
+    # two steps on the ring, then the plan
+    assert results[0]["seen"] == [None] * 3 + [chosen] * 11
+    assert [row[:2] for row in results[0]["compared"]] == [[chosen, 4]] * 2
+    assert [row[2:] for row in results[0]["compared"]] == [row[2:] for row in results[2]["compared"]]
+    assert results[0]["plan"]["buckets"] == [4 * (16 * 64 + 64 + 64 + 1)]
+
+
+def test_reordered_ring_runs_in_a_group_of_its_own(tmp_path: Path) -> None:
+    fast = [("a", "b"), ("b", "c"), ("c", "a")]
+    links = [(u, v, 100) for u, v in fast] + [(v, u, 1) for u, v in fast]
+    # gloo's ring flows from rank r to r - 1: the slow way
+    results = train(tmp_path, Topology("one way round", "abc", "abc", links, unit="Mbit/s"), world=3)
+    assert all(result["bits"] == results[0]["bits"] for result in results)
+    assert results[0]["plan"]["chosen"] == "reordered ring"
+    assert results[0]["plan"]["ways"]["reordered ring"]["order"] in (["a", "c", "b"], ["c", "b", "a"], ["b", "a", "c"])
+
+
+def test_on_one_host_there_is_nothing_to_plan_and_training_goes_on(tmp_path: Path) -> None:
+    # by the registered name, in a fresh process
+    results = train(tmp_path, None, strategy="by name", steps=5)
+    assert results[0]["bits"] == results[1]["bits"]
+    assert results[0]["plan"] is None
+    assert "all 2 ranks are on host" in results[0]["errors"]
+
+
+def test_drift_has_the_network_probed_anew(tmp_path: Path) -> None:
+    # no two windows take equal times: every third look is drift; here the probe then finds one host, the plan stays
+    results = train(tmp_path, fabrics.star([1, 4], unit="Mbit/s"), steps=20, drift=1e-9)
+    assert results[0]["bits"] == results[1]["bits"]
+    assert "the network drifted" in results[0]["errors"]
+    assert "no network plan: all 2 ranks are on host" in results[0]["errors"]
+    assert results[0]["plan"]["network"].startswith("star")
+
+
+def test_a_network_of_another_size_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"needs one compute node a rank: .* has 3, the job 2 ranks"):
+        train(tmp_path, fabrics.star([1, 1, 1], unit="Mbit/s"))

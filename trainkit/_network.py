@@ -1,0 +1,288 @@
+"""AutoNetworkStrategy: measure the network, plan, carry the gradients that way, and look whether the plan was right."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.distributed as dist
+from pytorch_lightning.strategies import DDPStrategy, StrategyRegistry
+from lightning_fabric.utilities.rank_zero import rank_zero_info
+from torch.nn.parallel import DistributedDataParallel
+
+from trainkit._planner import NetworkPlan, Way, plan_network
+from trainkit._stopwatch import Stopwatch
+from trainkit.collectives import ForestState, ProbeError, Topology, forest_hook, probe
+from trainkit.switchml import SwitchMLState, switchml_hook
+
+if TYPE_CHECKING:
+    _Base = DDPStrategy
+else:
+    _Base = object
+
+_SETTLING = 2
+"""Steps on the process group's ring before planning: DDP rebuilds its buckets after the first."""
+_Tensors = torch.futures.Future[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A plan's prediction beside what happened."""
+
+    way: str
+    """The way that was taken."""
+    steps: int
+    """Training steps that the measurement is the median of."""
+    predicted_s: float
+    """Seconds of communication in a step, predicted."""
+    measured_s: float
+    """Measured: the least over the ranks, since an early rank's time includes waiting for a late one."""
+
+    def __str__(self) -> str:
+        off = self.measured_s / self.predicted_s - 1
+        return (
+            f"{self.way}: predicted {self.predicted_s:.4g} s of communication a step, "
+            f"measured {self.measured_s:.4g} s over {self.steps} steps ({off:+.0%})"
+        )
+
+
+class NetworkState:
+    """The state of `auto_network_hook`: plans once the buckets are known, and watches the network.
+
+    Args:
+        network: what to plan for, its compute nodes in the order of the ranks; None probes.
+        switch: "host:port" of a SwitchML switch to consider, with its node in `network`: `(address, node)`.
+        token_file: the switch's secret.
+        deadline_s: seconds without progress after which a bucket fails.
+        fallback: "allreduce" goes on with the process group when a schedule or switch fails.
+        window: training steps between two looks at the measured time.
+        drift: a window's time that is off the first one's by more than this part, twice running, has the network probed
+            and planned anew.
+    """
+
+    def __init__(
+        self,
+        network: Topology | None = None,
+        *,
+        switch: tuple[str, str] | None = None,
+        token_file: str | None = None,
+        deadline_s: float = 30.0,
+        fallback: Literal["error", "allreduce"] = "error",
+        window: int = 50,
+        drift: float = 0.3,
+    ) -> None:
+        if window < 1:
+            raise ValueError(f"window is a number of steps of at least 1, got {window}")
+        if not drift > 0:
+            raise ValueError(f"drift is a part above 0, such as 0.3, got {drift}")
+        self.network = network
+        self.plan: NetworkPlan | None = None
+        """The plan in force; None in the first steps."""
+        self.comparisons: list[Comparison] = []
+        """Prediction and measurement, one a window."""
+        self._switch, self._token_file = switch, token_file
+        self._deadline_s, self._fallback = deadline_s, fallback
+        self._window, self._drift = window, drift
+        self._carry: Callable[[Any], _Tensors] = self._by_group(None)
+        self._close: Callable[[], None] = lambda: None
+        self._control: dist.ProcessGroup | None = None
+        self._sizes: list[int] = []
+        self._clock = Stopwatch()
+        self._step = self._since_plan = self._strikes = 0
+
+    def average(self, bucket: Any) -> _Tensors:
+        """Average one gradient bucket the planned way."""
+        if bucket.index() == 0:
+            self._next_step()
+        buffer = bucket.buffer()
+        self._sizes.append(buffer.numel() * 4)
+        stop = self._clock.start(buffer.device)
+        future = self._carry(bucket)
+        return future.then(lambda done: (stop(), done.value())[1])  # type: ignore[func-returns-value]
+
+    def close(self) -> None:
+        """Leave the switch or the executor."""
+        self._close()
+        self._close = lambda: None
+
+    def _next_step(self) -> None:
+        sizes, self._sizes = self._sizes, []
+        if self._step > 0:
+            self._clock.end_step()
+        self._step += 1
+        if self._step == _SETTLING + 1:
+            self._replan(sizes, self.network)
+        elif len(self._clock.steps) >= self._window:
+            self._look_back(sizes)
+
+    def _look_back(self, sizes: Sequence[int]) -> None:
+        measured = torch.tensor(median(self._clock.read()), dtype=torch.float64)
+        if self.plan is None:
+            return
+        dist.all_reduce(measured, dist.ReduceOp.MIN, group=self._group())
+        way = self.plan.chosen
+        now = Comparison(way.name, self._window, way.step_s, float(measured))
+        self.comparisons.append(now)
+        self._since_plan += 1
+        if self._since_plan == 1:
+            self._reference = now.measured_s
+            rank_zero_info(f"network plan, {now}")
+            return
+        drifted = abs(now.measured_s / self._reference - 1) > self._drift
+        self._strikes = self._strikes + 1 if drifted else 0
+        if self._strikes == 2:
+            rank_zero_info(f"the network drifted: {now}, {self._reference:.4g} s before; probing and planning anew")
+            self._strikes = 0
+            self._replan(sizes, None)
+
+    def _replan(self, sizes: Sequence[int], network: Topology | None) -> None:
+        """Plan for a network and change over to what is chosen; without one, for what a probe finds."""
+        try:
+            network = network or probe(self._group())
+        except ProbeError as error:
+            # the same on every rank
+            rank_zero_info(f"no network plan: {error}; gradients go on as before")
+            return
+        world = dist.get_world_size()
+        if len(network.compute_nodes) != world:
+            raise ValueError(
+                f"a network plan needs one compute node a rank: {network.name} has "
+                f"{len(network.compute_nodes)}, the job {world} ranks: probe this job's hosts anew"
+            )
+        self.close()
+        self.network = network
+        # One rank plans: a search that ends by the clock could end differently elsewhere.
+        box: list[Any] = [None]
+        if dist.get_rank() == 0:
+            try:
+                backend: Literal["gloo", "nccl"] = "nccl" if dist.get_backend() == "nccl" else "gloo"
+                box[0] = plan_network(network, sizes, switch=self._switch and self._switch[1], backend=backend)
+            except ValueError as error:
+                box[0] = error
+        dist.broadcast_object_list(box, src=0, group=self._group())
+        if isinstance(box[0], ValueError):
+            raise box[0]
+        self.plan = box[0]
+        self._adopt(self.plan.chosen)
+        self._since_plan = self._strikes = 0
+        self._clock.read()
+        _show(self.plan)
+
+    def _adopt(self, way: Way) -> None:
+        state: Any
+        if way.schedule is not None:
+            state = ForestState(schedule=way.schedule, deadline_s=self._deadline_s, fallback=self._fallback)
+            self._carry, self._close = lambda bucket: forest_hook(state, bucket), state.close
+        elif way.name == "switchml":
+            assert self._switch is not None
+            fallback: Any = "allreduce" if self._fallback == "allreduce" else None
+            state = SwitchMLState(
+                self._switch[0], token_file=self._token_file, deadline_s=self._deadline_s, fallback=fallback
+            )
+            state.connect()
+            self._carry, self._close = lambda bucket: switchml_hook(state, bucket), state.close
+        elif way.name == "reordered ring":
+            assert self.network is not None
+            ranks = [self.network.compute_nodes.index(name) for name in way.order or ()]
+            group = dist.new_group(ranks, sort_ranks=False)
+            self._carry, self._close = self._by_group(group), lambda: dist.destroy_process_group(group)
+        else:
+            self._carry = self._by_group(None)
+
+    def _group(self) -> dist.ProcessGroup:
+        """A gloo group for our own few words, whatever carries the gradients."""
+        if self._control is None:
+            self._control = dist.new_group(backend="gloo")
+        return self._control
+
+    @staticmethod
+    def _by_group(group: dist.ProcessGroup | None) -> Callable[[Any], _Tensors]:
+        def carry(bucket: Any) -> _Tensors:
+            buffer = bucket.buffer().div_(dist.get_world_size())
+            work = dist.all_reduce(buffer, group=group, async_op=True)
+            future: _Tensors = work.get_future().then(lambda done: done.value()[0])
+            return future
+
+        return carry
+
+
+def _show(plan: NetworkPlan) -> None:
+    if dist.get_rank() == 0:
+        from rich.console import Console
+
+        Console(stderr=True).print(plan.table())
+
+
+def auto_network_hook(
+    state: NetworkState,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]
+) -> torch.futures.Future[torch.Tensor]:
+    """Average a bucket the way that the plan says; for `DistributedDataParallel.register_comm_hook`.
+
+    Example:
+        >>> ddp.register_comm_hook(NetworkState(Topology.load("network.json")), auto_network_hook)
+    """
+    return state.average(bucket)
+
+
+class _AutoNetwork(_Base):
+    """What AutoNetworkStrategy adds to a DDPStrategy, whichever package that comes from."""
+
+    def __init__(
+        self,
+        network: str | Path | Topology | None = None,
+        *,
+        switch: tuple[str, str] | None = None,
+        token_file: str | None = None,
+        deadline_s: float = 30.0,
+        fallback: Literal["error", "allreduce"] = "error",
+        window: int = 50,
+        drift: float = 0.3,
+        **ddp: Any,
+    ) -> None:
+        if isinstance(network, str | Path):
+            network = Topology.load(network)
+        self.network_state = NetworkState(
+            network, switch=switch, token_file=token_file, deadline_s=deadline_s, fallback=fallback, window=window,
+            drift=drift,
+        )  # fmt: skip
+        super().__init__(ddp_comm_state=self.network_state, ddp_comm_hook=auto_network_hook, **ddp)
+
+    def _register_ddp_hooks(self) -> None:
+        # Lightning's own method does nothing unless the device is a GPU
+        assert isinstance(self.model, DistributedDataParallel)
+        self.model.register_comm_hook(self.network_state, auto_network_hook)
+
+    def teardown(self) -> None:
+        """Leave the network, then what DDP does."""
+        self.network_state.close()
+        super().teardown()
+
+
+class AutoNetworkStrategy(_AutoNetwork, DDPStrategy):
+    """DDP that finds out how to carry its gradients: `Trainer(strategy=AutoNetworkStrategy())`.
+
+    The first two steps run on the process group's ring. Then the network is probed (or read from `network`), the time
+    of every way to all-reduce is predicted for the model's own buckets, and the best is taken: see
+    `trainkit._planner`. After 50 steps the prediction is compared with what happened; when the network drifts, it is
+    probed and planned anew.
+
+    Args:
+        network: file written by `trainkit probe`, or a Topology, with one compute node a rank, in the order of the
+            ranks; None probes.
+        switch: (address, node in the network) of a SwitchML switch to consider.
+        token_file: that switch's secret.
+        deadline_s: seconds without progress after which training ends with a named error.
+        fallback: "allreduce" goes on with the process group when a schedule or the switch fails.
+        window: training steps between two looks at the time of communication.
+        drift: how far, as a part, that time may move before the network counts as changed.
+        **ddp: arguments of `pytorch_lightning.strategies.DDPStrategy`.
+
+    Raises:
+        ValueError: an argument is outside its range, or the network's file breaks a rule.
+    """
+
+
+StrategyRegistry.register("auto_network", AutoNetworkStrategy, description="DDP on the best all-reduce for the network")
