@@ -36,8 +36,9 @@ if TYPE_CHECKING:
     from trainkit.collectives.execute import PeerLost as PeerLost
     from trainkit.collectives.execute import Runner as Runner
     from trainkit.collectives.execute import forest_hook as forest_hook
+    from trainkit.collectives.execute import register_backend as register_backend
 
-_EXECUTE = ("ExecutionError", "ForestState", "PeerLost", "Runner", "forest_hook")
+_EXECUTE = ("ExecutionError", "ForestState", "PeerLost", "Runner", "forest_hook", "register_backend")
 
 
 def __getattr__(name: str) -> object:

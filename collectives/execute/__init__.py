@@ -1,5 +1,6 @@
 """Schedules that run: compiled for each rank, chunk after chunk, both directions at once."""
 
+from trainkit.collectives.execute._backend import register_backend as register_backend
 from trainkit.collectives.execute._errors import ExecutionError as ExecutionError
 from trainkit.collectives.execute._errors import PeerLost as PeerLost
 from trainkit.collectives.execute._reference import run_reference as run_reference

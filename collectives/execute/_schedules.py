@@ -21,9 +21,13 @@ class Schedules:
         chunk_bytes: the least that is worth a message of its own; a tree's share is cut into at most 64.
         store: through which rank 0 hands its trees to the others, so that all have the same.
         rank: this one.
+        group: the compute nodes that take part, in rank order; None: all.
     """
 
-    def __init__(self, topology: Topology, chunk_bytes: int, store: Store, rank: int) -> None:
+    def __init__(
+        self, topology: Topology, chunk_bytes: int, store: Store, rank: int, group: list[str] | None = None
+    ) -> None:
+        self.group = group
         self.topology, self._chunk_bytes, self._store, self._rank = topology, chunk_bytes, store, rank
         self._trees: dict[str, Any] = {}
         self._kept: dict[tuple[str, int], Schedule] = {}
@@ -53,11 +57,12 @@ class Schedules:
         if self._rank == 0:
             trees: Any
             if collective == "allreduce":
-                trees = allreduce_forest(self.topology)
+                trees = allreduce_forest(self.topology, group=self.group)
             elif root is None:
-                trees = forest(self.topology, collective)  # type: ignore[arg-type]
+                trees = forest(self.topology, collective, group=self.group)  # type: ignore[arg-type]
             else:
-                trees = forest(self.topology, "broadcast", root=self.topology.compute_nodes[root])
+                nodes = self.group or self.topology.compute_nodes
+                trees = forest(self.topology, "broadcast", root=nodes[root], group=self.group)
             self._store.set(key, pickle.dumps(trees))  # type: ignore[arg-type]
         else:
             self._store.wait([key], _PLANNING)
