@@ -12,6 +12,8 @@ from trainkit.switchml._errors import WorkerMissing as WorkerMissing
 from trainkit.switchml._fixed_switch import FixedSwitch as FixedSwitch
 from trainkit.switchml._hook import noop_hook as noop_hook
 from trainkit.switchml._hook import switchml_hook as switchml_hook
+from trainkit.switchml._kernel import KernelUnavailable as KernelUnavailable
+from trainkit.switchml._kernel_switch import KernelSwitch as KernelSwitch
 from trainkit.switchml._options import read_token as read_token
 from trainkit.switchml._session import Limits as Limits
 from trainkit.switchml._session import Programmed as Programmed

@@ -19,6 +19,8 @@ VERSION_BIT = 0x8000
 FROM_SWITCH = 0xFF
 NON_FINITE = 0xFF
 MAX_WORKERS = 64
+KERNEL_ELEMENTS = 352
+"""Payload that a switch inside a kernel takes besides those of profile `core`: what an Ethernet frame carries."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class Profile:
     def allows(self, elements: int) -> bool:
         """Whether a session of this profile may carry `elements` integers a packet."""
         if self.name == "core":
-            return elements in self.elements
+            return elements in (*self.elements, KERNEL_ELEMENTS)
         return self.elements[0] <= elements <= self.elements[1]
 
 

@@ -7,6 +7,7 @@ averages until the chunks since then prove that all have them (a worker is at mo
 that even the last rank to get the last bucket is served.
 """
 
+import copy
 import logging
 import queue
 import threading
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from trainkit.switchml._errors import SwitchMLError
+from trainkit.switchml._errors import SwitchMLError, WorkerMissing
 from trainkit.switchml._fixed_point import Floats
 from trainkit.switchml._lanes import Lanes
 from trainkit.switchml._options import Options
@@ -62,12 +63,13 @@ class Rescue:
         if not dist.is_initialized():
             raise ValueError("fallback='allreduce' needs torch.distributed: call init_process_group first, or use None")
         self._options, self._rank, self._world = options, rank, world
-        patience = timedelta(seconds=2 * options.deadline_s + 10)
-        self._group = dist.new_group(backend="gloo", timeout=patience)
+        self._patience = 2 * options.deadline_s + 10
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self._patience))
         self._link: Lanes | None = Lanes(options, rank, world)
         self.member = self._link.member
         self.error: SwitchMLError | None = None
         self.rescues = 0
+        self._cause = SwitchMLError("the session failed")
         self._lock = threading.Lock()
         self._jobs: dict[int, _Job] = {}
         self._kept: dict[int, _Job] = {}
@@ -117,7 +119,7 @@ class Rescue:
                 self._give_up(error)
         if self.error is None and self._link is not None:
             try:
-                self._agree()
+                self._agree(self._patience)
             except RuntimeError as error:
                 _log.warning("rank %d could not see whether all ranks have their last bucket: %s", self._rank, error)
 
@@ -154,17 +156,22 @@ class Rescue:
     def _fall_back(self, error: SwitchMLError) -> None:
         _log.warning("rank %d goes on without the switch: %s", self._rank, error)
         self.rescues += 1
+        self._cause = error
+        # a rank that is only cut off from the switch answers here; one that is dead or paused has had its deadline
+        patience = self._options.deadline_s if isinstance(error, WorkerMissing) else self._patience
         try:
-            self._agree()
+            self._agree(patience)
         except RuntimeError as failed:
             raise error from failed  # the ranks do not find together: the first error names the cause
 
-    def _agree(self) -> None:
+    def _agree(self, patience: float) -> None:
         """Exchange what is finished, and serve those who lack an average that another rank has."""
         self._unlink()
         mine = torch.tensor([self._finished])
         gathered = [torch.empty_like(mine) for _ in range(self._world)]
-        dist.all_gather(gathered, mine, group=self._group)
+        exchange = dist.all_gather(gathered, mine, group=self._group, async_op=True)
+        assert exchange is not None
+        exchange.wait(timedelta(seconds=patience))
         finished = [int(count) for count in gathered]
         source = finished.index(max(finished))
         for number in range(min(finished), max(finished)):
@@ -223,7 +230,11 @@ class Rescue:
         self._complete(job)
 
     def _give_up(self, error: Exception) -> None:
-        named = error if isinstance(error, SwitchMLError) else SwitchMLError(f"the fallback failed too: {error}")
+        if isinstance(error, SwitchMLError):
+            named = error
+        else:
+            named = copy.copy(self._cause)
+            named.args = (f"{self._cause}; going on without the switch failed too: {error}",)
         with self._lock:
             self.error = named
             pending, self._jobs = self._jobs, {}

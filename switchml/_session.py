@@ -117,6 +117,7 @@ class Sessions:
         programmed: the sessions of a switch that knows no others, by name; None takes any.
         lane: of which lane of its sessions this switch is.
         ports: where the workers of a session find its lanes.
+        core: it takes profile "core" only.
     """
 
     def __init__(
@@ -128,8 +129,9 @@ class Sessions:
         programmed: Mapping[str, Programmed] | None = None,
         lane: int = 0,
         ports: tuple[int, ...] = (),
+        core: bool = False,
     ) -> None:
-        self._lane, self._ports = lane, ports
+        self._lane, self._ports, self._core = lane, ports, core or programmed is not None
         self._plane, self._token, self._receive_buffer = plane, token, receive_buffer
         self._limits, self._programmed = limits or Limits(), programmed
         self._sessions: dict[str, _Session] = {}
@@ -187,7 +189,11 @@ class Sessions:
 
     def _join(self, message: Message, source: Address, now: float) -> Replies:
         name = message.get("session")
-        why = _refusal(message) or (self._unprogrammed(message, source) if self._programmed is not None else None)
+        why = _refusal(message)
+        if why is None and self._core and message["profile"] != "core":
+            why = f"profile {message['profile']}: this switch adds in hardware or in the kernel, give profile='core'"
+        if why is None and self._programmed is not None:
+            why = self._unprogrammed(message, source)
         if why is None and name not in self._sessions and len(self._sessions) >= self._limits.sessions:
             self.sweep(now)
             if len(self._sessions) >= self._limits.sessions:
@@ -286,8 +292,6 @@ class Sessions:
         session = self._programmed.get(name)
         if session is None:
             return f"session {name!r} is not one of {', '.join(self._programmed)}: deploy it, or name one of these"
-        if message["profile"] != "core":
-            return f"profile {message['profile']}: this switch adds in hardware, give profile='core'"
         if message["world"] != len(session.hosts):
             return f"world size {message['world']}, session {name!r} was deployed for {len(session.hosts)} workers"
         if message["elements"] < session.elements:

@@ -1,10 +1,14 @@
 """Real processes, a real switch program, and signals: every failure has a name, no pause within the deadline hurts."""
 
+import contextlib
 import json
 import os
+import select
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,30 +16,57 @@ from typing import Any
 
 import pytest
 
+from trainkit.switchml import _packet as packet
+
 _WORKER = """
-import datetime, json, os, sys, time
+import copy, datetime, hashlib, json, sys, time
 import torch, torch.distributed as dist
-from trainkit.switchml import SwitchMLState, SwitchMLError, _rescue
+from torch.nn.parallel import DistributedDataParallel
+from trainkit.switchml import SwitchMLState, switchml_hook, _rescue
 torch.set_num_threads(1)
 rank, options = int(sys.argv[1]), json.loads(sys.argv[2])
-buckets, pace, die = options.pop("buckets"), options.pop("pace", 0.0), options.pop("kill_switch_after_last", None)
+steps, pace, guess = options.pop("steps"), options.pop("pace", 0.0), options.pop("guess", True)
+again = options.pop("again", False)
 _rescue._RETRY = options.pop("retry", 15.0)
 dist.init_process_group("gloo", init_method=f"file://{options.pop('meet')}", rank=rank, world_size=2,
                         timeout=datetime.timedelta(seconds=60))
 state = SwitchMLState(**options)
 state.connect()
 print("joined", flush=True)
-digest, worst = 0, 0.0
-try:
-    for step in range(buckets):
-        own = [torch.randn(3000, generator=torch.Generator().manual_seed(10 * step + r)) for r in range(2)]
-        got = own[rank].clone()
-        state.average(got).wait()
-        worst = max(worst, float((got - (own[0] + own[1]) / 2).abs().max()))
-        digest = hash((digest, got.numpy().tobytes()))
-        print("step", step, flush=True)
+torch.manual_seed(0)
+start = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 10))
+
+def plain_hook(state, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    return state.average(bucket.buffer())
+
+def loss(model, step, r):
+    seeded = torch.Generator().manual_seed(10 * step + r)
+    images = torch.randn(8, 1, 8, 8, generator=seeded)
+    return torch.nn.functional.cross_entropy(model(images), torch.randint(0, 10, (8,), generator=seeded))
+
+def train(pace, say):
+    model = copy.deepcopy(start)
+    ddp = DistributedDataParallel(model)
+    ddp.register_comm_hook(state, switchml_hook if guess else plain_hook)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    worst = 0.0
+    for step in range(steps):
+        both = [torch.autograd.grad(loss(model, step, r), list(model.parameters())) for r in range(2)]
+        loss(ddp, step, rank).backward()
+        for p, first, second in zip(model.parameters(), *both):
+            worst = max(worst, float((p.grad - (first + second) / 2).abs().max()))
+        optimizer.step()
+        optimizer.zero_grad()
+        if say:
+            print("step", step, flush=True)
         time.sleep(pace)
+    return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest(), worst
+
+try:
+    digest, worst = train(pace, True)
     answer = {"digest": digest, "worst": worst, "rescues": getattr(state.link, "rescues", 0)}
+    if again:
+        answer["undisturbed"] = train(0.0, False)[0]
 except RuntimeError as error:
     answer = {"error": type(state.error).__name__, "words": str(state.error), "ranks": getattr(state.error, "ranks", None)}
 state.close()
@@ -65,9 +96,50 @@ class Scene:
         self.address: str = json.loads(process.stdout.readline())["address"]  # type: ignore[union-attr]
         return process
 
-    def workers(self, **options: Any) -> list["subprocess.Popen[str]"]:
-        plan = json.dumps({"switch": self.address, "meet": str(self.folder / "meet"), **options})
-        return [self.start(str(self.script), str(rank), plan) for rank in range(2)]
+    def workers(self, second: str | None = None, **options: Any) -> list["subprocess.Popen[str]"]:
+        """Both workers; `second` is where rank 1 finds the switch."""
+        plan = {"meet": str(self.folder / "meet"), **options}
+        places = (self.address, second or self.address)
+        return [
+            self.start(str(self.script), str(rank), json.dumps({"switch": place, **plan}))
+            for rank, place in enumerate(places)
+        ]
+
+
+class Relay(threading.Thread):
+    """Stands between a worker and its switch, and once `hold` is set keeps from the worker every sum that is new."""
+
+    def __init__(self, switch: str) -> None:
+        super().__init__(daemon=True)
+        host, port = switch.split(":")
+        self.near, self.far = (socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(2))
+        self.near.bind(("127.0.0.1", 0))
+        self.far.connect((host, int(port)))
+        self.address = "{}:{}".format(*self.near.getsockname())
+        self.hold, self.held, self.newest = threading.Event(), 0, -1
+
+    def run(self) -> None:
+        worker: Any = None
+        while True:
+            for ready in select.select([self.near, self.far], [], [])[0]:
+                with contextlib.suppress(OSError):
+                    data, source = ready.recvfrom(65535)
+                    if ready is self.near:
+                        worker = source
+                        self.far.send(data)
+                    elif self._passes(data):
+                        self.near.sendto(data, worker)
+
+    def _passes(self, data: bytes) -> bool:
+        header, _ = packet.decode(data) or (None, b"")
+        if header is None or header.kind != packet.Kind.RESULT:
+            return True
+        if self.hold.is_set() and header.chunk > self.newest and header.elements:
+            self.held += 1
+            return False
+        if not self.hold.is_set():
+            self.newest = max(self.newest, header.chunk)
+        return True
 
 
 @pytest.fixture
@@ -97,7 +169,7 @@ def _answer(process: "subprocess.Popen[str]") -> dict[str, Any]:
 
 def test_switch_killed_and_restarted_with_fallback(scene: Scene) -> None:
     switch = scene.switch()
-    workers = scene.workers(buckets=60, pace=0.03, deadline_s=1.5, fallback="allreduce", retry=0.3)
+    workers = scene.workers(steps=60, pace=0.03, deadline_s=1.5, fallback="allreduce", retry=0.3)
     _until(workers[0], "step 10")
     switch.send_signal(signal.SIGKILL)
     switch.wait()
@@ -113,21 +185,27 @@ def test_switch_killed_and_restarted_with_fallback(scene: Scene) -> None:
 
 def test_last_result_reaches_the_rank_that_missed_it(scene: Scene) -> None:
     switch = scene.switch()
-    workers = scene.workers(buckets=3, deadline_s=1.5, fallback="allreduce")
-    _until(workers[1], "joined")
-    workers[1].send_signal(signal.SIGSTOP)
-    time.sleep(0.1)
-    workers[1].send_signal(signal.SIGCONT)
-    _until(workers[0], "step 2")
+    relay = Relay(scene.address)
+    relay.start()
+    # without guesses, so that what is held are sums that need nothing more of rank 1
+    workers = scene.workers(relay.address, steps=5, pace=0.5, deadline_s=1.5, fallback="allreduce", guess=False)
+    _until(workers[0], "step 3")
+    _until(workers[1], "step 3")
+    relay.hold.set()
+    _until(workers[0], "step 4")  # rank 0 has the last sum, and ends as soon as it may
+    assert relay.held > 0
     switch.send_signal(signal.SIGKILL)
     first, second = (_answer(worker) for worker in workers)
     assert first["digest"] == second["digest"]
+    assert max(first["worst"], second["worst"]) < 1e-6
+    assert (first["rescues"], second["rescues"]) == (0, 1)
+    assert first["buckets"] == second["buckets"] + 1
 
 
 @pytest.mark.parametrize("listens_again", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_switch_killed_without_fallback_is_named_on_every_rank(scene: Scene, listens_again: bool) -> None:
     switch = scene.switch()
-    workers = scene.workers(buckets=1000, pace=0.02, deadline_s=30.0 if listens_again else 2.0)
+    workers = scene.workers(steps=1000, pace=0.02, deadline_s=30.0 if listens_again else 2.0)
     _until(workers[0], "step 3")
     switch.send_signal(signal.SIGKILL)
     switch.wait()
@@ -139,30 +217,39 @@ def test_switch_killed_without_fallback_is_named_on_every_rank(scene: Scene, lis
         assert scene.address in answer["words"]
 
 
-def test_pause_within_the_deadline_costs_time_only(scene: Scene) -> None:
+def test_pause_of_5_s_within_a_deadline_of_10_s_costs_time_only(scene: Scene) -> None:
     scene.switch()
-    workers = scene.workers(buckets=20, pace=0.02, deadline_s=6.0)
+    workers = scene.workers(steps=20, pace=0.02, deadline_s=10.0, again=True)
     _until(workers[0], "step 3")
     workers[1].send_signal(signal.SIGSTOP)
-    time.sleep(2.0)
+    time.sleep(5.0)
     workers[1].send_signal(signal.SIGCONT)
-    first, second = (_answer(worker) for worker in workers)
-    assert first["digest"] == second["digest"]
-    assert first["worst"] < 1e-6
+    answers = [_answer(worker) for worker in workers]
+    assert len({answer[run] for answer in answers for run in ("digest", "undisturbed")}) == 1
+    assert answers[0]["worst"] < 1e-6
 
 
 @pytest.mark.parametrize("fallback", [None, "allreduce"])
-def test_pause_beyond_the_deadline_and_death_are_named(scene: Scene, fallback: str | None) -> None:
+def test_pause_of_5_s_beyond_a_deadline_of_2_s_is_named_on_every_rank(scene: Scene, fallback: str | None) -> None:
     scene.switch()
-    workers = scene.workers(buckets=1000, pace=0.02, deadline_s=1.0, fallback=fallback)
+    workers = scene.workers(steps=1000, pace=0.02, deadline_s=2.0, fallback=fallback)
     _until(workers[0], "step 3")
-    if fallback is None:
-        workers[1].send_signal(signal.SIGSTOP)
-        answer = _answer(workers[0])
-        workers[1].send_signal(signal.SIGCONT)
-        assert "rank 1" in _answer(workers[1])["words"]  # the paused one is told too
-    else:
-        workers[1].send_signal(signal.SIGKILL)
-        answer = _answer(workers[0])
+    workers[1].send_signal(signal.SIGSTOP)
+    time.sleep(5.0)
+    workers[1].send_signal(signal.SIGCONT)
+    answers = [_answer(worker) for worker in workers]
+    for answer in answers:
+        assert answer["error"] == "WorkerMissing"
+        assert "rank 1" in answer["words"]
+    assert answers[0]["ranks"] == [1]
+
+
+@pytest.mark.parametrize("fallback", [pytest.param(None, marks=pytest.mark.slow), "allreduce"])
+def test_dead_worker_is_named(scene: Scene, fallback: str | None) -> None:
+    scene.switch()
+    workers = scene.workers(steps=1000, pace=0.02, deadline_s=1.0, fallback=fallback)
+    _until(workers[0], "step 3")
+    workers[1].send_signal(signal.SIGKILL)
+    answer = _answer(workers[0])
     assert answer["error"] == "WorkerMissing"
     assert answer["ranks"] == [1]

@@ -1,7 +1,8 @@
 """DDP on 2 GPUs through a software switch on loopback: equal to built-in all-reduce, and overlapped with the backward pass.
 
-Prints one JSON line: largest relative difference of the parameters, whether the ranks are bit-equal, seconds a step of
-each hook, and the share of the copies' time during which the GPU also computed, from a profiler trace.
+The switch has 4 lanes. Prints one JSON line: largest relative difference of the parameters, whether the ranks are
+bit-equal, seconds a step of each hook, and the share of the copies' time during which the GPU also computed, from a
+profiler trace.
 """
 
 import copy
@@ -69,6 +70,11 @@ def _rank(rank: int, switch: str, out: str) -> None:
     _, noop_s = _train(model, rank, noop_hook, None)
     state = SwitchMLState(switch)
     ours, ours_s = _train(model, rank, switchml_hook, state)
+    others = {}
+    for name, options in {"1 lane": {"lanes": 1}, "int16": {"wire": "int16"}, "int8": {"wire": "int8"}}.items():
+        other = SwitchMLState(switch, session=name, **options)
+        others[f"switchml, {name}"] = _train(model, rank, switchml_hook, other)[1]
+        other.close()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
         _train(model, rank, switchml_hook, state, steps=4)
     path = os.path.join(out, f"trace{rank}.json")
@@ -80,7 +86,7 @@ def _rank(rank: int, switch: str, out: str) -> None:
             "trained": float((ours - start).norm() / start.norm()),
             "relative_difference": float((ours - built_in).norm() / built_in.norm()),
             "ranks_bit_equal": bool(torch.equal(bits[0], bits[1])),
-            "seconds_a_step": {"all-reduce": built_in_s, "switchml": ours_s, "noop": noop_s},
+            "seconds_a_step": {"all-reduce": built_in_s, "switchml": ours_s, "noop": noop_s, **others},
             "copies_beside_kernels": _covered(path),
             "counters": state.counters(),
             "gpu": torch.cuda.get_device_name(),
@@ -91,5 +97,5 @@ def _rank(rank: int, switch: str, out: str) -> None:
 
 
 if __name__ == "__main__":
-    with SoftwareSwitch() as running:
+    with SoftwareSwitch(threads=4) as running:
         mp.spawn(_rank, (running.address, sys.argv[1]), nprocs=2)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from trainkit.cli._verb import Verb
 
 if TYPE_CHECKING:
-    from trainkit.switchml import SoftwareSwitch
+    from trainkit.switchml import KernelSwitch, SoftwareSwitch
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class Options:
     """listen beyond loopback without a token"""
     threads: int = 1
     """lanes, each with a thread and a UDP port, the ones after that of `listen`; a session's workers use them all"""
+    xdp: str | None = None
+    """network interfaces, separated by commas, at which to add inside the kernel: profile "core"; root, clang, libbpf"""
     metrics: str | None = None
     """HOST:PORT of Prometheus' metrics, at /metrics; default: none"""
     json: bool = False
@@ -36,18 +38,23 @@ class Options:
 def run(options: Options) -> int:
     """Run until SIGINT or SIGTERM."""
     from trainkit.cli._switch_metrics import served
-    from trainkit.switchml import SoftwareSwitch, parse_address
+    from trainkit.switchml import KernelSwitch, SoftwareSwitch, parse_address
 
     metrics = parse_address(options.metrics, "metrics") if options.metrics else None
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     with contextlib.ExitStack() as stack:
-        switch = stack.enter_context(
-            SoftwareSwitch(
+        switch: SoftwareSwitch | KernelSwitch
+        if options.xdp is None:
+            switch = SoftwareSwitch(
                 options.listen, token_file=options.token_file, insecure=options.insecure, threads=options.threads
             )
-        )
+        else:
+            switch = KernelSwitch(
+                options.listen, options.xdp.split(","), token_file=options.token_file, insecure=options.insecure
+            )
+        stack.enter_context(switch)
         if metrics:
             stack.enter_context(served(switch, metrics))
         if options.json:
@@ -64,11 +71,11 @@ def _say(line: dict[str, Any]) -> None:
     print(json.dumps(line), flush=True)
 
 
-def _reading(switch: "SoftwareSwitch") -> dict[str, Any]:
+def _reading(switch: "SoftwareSwitch | KernelSwitch") -> dict[str, Any]:
     return {"counters": switch.counters(), "sessions": switch.sessions()}
 
 
-def _watch(switch: "SoftwareSwitch", stop: threading.Event, interval: float) -> None:
+def _watch(switch: "SoftwareSwitch | KernelSwitch", stop: threading.Event, interval: float) -> None:
     from rich.console import Group
     from rich.live import Live
     from rich.table import Table

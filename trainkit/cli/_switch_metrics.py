@@ -7,10 +7,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from trainkit.switchml import SoftwareSwitch
+    from trainkit.switchml import KernelSwitch, SoftwareSwitch
 
 
-def text(switch: "SoftwareSwitch") -> str:
+def text(switch: "SoftwareSwitch | KernelSwitch") -> str:
     """All counters, and for each session its workers and the longest silence of one."""
     lines = []
     for name, value in switch.counters().items():
@@ -26,7 +26,7 @@ def text(switch: "SoftwareSwitch") -> str:
 
 
 @contextlib.contextmanager
-def served(switch: "SoftwareSwitch", address: tuple[str, int]) -> Iterator[None]:
+def served(switch: "SoftwareSwitch | KernelSwitch", address: tuple[str, int]) -> Iterator[None]:
     """Within, `http://address/metrics` answers.
 
     Raises:
