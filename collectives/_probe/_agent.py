@@ -26,7 +26,13 @@ class Agent:
     """One host of a probe."""
 
     def __init__(
-        self, conductor: tuple[str, int], key: bytes, about: Mapping[str, Any], timeout_s: float, source: str = ""
+        self,
+        conductor: tuple[str, int],
+        key: bytes,
+        about: Mapping[str, Any],
+        timeout_s: float,
+        join_s: float,
+        source: str = "",
     ) -> None:
         """Join the probe.
 
@@ -35,6 +41,7 @@ class Agent:
             key: secret of the probe.
             about: what the conductor is told: "name", "rank" (or None), "devices".
             timeout_s: longest wait for another host.
+            join_s: longest wait for the conductor to be there.
             source: own address to use; empty: the one that the route to the conductor has.
 
         Raises:
@@ -42,7 +49,7 @@ class Agent:
         """
         self._timeout_s = timeout_s
         self._name = str(about.get("name"))
-        connection = _reach(conductor, timeout_s, source)
+        connection = _reach(conductor, join_s, source)
         own = connection.getsockname()[0]
         self._listener = socket.create_server((own, 0), family=connection.family, backlog=256)
         hello = {**about, "port": self._listener.getsockname()[1]}
@@ -205,9 +212,9 @@ class Agent:
         raise Gone(f"it does not know how to {str(message.get('do'))[:40]!r}: do all hosts have the same version?")
 
 
-def _reach(conductor: tuple[str, int], timeout_s: float, source: str) -> socket.socket:
+def _reach(conductor: tuple[str, int], join_s: float, source: str) -> socket.socket:
     """Connect, again and again while the conductor is not there yet."""
-    end = time.monotonic() + timeout_s
+    end = time.monotonic() + join_s
     while True:
         try:
             return socket.create_connection(
@@ -217,7 +224,7 @@ def _reach(conductor: tuple[str, int], timeout_s: float, source: str) -> socket.
             if time.monotonic() + 0.1 >= end:
                 where = f"{conductor[0]}:{conductor[1]}"
                 raise ProbeError(
-                    f"the conductor at {where} could not be reached within {timeout_s:g} s ({error}): "
+                    f"the conductor at {where} could not be reached within {join_s:g} s ({error}): "
                     "is the first host started, and is that its address?"
                 ) from None
             time.sleep(0.1)

@@ -186,8 +186,8 @@ class Conductor:
                 if complaint is not None:
                     raise ProbeError(f"{self._called(complaint[0])} says: {complaint[1]}") from None
                 late = [self._called(n) for n in messages if n not in replies]
-                more = f" and {len(late) - 1} more" if len(late) > 1 else ""
-                raise ProbeError(f"{late[0]}{more} did not answer in time during {what}") from None
+                more = f" and {len(late) - 3} more" if len(late) > 3 else ""
+                raise ProbeError(f"{', '.join(late[:3])}{more} did not answer in time during {what}") from None
             if isinstance(reply, Gone):
                 raise ProbeError(f"{self._called(number_)} failed during {what}: {reply}")
             if "failed" in reply and complaint is None:

@@ -18,6 +18,8 @@ Partition = list[list[int]]
 
 _LEAST_CONTRAST = 0.08
 """Share of its rate that a pair must lose across groups for the groups to be believed."""
+_LEAST_CONTRAST_ABOVE = 0.15
+"""The same between groups of groups: few rounds test them, and what the tree below explains it explains roughly."""
 _NOT_LIMITING = 0.85
 """An uplink that was seen to carry this share of all that its hosts can send is not a limit."""
 
@@ -148,27 +150,33 @@ def _fit(rounds: Sequence[Flows], sets: Bools, capacity: Floats) -> float:
 
 
 def _ratios(rounds: Sequence[Flows], sets: Bools, items: Partition) -> Floats:
-    """[k, k]: mean of measured over explained rate between items, 1 where nothing was measured; symmetric."""
+    """[k, k]: trimmed mean of measured over explained rate between items, 1 where nothing was measured; symmetric."""
     up, down, _ = _capacities(rounds, sets)
     capacity = np.concatenate([up, down])
     home = np.zeros(sets.shape[1], dtype=np.int64)
     for number, members in enumerate(items):
         home[members] = number
-    total, count = np.zeros((2, len(items), len(items)))
-    for flows in rounds:
-        ratio = np.clip(flows.rate / shares(crossings(sets, flows), capacity), 0, 1.2)
-        at = (home[flows.source], home[flows.target])
-        np.add.at(total, at, ratio)
-        np.add.at(count, at, 1)
-    total, count = total + total.T, count + count.T
-    return np.divide(total, count, out=np.ones_like(total), where=count > 0)
+    every = [np.clip(flows.rate / shares(crossings(sets, flows), capacity), 0, 1.2) for flows in rounds]
+    ratio = np.concatenate(every)
+    ends = np.sort([np.concatenate([home[getattr(flows, end)] for flows in rounds]) for end in ("source", "target")], 0)
+    between = ends[0] * len(items) + ends[1]
+    order = np.lexsort((ratio, between))
+    ratio, between = ratio[order], between[order]
+    first = np.searchsorted(between, between)
+    size = np.searchsorted(between, between, side="right") - first
+    # The worst sixth of each pair is left out: a process that was not woken is no busy link.
+    kept = np.arange(len(ratio)) - first >= size // 6
+    total, count = (np.bincount(between[kept], weights, len(items) ** 2) for weights in (ratio[kept], None))
+    mean = np.divide(total, count, out=np.ones(len(items) ** 2), where=count > 0).reshape(len(items), -1)
+    return np.triu(mean) + np.triu(mean, 1).T
 
 
 def _choose(
     ratio: Floats, items: Partition, claims: list[Declared]
 ) -> tuple[tuple[Partition, list[str | None]] | None, list[str]]:
     """The partition of the items that the measurement shows, or the claim that it does not speak against."""
-    measured = _clusters(ratio)
+    contrast = _LEAST_CONTRAST if all(len(members) == 1 for members in items) else _LEAST_CONTRAST_ABOVE
+    measured = _clusters(ratio, contrast)
     said: list[str] = []
     while claims:
         claim = claims.pop(0)
@@ -196,7 +204,7 @@ def _claimed(claim: Declared, items: Partition) -> tuple[Partition, list[str | N
     return list(by_label.values()), [key[1:] if key[0] == "=" else None for key in by_label]
 
 
-def _clusters(ratio: Floats) -> Partition | None:
+def _clusters(ratio: Floats, contrast: float) -> Partition | None:
     """The finest partition whose groups lose clearly more across than within; None where there is none."""
     from scipy.cluster.hierarchy import fcluster, linkage
     from scipy.spatial.distance import squareform
@@ -209,11 +217,11 @@ def _clusters(ratio: Floats) -> Partition | None:
     heights = merges[:, 2]
     for number in range(1, len(heights)):
         noise = float(heights[:number].max() - heights[:number].min())
-        if heights[number] - heights[number - 1] < max(_LEAST_CONTRAST, 0.5 * noise):
+        if heights[number] - heights[number - 1] < max(contrast, 0.5 * noise):
             continue
         label = fcluster(merges, (heights[number] + heights[number - 1]) / 2, "distance")
         groups = [np.flatnonzero(label == one).tolist() for one in dict.fromkeys(label.tolist())]
-        if _inside(ratio, groups) - _across(ratio, groups) >= _LEAST_CONTRAST:
+        if _inside(ratio, groups) - _across(ratio, groups) >= contrast:
             return groups
     return None
 

@@ -199,7 +199,7 @@ class _Run:
         source: str,
     ) -> Topology:
         if listener is None:
-            return Topology.from_dict(Agent(at, key, about, max(timeout_s, self._join_s), source).run())
+            return Topology.from_dict(Agent(at, key, about, timeout_s, self._join_s, source).run())
         conductor = Conductor(listener, key, timeout_s, streams)
         own = threading.Thread(target=self._follow, args=(at, key, about, timeout_s, source), daemon=True)
         own.start()
@@ -216,7 +216,7 @@ class _Run:
 
     def _follow(self, at: tuple[str, int], key: bytes, about: dict[str, Any], timeout_s: float, source: str) -> None:
         with suppress(ProbeError):  # the conductor, in this very process, says it better
-            Agent(at, key, about, timeout_s, source).run()
+            Agent(at, key, about, timeout_s, timeout_s, source).run()
 
     def _conduct(self, conductor: Conductor) -> Topology:
         conductor.collect(self._plan.hosts, self._join_s)
