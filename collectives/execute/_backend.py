@@ -188,6 +188,5 @@ _REST = (
     "allgather", "allgather_coalesced", "allreduce_coalesced", "alltoall", "alltoall_base", "barrier", "gather",
     "monitored_barrier", "recv", "recv_anysource", "reduce", "reduce_scatter", "scatter", "send",
 )  # fmt: skip
-for _name in _REST:
-    setattr(Backend, _name, _passed_on(_name))
-setattr(Backend, "all_to_all_single", _passed_on("alltoall_base"))
+for _name, _theirs in [*zip(_REST, _REST, strict=True), ("all_to_all_single", "alltoall_base")]:
+    setattr(Backend, _name, _passed_on(_theirs))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from trainkit.collectives.execute._program import COPY, OUT, REDUCE, Program
+from trainkit.collectives.execute._program import COPY, OUT, REDUCE, Program, compile_rank
 from trainkit.collectives.execute._transport import Work
 from trainkit.collectives.schedule import Schedule
 
@@ -48,6 +48,7 @@ class NcclTransport:
     def __init__(self, group: Any) -> None:
         self._group = group
         self._plans: dict[tuple[int, int], tuple[Program, _Plan]] = {}
+        self._waves: dict[int, list[int]] = {}
         self._staging: dict[torch.dtype, torch.Tensor] = {}
         self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
         self._moved = 0
@@ -114,7 +115,10 @@ class NcclTransport:
     def _plan(self, program: Program, elements: int) -> _Plan:
         key = (id(program), elements)
         if key not in self._plans:
-            self._plans[key] = (program, plan_waves(program, elements))
+            schedule = program.schedule
+            if id(schedule) not in self._waves:
+                self._waves[id(schedule)] = waves_of(schedule)
+            self._plans[key] = (program, plan_waves(program, elements, self._waves[id(schedule)]))
         return self._plans[key][1]
 
     def counters(self) -> dict[str, int]:
@@ -125,6 +129,7 @@ class NcclTransport:
         """Let the staging buffers go."""
         self._staging.clear()
         self._plans.clear()
+        self._waves.clear()
 
 
 class _Queued:
@@ -136,21 +141,27 @@ def waves_of(schedule: Schedule) -> list[int]:
     """[ops] the wave of each operation, the same on all ranks.
 
     What is received in a wave can be sent in the next one; a sum takes a wave longer, so that adding up and sending
-    overlap.
+    overlap. Sums of one slice keep the schedule's order.
     """
     if schedule.mode == "steps":
         slow = any(op.kind == "reduce" for op in schedule.ops)
         return [op.step * (1 + slow) for op in schedule.ops]
-    waves: list[int] = []
+    waves = [op.step for op in schedule.ops]
+    programs = [compile_rank(schedule, rank) for rank in range(len(schedule.ranks))]
+    place = [{op: at for at, op in enumerate(program.op.tolist())} for program in programs]
     for op in schedule.ops:
-        earlier = [waves[other] + 1 + (schedule.ops[other].kind == "reduce") for other in op.depends]
-        waves.append(max([op.step, *earlier]))
+        for rank in {op.src, op.dst}:
+            program = programs[rank]
+            for earlier in program.waits[place[rank][op.id]]:
+                before = schedule.ops[int(program.op[earlier])]
+                # what it sends must be there; what it writes over was written by an earlier wave or in this one
+                lag = 1 + (before.kind == "reduce") if rank == op.src else 0
+                waves[op.id] = max(waves[op.id], waves[before.id] + lag)
     return waves
 
 
-def plan_waves(program: Program, elements: int) -> _Plan:
-    """One rank's waves for one size of message."""
-    all_waves = waves_of(program.schedule)
+def plan_waves(program: Program, elements: int, all_waves: list[int]) -> _Plan:
+    """One rank's waves for one size of message; `all_waves` is the schedule's `waves_of`."""
     wave_of = [all_waves[op] for op in program.op.tolist()]
     begin, end, source = (column.tolist() for column in program.slices(elements))
     rows: dict[int, list[int]] = defaultdict(list)

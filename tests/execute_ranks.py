@@ -1,0 +1,115 @@
+"""Ranks of one test, as engines of this process or as processes of their own."""
+
+import contextlib
+import multiprocessing
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from trainkit.collectives import Schedule
+from trainkit.collectives.execute._mesh import Mesh
+from trainkit.collectives.execute._program import compile_rank
+from trainkit.collectives.execute._tcp import TcpTransport
+
+
+class Engines:
+    """One TCP engine per rank, all of them in this process and connected to each other."""
+
+    def __init__(self, size: int, deadline_s: float = 20.0) -> None:
+        store = dist.HashStore()
+        self.transports = [
+            TcpTransport(Mesh(dist.PrefixStore("ranks", store), rank, "127.0.0.1", deadline_s), deadline_s)
+            for rank in range(size)
+        ]
+        self.each(lambda rank: self.transports[rank].prepare(set(range(size)) - {rank}))
+
+    def each(self, call: Callable[[int], None]) -> None:
+        errors: list[BaseException] = []
+
+        def guarded(rank: int) -> None:
+            try:
+                call(rank)
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=guarded, args=(rank,)) for rank in range(len(self.transports))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+
+    def run(self, schedule: Schedule, buffers: list[torch.Tensor]) -> None:
+        """In place on all ranks."""
+        works = [
+            self.transports[rank].start(compile_rank(schedule, rank), buffers[rank])
+            for rank in range(len(schedule.ranks))
+        ]
+        for work in works:
+            work.wait()
+
+    def close(self) -> None:
+        for transport in self.transports:
+            transport.close()
+
+
+@contextlib.contextmanager
+def engines(size: int, deadline_s: float = 20.0) -> Iterator[Engines]:
+    made = Engines(size, deadline_s)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def _rank(
+    function: Callable[..., Any], rank: int, size: int, port: int, backend: str, arguments: Any, results: Any
+) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size))
+    if backend:
+        dist.init_process_group(backend)
+    results.put((rank, function(rank, *arguments)))
+    results.close()
+    results.join_thread()
+    os._exit(0)  # a group whose member was killed cannot be destroyed
+
+
+def processes(
+    function: Callable[..., Any],
+    size: int,
+    *arguments: Any,
+    backend: str = "gloo",
+    deadline_s: float = 90.0,
+    expect: int = -1,
+) -> dict[int, Any]:
+    """Call `function(rank, ...)` in processes of one group; rank -> what it returned, for those that lived to return."""
+    context = multiprocessing.get_context("fork")  # torch is loaded already
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    results = context.Queue()
+    started = [
+        context.Process(target=_rank, args=(function, rank, size, port, backend, arguments, results), daemon=True)
+        for rank in range(size)
+    ]
+    for process in started:
+        process.start()
+    try:
+        until = time.monotonic() + deadline_s
+        got: dict[int, Any] = {}
+        while len(got) < (size if expect < 0 else expect):
+            rank, value = results.get(timeout=max(until - time.monotonic(), 0.1))
+            got[rank] = value
+        return got
+    finally:
+        for process in started:
+            process.kill()
+            process.join()
