@@ -12,7 +12,7 @@ def switchml_hook(
 ) -> torch.futures.Future[torch.Tensor]:
     """Average a bucket's gradients through the switch.
 
-    Up to rounding to `n * 2**-30` of each chunk's largest magnitude, the result is the same as with no hook, and it
+    Up to rounding to `n * 2**-27` of each chunk's largest magnitude, the result is the same as with no hook, and it
     is the same bits on all ranks.
 
     Args:

@@ -38,7 +38,7 @@ def _start(rank: int, bridge: int, mtu: int, plan: str) -> "subprocess.Popen[str
     if process.stdout.readline() != "unshared\n":
         raise RuntimeError(f"worker {rank} has no namespace")
     with IPRoute() as route:
-        route.link("add", ifname=f"p{rank}", kind="veth", peer={"ifname": "eth0", "net_ns_fd": process.pid})
+        route.link("add", ifname=f"p{rank}", kind="veth", peer={"ifname": "eth0", "net_ns_pid": process.pid})
         [port] = route.link_lookup(ifname=f"p{rank}")
         route.link("set", index=port, mtu=mtu, master=bridge, state="up")
     process.stdin.write("\n")

@@ -33,6 +33,8 @@ def measure(
     token: bool = False,
     jobs: int = 1,
     what: tuple[str, ...] = ("gloo", "ours"),
+    core: bool = False,
+    kernel: bool = False,
 ) -> list[dict[str, Any]]:
     """Run one case; an answer a job: seconds of each repetition by name, agreed sizes, counters."""
     with tempfile.NamedTemporaryFile("w") as secret, _net.star(workers, mbit, mtu, loss) as prefix:
@@ -40,6 +42,10 @@ def measure(
         secret.flush()
         trust = ["--token-file", secret.name] if token else ["--insecure"]
         listen = ["--listen", f"{_net.SWITCH}:0", "--json", "--interval", "1000"]
+        if kernel:
+            listen += ["--xdp", ",".join(f"p{rank}" for rank in range(workers))]
+            for rank in range(workers):  # a veth takes redirected frames where its receiver polls
+                _net.inside(f"{prefix}{rank}", str(Path(__file__).with_name("_gro.py")), "eth0").wait()
         switch = _net.inside(f"{prefix}s", "-P", "-m", "trainkit", "switch", *listen, *trust)
         ends: list[list[subprocess.Popen[str]]] = []
         try:
@@ -56,6 +62,7 @@ def measure(
                         "session": f"job{job}",
                         "token_file": secret.name if token else None,
                         "what": what,
+                        **({"profile": "core", "elements": 352} if core or kernel else {}),
                     }
                 )
                 ends.append([_net.inside(f"{prefix}{rank}", _END, plan, str(rank)) for rank in range(workers)])
@@ -103,6 +110,8 @@ CASES = {
     "jumbo-tag": lambda: row("n = 4, unshaped, MTU 9000, 40 MB, tag", 4, 40_000_000, mtu=9000, token=True),
     "one-job": lambda: row("n = 2, 50 Mbit/s, 5 MB, alone", 2, 5_000_000, mbit=50, what=("ours",)),
     "two-jobs": lambda: row("n = 2, 50 Mbit/s, 5 MB, one of two jobs", 2, 5_000_000, mbit=50, jobs=2, what=("ours",)),
+    "core": lambda: row("n = 4, unshaped, 10 MB, profile core, software switch", 4, 10_000_000, core=True),
+    "kernel": lambda: row("n = 4, unshaped, 10 MB, profile core, switch in the kernel", 4, 10_000_000, kernel=True),
     "latency": latency,
 }
 
