@@ -168,7 +168,8 @@ def _ratios(rounds: Sequence[Flows], sets: Bools, items: Partition) -> Floats:
     kept = np.arange(len(ratio)) - first >= size // 6
     total, count = (np.bincount(between[kept], weights, len(items) ** 2) for weights in (ratio[kept], None))
     mean = np.divide(total, count, out=np.ones(len(items) ** 2), where=count > 0).reshape(len(items), -1)
-    return np.triu(mean) + np.triu(mean, 1).T
+    symmetric: Floats = np.triu(mean) + np.triu(mean, 1).T
+    return symmetric
 
 
 def _choose(
