@@ -21,6 +21,7 @@ from trainkit.autolrs._race import race as race
 from trainkit.autolrs._schedule import LRSchedule as LRSchedule
 from trainkit.autolrs._schedule import ReplayLR as ReplayLR
 from trainkit.autolrs._schedule import group_ratios as group_ratios
+from trainkit.autolrs._schedule import known_rate as known_rate
 from trainkit.autolrs._schedule import set_rate as set_rate
 from trainkit.autolrs._search import LRSearch as LRSearch
 from trainkit.autolrs._skopt import SkoptSearch as SkoptSearch

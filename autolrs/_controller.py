@@ -16,8 +16,9 @@ from trainkit.autolrs._search import Backend, LRSearch
 from trainkit.autolrs._skopt import SkoptSearch
 
 _VERSION = 1
-# A short trial flatters a small rate: it loses the noise at once and the progress only later.
-_TILT, _LEAN = 0.5, 0.15
+# The run's first steps reward rates that damage it later, so the first search strays from the well-known rate only for a
+# clear gain. Later trials flatter a small rate: it loses the noise at once and the progress only in the long run.
+_PULL, _TILT, _LEAN = 1.0, 0.5, 0.05
 
 
 class Controller:
@@ -40,26 +41,28 @@ class Controller:
         self._schedule: LRSchedule | None = None
         self._default = math.sqrt(settings.low * settings.high)
         self._next = 0
+        self._known: float | None = None
         self._backend = self._make_backend()
 
     def _make_backend(self) -> Backend:
         s = self.settings
         if s.backend == "skopt" or s.preset == "paper":
             return SkoptSearch(s.low, s.high, s.seed)
-        return LRSearch(s.low, s.high, s.seed)
+        return LRSearch(s.low, s.high, s.seed, known=self._known)
 
     @property
     def keeps_winner(self) -> bool:
         """Whether a search's winning steps are kept; the published algorithm runs them again."""
         return self.settings.preset != "paper"
 
-    def begin(self, total: int, default: float, ratios: Sequence[float]) -> bool:
+    def begin(self, total: int, default: float, ratios: Sequence[float], known: float | None) -> bool:
         """Plans the run unless a checkpoint brought its plan.
 
         Args:
             total: steps of the run, in the sense of `count`.
             default: the optimizer's own rate, for a run too short to search.
             ratios: the groups' shares of a rate.
+            known: a rate that this kind of optimizer usually does well with, None if there is none.
 
         Returns:
             Whether the run is long enough to search.
@@ -69,8 +72,10 @@ class Controller:
         """
         if self.plan is None:
             self.ratios = tuple(ratios)
-            self.plan = plan(self.settings, total)
+            self.plan = plan(self.settings, total, known is not None)
             self._default = default
+            self._known = known
+            self._backend = self._make_backend()
             self._schedule = None
         elif self.plan.total != total:
             raise ValueError(
@@ -102,11 +107,7 @@ class Controller:
             return None
         assert self.plan is not None
         search = self.plan.searches[self._next]
-        last = self._next + 1 == len(self.plan.searches)
-        # The last choice is annealed linearly to the run's end, which is worth about half as many constant steps.
-        annealed = last and self.plan.anneal
-        horizon = step + (self.kept_total - step) // 2 if annealed else min(search.horizon, self.kept_total)
-        horizon = max(horizon, step + search.trial_steps)
+        horizon = max(min(search.horizon, self.kept_total), step + search.trial_steps)
         if step + search.trial_steps > self.kept_total:
             self._next += 1
             return None
@@ -131,20 +132,22 @@ class Controller:
             forecaster=self._forecast,
             fallback=self._fallback,
             fallen=self._fallen(),
-            tilt=_TILT,
+            pull=_PULL if stage == 0 and self._known is not None else 0.0,
+            tilt=0.0 if stage == 0 and self._known is not None else _TILT,
             lean=_LEAN,
             halving=self.keeps_winner,
             keep=self.keeps_winner,
             report=told,
         )
         outcome = race(trials, self._backend, search, rules)
-        self._backend.next_stage()
+        self._backend.next_stage(outcome.rate)
         self._next += 1
         before = self._record
-        stages = [*before.stages]
+        stages = [*before.stages] or [StageRecord(0, search.start, self._safe, False)][: search.start]
         if stages:
             stages[-1] = replace(stages[-1], steps=search.start - stages[-1].start)
-        stages.append(StageRecord(search.start, max(search.horizon - search.start, 1), outcome.rate, False))
+        end = self.next_start or self.kept_total
+        stages.append(StageRecord(search.start, max(end - search.start, 1), outcome.rate, False))
         self._record = replace(
             before,
             stages=tuple(stages),
@@ -175,11 +178,15 @@ class Controller:
             self._schedule = self._make_schedule()
         return self._schedule
 
+    @property
+    def _safe(self) -> float:
+        """The rate of steps that no search decided."""
+        return min(max(self._default, self.settings.low), self.settings.high)
+
     def _make_schedule(self) -> LRSchedule:
         if self.plan is None:
             return LRSchedule(())
-        safe = min(max(self._default, self.settings.low), self.settings.high)
-        stages = self._record.stages or (StageRecord(0, self.kept_total, safe, False),)
+        stages = self._record.stages or (StageRecord(0, self.kept_total, self._safe, False),)
         if self._next >= len(self.plan.searches) and not stages[-1].anneal:
             stages = self._with_anneal(stages)
         pieces = [Piece(s.start, s.steps, s.rate, 0.0 if s.anneal else s.rate) for s in stages]
@@ -225,6 +232,7 @@ class Controller:
             "total": self.plan.total if self.plan else None,
             "ratios": list(self.ratios),
             "default": self._default,
+            "known": self._known,
             "next": self._next,
             "history": self.history.as_dict(),
             "backend": self._backend.state_dict(),
@@ -246,8 +254,9 @@ class Controller:
             raise ValueError(
                 f"a resumed search needs the arguments it began with, but {', '.join(changed)}: restore them"
             )
-        self.ratios, self._default = tuple(state["ratios"]), state["default"]
-        self.plan = plan(self.settings, state["total"]) if state["total"] is not None else None
+        self.ratios, self._default, self._known = tuple(state["ratios"]), state["default"], state["known"]
+        total = state["total"]
+        self.plan = None if total is None else plan(self.settings, total, self._known is not None)
         self._next = int(state["next"])
         self._record = History.from_dict(state["history"])
         self.kept, self._schedule = self._record.kept_steps, None

@@ -9,13 +9,17 @@ from trainkit.autolrs._search import check_range
 # A trial shorter than this says nothing about a rate.
 _LEAST_TRIAL = 8
 _LEAST_CANDIDATES = 3
-# Of the discard budget, the first search (the whole range) and each later one (a window) may spend this much.
-_FIRST_SHARE = 0.65
 # The run's last part anneals: at most this share of it, and only after the last search.
 _ANNEAL = 0.8
 # With `stage_steps` given, stages begin only in this first share of the run.
 _STAGED = 0.7
 _DEFAULT_WARMUP = 0.02
+# Planned searches as shares of the kept run: a first look at the rate's order, then, once the chaos of the first steps is
+# over, the search that decides; their trials as shares of all steps, and the most trials.
+_STARTS = (0.0, 0.12)
+_TRIALS = ((0.025, 5), (0.05, 3))
+# Without a well-known rate to begin from, the first search covers the whole range.
+_BLIND_TRIALS = 9
 _PAPER_TRIAL_SHARE, _PAPER_FIRST, _PAPER_LONGEST, _PAPER_CANDIDATES = 0.1, 1000, 8000, 10
 
 
@@ -105,12 +109,13 @@ class Plan:
         return max(min(round(kept_total * (1.0 - _ANNEAL)), kept_total), min(settled, kept_total))
 
 
-def plan(settings: Settings, total: int) -> Plan:
+def plan(settings: Settings, total: int, known: bool = True) -> Plan:
     """Plans a run of `total` steps.
 
     Args:
         settings: checked settings.
         total: kept steps (`count="kept"`) or kept and discarded ones ("all").
+        known: whether there is a well-known rate to begin from.
 
     Returns:
         The plan; a run too short for three trials of eight steps gets no search.
@@ -126,28 +131,29 @@ def plan(settings: Settings, total: int) -> Plan:
     left = discards
     for i, start in enumerate(starts):
         end = starts[i + 1] if i + 1 < len(starts) else kept
-        share = (
-            left
-            if i + 1 == len(starts)
-            else round(discards * (_FIRST_SHARE if i == 0 else (1.0 - _FIRST_SHARE) / (len(starts) - 1)))
-        )
-        share = min(share, left)
-        trials = settings.candidates or (9 if i == 0 else 6)
-        steps = settings.trial_steps or max(_LEAST_TRIAL, round(share / (0.7 * trials)))
-        steps = min(steps, max((end - start) // 2, 1) if settings.trial_steps is None else end - start)
+        length, trials = _TRIALS[min(i, 1)]
+        trials = settings.candidates or (_BLIND_TRIALS if i == 0 and not known else trials)
+        steps = settings.trial_steps or max(_LEAST_TRIAL, round(length * total / max(len(starts) / 2, 1.0)))
+        fair = left // (len(starts) - i)
+        if settings.trial_steps is None:
+            steps = min(steps, max((end - start) // 2, 1), max(fair // (_LEAST_CANDIDATES - 1), _LEAST_TRIAL))
+        steps = min(steps, end - start)
+        share = min((trials - 1) * steps, left if i == 0 else fair)
         if steps < min(_LEAST_TRIAL, settings.trial_steps or _LEAST_TRIAL) or (_LEAST_CANDIDATES - 1) * steps > share:
             continue
-        searches.append(Search(start, min(end, kept), steps, trials, share))
+        # Annealing will change what a rate is worth in the end; a stage at one constant rate can be forecast.
+        horizon = start + steps if settings.stage_steps is None else min(end, kept)
+        searches.append(Search(start, horizon, steps, trials, share))
         left -= share
     return Plan(tuple(searches), warmup, total, anneal=True)
 
 
 def _starts(settings: Settings, kept: int) -> list[int]:
-    """Where the searches are: every `stage_steps`, else at 0, an eighth and a third of the run, fewer if it is short."""
+    """Where the searches are: every `stage_steps`, else where `_STARTS` says."""
     if settings.stage_steps is not None:
         return list(range(0, max(round(kept * _STAGED), 1), settings.stage_steps))
-    shares = (0.0, 0.25) if kept < 1000 else (0.0, 0.12, 0.35)
-    return [round(kept * share) for share in shares]
+    starts = [max(round(kept * share), 2 * _LEAST_TRIAL * i) for i, share in enumerate(_STARTS)]
+    return [start for start in starts if start < kept / 2]
 
 
 def _paper_plan(settings: Settings, total: int) -> Plan:

@@ -19,13 +19,15 @@ AGREE_EVERY = 16
 # A trial is given up when its forecast is worse than the best one by this many standard deviations, and its loss too.
 _DOMINATED = 1.0
 # ... but not before this share of its steps: the first losses of a slow rate say little about its end.
-_LEAST_SEEN = 0.25
+_LEAST_SEEN = 0.5
 # ... or when its loss has risen above the start by this many times the best trial's gain, or this share of what the
 # run has gained before.
 _EXPLODED = 2.0
 _RISEN = 0.5
 # Two trials are on the same path when, after the same sum of rates, they differ by at most this share of the drop.
 _SAME_PATH = 0.2
+# A first look ends when the next trial is expected to gain less than this share of what the trials gained.
+_NEGLIGIBLE = 0.01
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,10 @@ class Rules:
         forecaster: (steps, losses, horizon) -> forecast.
         fallback: least rate tried -> the rate to go on with when every trial diverged.
         fallen: how far the loss has fallen in the run so far; what a trial may rise is measured by it.
+        pull: a rate's handicap for each squared decade from the well-known one, as a share of what trials gained.
         tilt: standard deviations by which a faster trial may seem worse and still win: what follows is annealed, which
             takes the faster one's noise away.
-        lean: and by which share of `fallen` for each decade that it is faster.
+        lean: what a trial is forgiven for each decade that it is faster, as a share of `fallen`.
         halving: whether dominated trials stop early and trials inform each other.
         keep: whether the winner's steps are kept; else it starts again from the state before the search.
         report: called before each trial with its number, the most there will be, and its rate.
@@ -95,6 +98,7 @@ class Rules:
     forecaster: Forecaster
     fallback: Callable[[float], float]
     fallen: float = 0.0
+    pull: float = 0.0
     tilt: float = 0.0
     lean: float = 0.0
     halving: bool = True
@@ -126,6 +130,8 @@ def race(trials: Trials, backend: Backend, search: Search, rules: Rules) -> Outc
         rules.report(len(records) + 1, search.candidates, rate)
         records.append(_trial(trials, search, rules, rate, records, records[best] if best is not None else None))
         backend.tell(rate, records[-1].mean, records[-1].std)
+        if rules.halving and hasattr(backend, "bias"):
+            backend.bias(rules.pull * _gained(records), rules.lean * rules.fallen)
         if rules.halving:
             _reconsider(trials, backend, search, rules, records)
         if records[-1].status == "finished" and trials.agree(
@@ -134,6 +140,9 @@ def race(trials: Trials, backend: Backend, search: Search, rules: Rules) -> Outc
             best = len(records) - 1
             if rules.keep:
                 trials.keep()
+        first_look = rules.pull > 0.0 and best is not None and hasattr(backend, "promise")
+        if first_look and trials.agree(backend.promise() < _NEGLIGIBLE * _gained(records)):  # type: ignore[attr-defined]
+            break
     taken = sum(r.steps for r in records)
     if best is None:
         return Outcome(rules.fallback(min((r.rate for r in records), default=math.inf)), 0, tuple(records), taken)
@@ -143,15 +152,21 @@ def race(trials: Trials, backend: Backend, search: Search, rules: Rules) -> Outc
     return Outcome(records[best].rate, records[best].steps, tuple(records), taken - records[best].steps)
 
 
+def _gained(records: Sequence[TrialRecord]) -> float:
+    """The most that a trial has lowered the loss."""
+    drops = [r.losses[0] - min(r.losses) for r in records if r.status != "diverged" and len(r.losses) > 1]
+    return max([*drops, 0.0])
+
+
 def _beats(new: TrialRecord, best: TrialRecord, backend: Backend, rules: Rules) -> bool:
-    """Whether the new trial's posterior mean lies below the best one's, the faster one forgiven a little."""
+    """Whether the new trial's posterior mean lies below the best one's, bias included, the faster one forgiven a little."""
     expected = getattr(backend, "expected", None)
     if expected is None:
         return new.mean < best.mean
     (mean, std), (best_mean, best_std) = expected(new.rate), expected(best.rate)
     decades = math.log10(new.rate / best.rate)
     # the surer of the two sets the measure: not knowing what a rate does is no merit of it
-    forgiven = math.copysign(rules.tilt * min(std, best_std), decades) + rules.lean * rules.fallen * decades
+    forgiven = math.copysign(rules.tilt * min(std, best_std), decades)
     return bool(mean < best_mean + forgiven)
 
 
@@ -174,6 +189,7 @@ def _trial(
     first = trials.restart()
     steps, losses = list(first.steps), list(first.values)
     part = min(AGREE_EVERY, max(math.ceil(search.trial_steps / 4), 2))
+    forgiven = rules.lean * rules.fallen * math.log10(rate / best.rate) if best is not None else 0.0
     done, status = 0, "finished"
     prediction = Forecast(math.inf, math.inf)
     while done < search.trial_steps:
@@ -187,7 +203,12 @@ def _trial(
             break
         prediction = trials.agree(_foreseen(search, rules, rate, steps, losses, records))
         ripe = _LEAST_SEEN * search.trial_steps <= done < search.trial_steps
-        if rules.halving and best is not None and ripe and trials.agree(_dominated(steps, losses, prediction, best)):
+        if (
+            rules.halving
+            and best is not None
+            and ripe
+            and trials.agree(_dominated(steps, losses, prediction, best, forgiven))
+        ):
             status = "stopped"
             break
     return TrialRecord(
@@ -246,12 +267,14 @@ def _diverged(losses: Sequence[float], best: TrialRecord | None, fallen: float, 
     return min(recent) > losses[0] + scale and (ended or losses[-1] >= losses[-2])
 
 
-def _dominated(steps: Sequence[int], losses: Sequence[float], forecast: Forecast, best: TrialRecord) -> bool:
+def _dominated(
+    steps: Sequence[int], losses: Sequence[float], forecast: Forecast, best: TrialRecord, forgiven: float
+) -> bool:
     """Worse than the best trial, now and at the horizon."""
     if len(losses) < 3:
         return False
     recent = max(len(losses) // 3, 1)
     now = float(np.mean(losses[-recent:]))
     then = float(np.mean(np.interp(steps[-recent:], [s - best.start for s in best.loss_steps], best.losses)))
-    gap = forecast.mean - best.mean
-    return now > then and gap > _DOMINATED * math.hypot(forecast.std, best.std)
+    gap = forecast.mean - best.mean - forgiven
+    return now > then + forgiven and gap > _DOMINATED * math.hypot(forecast.std, best.std)

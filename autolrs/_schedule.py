@@ -1,5 +1,6 @@
 """The learning-rate schedule that a run found: saved, loaded, replayed."""
 
+import inspect
 import json
 import math
 import os
@@ -164,3 +165,18 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float, ratios: Iterable[flo
             group["lr"].fill_(rate * ratio)
         else:
             group["lr"] = rate * ratio
+
+
+def known_rate(optimizer: torch.optim.Optimizer) -> float | None:
+    """The rate that an optimizer's kind usually does well with, whatever rate this one was given.
+
+    It is the class's own default (1e-3 for Adam and AdamW); 0.1 for SGD, whose default was not chosen for anything.
+    None for a class without a default.
+    """
+    if isinstance(optimizer, torch.optim.SGD):
+        return 0.1
+    for kind in type(optimizer).__mro__:
+        argument = inspect.signature(kind).parameters.get("lr") if kind is not object else None
+        if argument is not None and isinstance(argument.default, int | float):
+            return float(argument.default)
+    return None

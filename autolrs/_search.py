@@ -15,8 +15,10 @@ Array = NDArray[np.float64]
 _GRID = 257
 # Where a cold search looks first, as fractions of the log range. Too high a rate shows itself within a few steps.
 _COLD = (0.5, 0.75, 0.25)
-# A warm search starts at the last choice and looks to both sides; improvement leads it on from there.
-_WARM = (0.0, 0.6, -0.6)
+# A warm search starts at the last choice and goes on from a faster one, in decades.
+_WARM = (0.0, 0.5)
+# With a well-known rate to begin from, the search looks around it first.
+_AROUND = (0.0, 0.5, -0.5)
 # Per stage: what an old observation loses in weight, and how far the optimum may drift (decades).
 _OLD_NOISE = 1.0
 _SURPRISE = 10.0
@@ -29,7 +31,7 @@ class Backend(Protocol):
     def ask(self) -> float: ...
     def tell(self, lr: float, mean: float, std: float) -> None: ...
     def best(self) -> float: ...
-    def next_stage(self) -> None: ...
+    def next_stage(self, chosen: float | None = None) -> None: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
@@ -57,14 +59,19 @@ class LRSearch:
         high: greatest rate.
         seed: of the small random shifts of the first points; the same seed asks the same rates.
         kappa: None asks by expected improvement; a number asks by the lower confidence bound mean - kappa * std.
+        known: a rate that usually does well, from which the first stage looks around; None: the whole range at once.
 
     Raises:
         ValueError: unless 0 < low < high.
     """
 
-    def __init__(self, low: float, high: float, seed: int = 0, *, kappa: float | None = None) -> None:
+    def __init__(
+        self, low: float, high: float, seed: int = 0, *, kappa: float | None = None, known: float | None = None
+    ) -> None:
         check_range(low, high)
         self.low, self.high, self.seed, self.kappa = low, high, seed, kappa
+        self.known = None if known is None else min(max(known, low), high)
+        self._pull, self._slope = 0.0, 0.0
         self._told: list[_Observation] = []
         self._before: list[_Observation] = []
         self._centre: float | None = None
@@ -79,6 +86,30 @@ class LRSearch:
         planned = self._design()
         if planned is not None:
             return planned
+        gain = self._gain()
+        best = int(np.argmax(gain))
+        return float(10.0 ** self._grid[best]) if np.isfinite(gain[best]) else self.best()
+
+    def promise(self) -> float:
+        """The improvement expected of the next rate, in the unit of the losses; inf while fixed points are left."""
+        if self._design() is not None or not any(math.isfinite(o.mean) for o in self._told):
+            return math.inf
+        return max(float(self._gain().max()), 0.0)
+
+    def bias(self, pull: float, slope: float) -> None:
+        """Adds to every loss, until the next stage: pull * (decades from the well-known rate)**2 - slope * decades.
+
+        Args:
+            pull: loss per squared decade; without a well-known rate nothing.
+            slope: loss that a rate is forgiven for each decade that it is faster.
+        """
+        self._pull, self._slope = pull if self.known is not None else 0.0, slope
+
+    def _biased(self, x: Array) -> Array:
+        away = x - math.log10(self.known) if self.known is not None else np.zeros_like(x)
+        return np.asarray(self._pull * away**2 - self._slope * x)
+
+    def _gain(self) -> Array:
         belief = self._posterior()
         if self.kappa is not None:
             gain = self.kappa * belief.std - belief.mean
@@ -89,8 +120,7 @@ class LRSearch:
         gain = np.asarray(gain, dtype=np.float64)
         for seen in self._told:  # the same rate again would be the same trial again
             gain[np.abs(self._grid - math.log10(seen.lr)) < _DECADES_APART] = -np.inf
-        best = int(np.argmax(gain))
-        return float(10.0 ** self._grid[best]) if np.isfinite(gain[best]) else self.best()
+        return gain
 
     def tell(self, lr: float, mean: float, std: float) -> None:
         """Reports a trial; a rate told again replaces what was told of it.
@@ -122,13 +152,14 @@ class LRSearch:
         belief, at = self._posterior(), self._nearest(lr)
         return float(belief.mean[at]), float(belief.std[at])
 
-    def next_stage(self) -> None:
-        """Keeps what was learned as a blurred prior around the choice, and begins a new stage's search."""
+    def next_stage(self, chosen: float | None = None) -> None:
+        """Keeps what was learned as a blurred prior around the choice (None: `best`), and begins a new stage's search."""
         if any(math.isfinite(o.mean) for o in self._told):
-            self._centre = self.best()
+            self._centre = self.best() if chosen is None else chosen
             self._before = self._told
         self._told = []
         self._stage += 1
+        self._pull = self._slope = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """Plain Python values, JSON-able but for non-finite floats."""
@@ -147,16 +178,28 @@ class LRSearch:
     def _design(self) -> float | None:
         """The next fixed point of this stage, None when improvement should lead."""
         low, high = math.log10(self.low), math.log10(self.high)
-        if self._centre is None:
+        if self._centre is None and self.known is not None:
+            offsets, shift = [math.log10(self.known) + d for d in _AROUND], 0.0
+        elif self._centre is None:
             offsets = [low + f * (high - low) for f in _COLD]
             shift = np.random.default_rng([self.seed, self._stage]).uniform(-0.05, 0.05) * (high - low)
         else:
-            offsets, shift = [math.log10(self._centre) + d for d in _WARM], 0.0
+            offsets, shift = [math.log10(self._centre) + d for d in self._around()], 0.0
         for offset in offsets[len(self._told) :]:
             x = min(max(offset + shift, low), high)
             if all(abs(x - math.log10(o.lr)) >= _DECADES_APART for o in self._told):
                 return float(10.0**x)
         return None
+
+    def _around(self) -> list[float]:
+        """Decades from the last choice to look at: there, faster, on the better side, and on while that falls."""
+        offsets = [*_WARM]
+        losses = [o.mean + float(self._biased(np.array(math.log10(o.lr)))) for o in self._told]
+        if len(losses) >= 2:
+            offsets.append(2 * _WARM[1] if losses[1] <= losses[0] else -_WARM[1])
+        if len(losses) >= 3 and losses[2] < min(losses[:2]):
+            offsets.append(offsets[2] + math.copysign(1.0, offsets[2]))
+        return offsets
 
     def _posterior(self) -> Posterior:
         """Belief on the grid: this stage's trials, and the last stage's with their level removed and noise added."""
@@ -172,7 +215,8 @@ class LRSearch:
                 spread *= 1.0 + _SURPRISE * float(np.var(residual)) / spread**2
                 x, y = np.concatenate([x, bx]), np.concatenate([y, by])
                 noise = np.concatenate([noise, np.hypot(bnoise, _OLD_NOISE * spread)])
-        return posterior(x, y, noise, self._grid)
+        belief = posterior(x, y, noise, self._grid)
+        return Posterior(belief.mean + self._biased(self._grid), belief.std)
 
 
 def _sorted(x: Array, y: Array) -> tuple[Array, Array]:

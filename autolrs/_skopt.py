@@ -58,7 +58,7 @@ class SkoptSearch:
         finite = [(m, lr) for lr, m, _ in self._told if math.isfinite(m)]
         return min(finite)[1] if finite else math.sqrt(self.low * self.high)
 
-    def next_stage(self) -> None:
+    def next_stage(self, chosen: float | None = None) -> None:
         """Forgets everything, as the published algorithm does."""
         self._stage += 1
         self._told = []

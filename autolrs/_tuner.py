@@ -15,7 +15,7 @@ from trainkit.autolrs._history import History
 from trainkit.autolrs._plan import Search, Settings
 from trainkit.autolrs._plot import plot
 from trainkit.autolrs._race import Losses
-from trainkit.autolrs._schedule import LRSchedule, group_ratios, set_rate
+from trainkit.autolrs._schedule import LRSchedule, group_ratios, known_rate, set_rate
 from trainkit.autolrs._snapshot import (
     Snapshot,
     Stateful,
@@ -169,7 +169,7 @@ class Tuner:
         """
         controller = self._controller
         default = max(float(g.get("initial_lr", g["lr"])) for g in self.optimizer.param_groups)
-        controller.begin(self._total, default, group_ratios(self.optimizer))
+        controller.begin(self._total, default, group_ratios(self.optimizer), known_rate(self.optimizer))
         self._stream = stream = Stream(loader)
         if self._loaded is not None:
             stream.load_state_dict(self._loaded["stream"])

@@ -169,13 +169,13 @@ def test_the_run_equals_its_schedule_replayed_without_searches(script, tmp_path,
 
 
 def test_two_processes_agree_and_survive_a_nan_on_one(tmp_path):
-    _, ends = run(tmp_path, world=2, nan_rank=1, every=40)
+    _, ends = run(tmp_path, world=2, nan_rank=1, nan_above=0.002, every=40)
     first, second = ends
     assert same(first["parameters"], second["parameters"])
     assert first["rates"] == second["rates"] and first["seen"] == second["seen"]
     assert any(t["status"] == "diverged" for t in first["history"]["trials"])
     assert all(torch.isfinite(p).all() for p in first["parameters"].values())
-    assert max(first["rates"]) <= 0.03
+    assert max(first["rates"]) <= 0.002
     assert first["calls"] == 120  # every optimizer step, those of trials included, went through the hook
 
 

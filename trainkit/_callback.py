@@ -16,6 +16,7 @@ from trainkit.autolrs import (
     Settings,
     Where,
     group_ratios,
+    known_rate,
     plot,
     rng_state,
     set_rate,
@@ -177,7 +178,8 @@ class AutoLRS(Callback):
             raise ValueError(f"AutoLRS must know the run's length, but max_steps={trainer.max_steps}: set max_steps")
         optimizer = trainer.optimizers[0]
         default = max(float(g.get("initial_lr", g["lr"])) for g in optimizer.param_groups)
-        if not controller.begin(int(total), default, group_ratios(optimizer)) and not self._loaded:
+        known = known_rate(optimizer)
+        if not controller.begin(int(total), default, group_ratios(optimizer), known) and not self._loaded:
             _say(f"AutoLRS: {total} steps are too few to search; training at {controller.rate(0):.1e} instead")
         if trainer.lr_scheduler_configs and not self._loaded:
             _say(

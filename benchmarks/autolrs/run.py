@@ -16,9 +16,7 @@ from typing import Any
 import torch
 from tasks import TASKS, Task
 
-from trainkit.autolrs import Tuner
-
-EVERY = 25
+from trainkit.autolrs import Tuner, set_rate
 
 
 def valid_loss(task: Task) -> float:
@@ -31,17 +29,54 @@ def valid_loss(task: Task) -> float:
     return value
 
 
-def follow(task: Task, rate_at: Callable[[int], float], optimizer: Any, steps: int) -> Iterator[int]:
-    """Trains along a schedule; yields the number of steps taken."""
-    stream = iter(task.loader)
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = rate_at(step)
-        loss = task.loss(task.model, next(stream))
+def stepper(task: Task, optimizer: Any) -> Callable[[Any], torch.Tensor]:
+    """Batch -> loss, one optimizer step; a CUDA graph where the optimizer can be captured."""
+
+    def step(batch: Any) -> torch.Tensor:
         optimizer.zero_grad()
+        loss = task.loss(task.model, batch)
         loss.backward()
         optimizer.step()
-        yield step + 1
+        return loss.detach()
+
+    if not optimizer.defaults.get("capturable"):
+        return step
+    held = next(iter(task.loader)).clone()
+    before = [p.detach().clone() for p in task.model.parameters()]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(held)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    optimizer.zero_grad()
+    with torch.cuda.graph(graph):
+        out = step(held)
+    # The graph writes into this very state: it is zeroed, not made anew.
+    with torch.no_grad():
+        for parameter, start in zip(task.model.parameters(), before, strict=True):
+            parameter.copy_(start)
+        for state in optimizer.state.values():
+            for value in state.values():
+                value.zero_()
+
+    def replay(batch: Any) -> torch.Tensor:
+        held.copy_(batch)
+        graph.replay()
+        return out.clone()
+
+    return replay
+
+
+def follow(task: Task, rate_at: Callable[[int], float], optimizer: Any, steps: int) -> Iterator[int]:
+    """Trains along a schedule; yields the number of steps taken."""
+    stream, step = iter(task.loader), stepper(task, optimizer)
+    ones = [1.0] * len(optimizer.param_groups)
+    for taken in range(steps):
+        set_rate(optimizer, rate_at(taken), ones)
+        step(next(stream))
+        yield taken + 1
 
 
 def cosine(peak: float, steps: int) -> Callable[[int], float]:
@@ -73,8 +108,7 @@ def found_rate(task: Task, optimizer: Any, steps: int = 100) -> float:
     losses: list[float] = []
     stream, smooth, best = iter(task.loader), 0.0, math.inf
     for i, rate in enumerate(rates):
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(optimizer, rate, [1.0] * len(optimizer.param_groups))
         loss = task.loss(task.model, next(stream))
         smooth = 0.9 * smooth + 0.1 * loss.item()
         losses.append(smooth / (1 - 0.9 ** (i + 1)))
@@ -92,14 +126,7 @@ def found_rate(task: Task, optimizer: Any, steps: int = 100) -> float:
 def tuned(task: Task, default: float, preset: str, seed: int, steps: int) -> Iterator[tuple[int, Any]]:
     """Ours or the published algorithm; yields (steps charged so far, tuner)."""
     optimizer = task.optimizer(task.model, default)
-
-    def train_step(batch: Any) -> torch.Tensor:
-        loss = task.loss(task.model, batch)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss
-
+    train_step = stepper(task, optimizer)
     kwargs: dict[str, Any] = {"preset": "paper", "stage_steps": max(steps // 12, 10)} if preset == "paper" else {}
     tuner = Tuner(task.model, optimizer, train_step, steps, loss=task.loss, count="all", seed=seed, **kwargs)
     for kept in tuner.run(task.loader):
@@ -123,7 +150,7 @@ def curve_of(task: Task, arm: str, factor: float, seed: int) -> tuple[list[tuple
         last, tuner = 0, None
         for charged, current in tuned(task, peak, arm, seed, steps):
             tuner = current
-            if charged // EVERY > last // EVERY or charged == steps:
+            if charged // task.every > last // task.every or charged == steps:
                 curve.append((charged, valid_loss(task)))
             last = charged
         assert tuner is not None
@@ -165,7 +192,7 @@ def curve_of(task: Task, arm: str, factor: float, seed: int) -> tuple[list[tuple
         optimizer.train()
         rate_at = lambda s: free  # noqa: E731
     for done in follow(task, rate_at, optimizer, steps - spent):
-        if done % EVERY == 0 or done == steps - spent:
+        if done % task.every == 0 or done == steps - spent:
             if arm == "schedule-free":
                 optimizer.eval()
             curve.append((done + spent, valid_loss(task)))
@@ -180,41 +207,48 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=None, help="default 5, for bytes 3")
     parser.add_argument("--device", default=None)
     parser.add_argument("--arms", default=None, help="comma-separated, default all")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="no further arm begins after so long")
+    parser.add_argument("--share", default="0/1", help="I/N: of the runs still to do, every N-th from the I-th")
     parser.add_argument("--out", type=Path, default=Path("runs/autolrs"))
     args = parser.parse_args()
     device = args.device or ("cuda" if args.task == "bytes" and torch.cuda.is_available() else "cpu")
     if device == "cpu":
         torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
-    for seed in range(args.seeds or (3 if args.task == "bytes" else 5)):
-        for arm, factor in arms(args.task):
-            if args.arms and arm not in args.arms.split(","):
-                continue
-            target = args.out / f"{args.task}.{arm}.{factor:.6g}.{seed}.json"
-            if target.exists():
-                continue
-            began = time.perf_counter()
-            task = TASKS[args.task](seed, device)
-            try:
-                curve, notes = curve_of(task, arm, factor, seed)
-            except ImportError as error:
-                print(f"{target.name}: missing ({error})")
-                continue
-            result = {
-                "task": args.task,
-                "arm": arm,
-                "factor": factor,
-                "seed": seed,
-                "device": device,
-                "steps": task.steps,
-                "seconds": time.perf_counter() - began,
-                "curve": curve,
-                **notes,
-            }
-            part = target.with_suffix(f".{os.getpid()}.tmp")
-            part.write_text(json.dumps(result))
-            os.replace(part, target)
-            print(f"{target.name}: {curve[-1][1]:.4f} in {result['seconds']:.1f} s", flush=True)
+    end = time.perf_counter() + args.seconds
+    share, shares = (int(part) for part in args.share.split("/"))
+    todo = [(seed, *arm) for seed in range(args.seeds or (3 if args.task == "bytes" else 5)) for arm in arms(args.task)]
+    todo = [run for run in todo if not args.arms or run[1] in args.arms.split(",")]
+    targets = {run: args.out / "{}.{}.{:.6g}.{}.json".format(args.task, *run[1:], run[0]) for run in todo}
+    for run in [r for r in todo if not targets[r].exists()][share::shares]:
+        if time.perf_counter() < end:
+            one_run(args.task, *run, device, targets[run])
+
+
+def one_run(name: str, seed: int, arm: str, factor: float, device: str, target: Path) -> None:
+    """Runs an arm and writes its file, whole or not at all; a peer that is not installed is said and left out."""
+    began = time.perf_counter()
+    task = TASKS[name](seed, device)
+    try:
+        curve, notes = curve_of(task, arm, factor, seed)
+    except ImportError as error:
+        print(f"{target.name}: missing ({error})")
+        return
+    result = {
+        "task": name,
+        "arm": arm,
+        "factor": factor,
+        "seed": seed,
+        "device": device,
+        "steps": task.steps,
+        "seconds": time.perf_counter() - began,
+        "curve": curve,
+        **notes,
+    }
+    part = target.with_suffix(f".{os.getpid()}.tmp")
+    part.write_text(json.dumps(result))
+    os.replace(part, target)
+    print(f"{target.name}: {curve[-1][1]:.4f} in {result['seconds']:.1f} s", flush=True)
 
 
 if __name__ == "__main__":

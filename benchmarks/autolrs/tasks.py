@@ -24,6 +24,7 @@ class Task:
     default: float
     grid: tuple[float, ...]
     steps: int
+    every: int = 25  # charged steps between validations
 
 
 class Batches:
@@ -171,38 +172,50 @@ class ByteGPT(nn.Module):
         return self.head(self.norm(self.layers(x)))
 
 
-def byte_gpt(seed: int, device: str) -> Task:
-    """The running Python's standard library as bytes, split by file."""
+def byte_gpt(seed: int, device: str, *, steps: int = 2000, batch: int = 32, **shape: int) -> Task:
+    """The running Python's standard library as bytes, split by file; bf16. On a GPU the step can be captured."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py"))
     files = [f for f in files if "site-packages" not in f.parts and "test" not in f.parts]
     texts = [torch.frombuffer(bytearray(f.read_bytes() or b"\n"), dtype=torch.uint8) for f in files]
     valid = torch.cat(texts[::20]).to(device)
     train = torch.cat([t for i, t in enumerate(texts) if i % 20]).to(device)
     torch.manual_seed(seed)
-    model = ByteGPT().to(device)
+    model = ByteGPT(**shape).to(device)
+    context = model.places.num_embeddings
+    window = torch.arange(context + 1, device=device)
 
     def cut(data: Tensor, size: int, generator: torch.Generator) -> Tensor:
-        at = torch.randint(len(data) - 257, (size,), generator=generator)
-        return data[(at[:, None] + torch.arange(257)).to(device)].long()
+        at = torch.randint(len(data) - context - 1, (size,), generator=generator).to(device)
+        return data[at[:, None] + window].long()
 
     def loss(m: nn.Module, b: Tensor) -> Tensor:
-        with torch.autocast(device, torch.bfloat16):
+        # a cast that autocast remembered from one captured step would be stale in the next
+        with torch.autocast(device, torch.bfloat16, cache_enabled=False):
             logits = m(b[:, :-1])
         return F.cross_entropy(logits.float().flatten(0, 1), b[:, 1:].flatten())
 
-    held = torch.Generator().manual_seed(9)
+    def optimizer(m: nn.Module, rate: float) -> torch.optim.Optimizer:
+        cuda = device == "cuda"
+        held = torch.tensor(rate, device=device) if cuda else rate
+        return torch.optim.AdamW(m.parameters(), held, betas=(0.9, 0.95), weight_decay=0.1, fused=cuda, capturable=cuda)
+
+    held_out = torch.Generator().manual_seed(9)
     return Task(
         model,
         loss,
-        Batches(lambda g: cut(train, 64, g), 2000 + seed),
-        [cut(valid, 64, held) for _ in range(8)],
-        lambda m, lr: torch.optim.AdamW(
-            m.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.1, fused=device == "cuda"
-        ),
+        Batches(lambda g: cut(train, batch, g), 2000 + seed),
+        [cut(valid, 2 * batch, held_out) for _ in range(4)],
+        optimizer,
         1e-3,
         (1e-4, 3e-4, 6e-4, 1e-3, 2e-3, 4e-3, 8e-3),
-        2000,
+        steps,
+        every=50,
     )
 
 
-TASKS = {"digits": digits, "teacher": teacher, "bytes": byte_gpt}
+def byte_gpt_tiny(seed: int, device: str) -> Task:
+    """The same, small enough for a CPU: to try the script."""
+    return byte_gpt(seed, device, steps=60, batch=4, width=32, layers=2, heads=2, context=32)
+
+
+TASKS = {"digits": digits, "teacher": teacher, "bytes": byte_gpt, "bytes-tiny": byte_gpt_tiny}
