@@ -8,9 +8,10 @@ from typing import Any
 
 import google.protobuf.text_format
 import grpc
+from google.rpc import code_pb2, status_pb2
 from p4.config.v1 import p4info_pb2
 from p4.v1 import p4runtime_pb2 as proto
-from p4runtime_sh.p4runtime import P4RuntimeClient, P4RuntimeErrorFormatException, P4RuntimeWriteException
+from p4runtime_sh.p4runtime import P4RuntimeClient
 
 from trainkit.p4._entries import DYNAMIC, STATIC, Change, Entry, Group, Item
 
@@ -37,7 +38,9 @@ class _Client(P4RuntimeClient):  # type: ignore[misc]
         self.arbitrated: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.packets: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.why_ended = ""
-        self.stream = self.stub.StreamChannel(iter(self.outgoing.get, None))
+        if self.election_id is None:
+            return
+        self.stream = self.stub.StreamChannel(iter(self.outgoing.get, None), wait_for_ready=True)
         threading.Thread(target=self._listen, name="p4runtime-stream", daemon=True).start()
         request = proto.StreamMessageRequest()
         request.arbitration.device_id = self.device_id
@@ -57,27 +60,28 @@ class _Client(P4RuntimeClient):  # type: ignore[misc]
         self.packets.put(None)
 
     def tear_down(self) -> None:
-        self.outgoing.put(None)
-        self.stream.cancel()
+        if self.election_id is not None:
+            self.outgoing.put(None)
+            self.stream.cancel()
         self.channel.close()
 
 
 class Connection:
-    """One switch, as its primary controller. A context manager.
+    """One switch, as its primary controller or to read only. A context manager.
 
     Args:
         address: "host:port" of its P4Runtime server.
         device: its device id.
-        election: election id; the greatest is primary.
+        election: election id; the greatest is primary. None reads only, whoever is primary.
         seconds: how long an answer may take.
 
     Raises:
         SwitchError: nobody answers there, or another controller is primary.
     """
 
-    def __init__(self, address: str, device: int = 0, election: int = 1, seconds: float = 5.0) -> None:
+    def __init__(self, address: str, device: int = 0, election: int | None = 1, seconds: float = 5.0) -> None:
         self.address, self._seconds = address, seconds
-        self._client = _Client(device, address, (0, election))
+        self._client = _Client(device, address, None if election is None else (0, election))
         try:
             try:
                 grpc.channel_ready_future(self._client.channel).result(timeout=seconds)
@@ -85,7 +89,8 @@ class Connection:
                 raise SwitchError(
                     f"no P4Runtime server answers at {address} in {seconds:g} s: is the switch running, is the port right?"
                 ) from None
-            self._arbitrate(election)
+            if election is not None:
+                self._arbitrate(election)
             self.info = self._running()
         except BaseException:
             self.close()
@@ -263,11 +268,7 @@ class Connection:
             return SwitchError(f"mastership lost: another controller has become primary on {self.address}")
         why = str(error.details())
         if code == grpc.StatusCode.UNKNOWN:
-            try:
-                refused = P4RuntimeWriteException(error).errors
-                why = "; ".join(f"update {index}: {one.message or one.canonical_code}" for index, one in refused)
-            except P4RuntimeErrorFormatException:
-                pass
+            why = "; ".join(_refused(error)) or why
         return SwitchError(f"switch {self.address} refuses ({code.name.lower()}): {why}")
 
     def _entity(self, item: Item, named_only: bool) -> Any:
@@ -301,6 +302,21 @@ class Connection:
         (table,) = [table for table in self._program().tables if table.preamble.id == read.table_id]
         values = {match.field_id: int.from_bytes(match.exact.value, "big") for match in read.match}
         return tuple(values[field.id] for field in table.match_fields)
+
+
+def _refused(error: Any) -> list[str]:
+    """Which updates of a write were refused, and why.
+
+    Not by p4runtime-shell's own reader: it never ends where an update before the refused one was taken.
+    """
+    lines = []
+    for name, value in error.trailing_metadata() or ():
+        if name == "grpc-status-details-bin":
+            for index, detail in enumerate(status_pb2.Status.FromString(value).details):
+                refused = proto.Error()
+                if detail.Unpack(refused) and refused.canonical_code != _OK:
+                    lines.append(f"update {index}: {refused.message or code_pb2.Code.Name(refused.canonical_code)}")
+    return lines
 
 
 def _bytes(value: int) -> bytes:

@@ -1,10 +1,12 @@
 """The compiled programs: where they are, what they were compiled from, and how to compile them."""
 
 import hashlib
+import json
 import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 BUILD = HERE / "build"
@@ -42,16 +44,27 @@ def compile_bmv2(into: Path = BUILD) -> Path:
         CompileError: p4c-bm2-ss is not on PATH, fails, or has a warning.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        made = [Path(scratch) / path.name for path in (P4INFO, JSON)]
-        command = ["--p4v", "16", "-I", str(HERE), "--p4runtime-files", str(made[0]), "-o", str(made[1])]
-        _run("p4c-bm2-ss", [*command, str(HERE / "switchml.p4")], 120)
-        # nothing of this machine in what is shipped
-        made[1].write_text(made[1].read_text().replace(f"{HERE}/", ""))
-        into.mkdir(parents=True, exist_ok=True)
-        for path in made:
-            shutil.copyfile(path, into / path.name)
+        info, program = (Path(scratch) / path.name for path in (P4INFO, JSON))
+        command = ["--p4v", "16", "-I", str(HERE), "--p4runtime-files", str(info), "-o", str(program)]
+        _run("p4c-bm2-ss", [*command, str(HERE / "switchml.p4")], 600)
+        return keep(info.read_text(), program.read_text(), into)
+
+
+def keep(info: str, program: str, into: Path) -> Path:
+    """Write what the compiler made, without where it was made, and the hash of the sources."""
+    compiled = _without_sources(json.loads(program))
+    compiled["program"] = "switchml.p4"
+    into.mkdir(parents=True, exist_ok=True)
+    (into / P4INFO.name).write_text(info)
+    (into / JSON.name).write_text(json.dumps(compiled, separators=(",", ":")) + "\n")
     (into / HASH.name).write_text(source_hash() + "\n")
     return into
+
+
+def _without_sources(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {key: _without_sources(value) for key, value in node.items() if key != "source_info"}
+    return [_without_sources(value) for value in node] if isinstance(node, list) else node
 
 
 def compile_tofino(into: Path, seconds: float = 600) -> Path:

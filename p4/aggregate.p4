@@ -72,14 +72,8 @@ control Aggregate(inout headers_t hdr, inout metadata_t meta, in bit<32> index, 
 
     // READ and RESET of the control plane
     action tell() {
-        hdr.packet_in.setValid();
-        hdr.packet_in.operation = hdr.packet_out.operation;
-        hdr.packet_in.index = hdr.packet_out.index;
-        hdr.packet_in.chunk = chunk;
-        hdr.packet_in.epoch = epoch;
-        hdr.packet_in.seen = seen;
-        hdr.packet_in.exponent = exponent;
-        hdr.packet_in.elements = size;
+        hdr.packet_in =
+            { 0, hdr.packet_out.operation, hdr.packet_out.index, chunk, epoch, seen, exponent, size };
         hdr.packet_out.setInvalid();
     }
 

@@ -112,10 +112,10 @@ class Status:
     """SwitchML packets by what became of them."""
 
 
-def status(path: str | Path, *, grpc: str = "127.0.0.1:9559", device: int = 0, election: int = 1) -> Status:
-    """What the switch of a description holds and has counted; arguments and errors are `deploy`'s."""
+def status(path: str | Path, *, grpc: str = "127.0.0.1:9559", device: int = 0) -> Status:
+    """What the switch of a description holds and has counted, whoever is primary; errors are `deploy`'s."""
     description = load(path)
-    with connected(grpc, device, election) as switch:
+    with connected(grpc, device, None) as switch:
         held = switch.read()
         traffic = switch.traffic("session")
         sessions = {}
@@ -164,7 +164,7 @@ def deployed(
 
 
 @contextlib.contextmanager
-def connected(grpc: str, device: int = 0, election: int = 1) -> Iterator["Connection"]:
+def connected(grpc: str, device: int = 0, election: int | None = 1) -> Iterator["Connection"]:
     """A session with a switch; needs the extra `p4`."""
     try:
         from trainkit.p4._client import Connection

@@ -2,7 +2,7 @@
 #include "aggregate.p4"
 #include "forward.p4"
 
-control Ingress(inout headers_t hdr, inout metadata_t meta, inout standard_metadata_t standard) {
+control Arrive(inout headers_t hdr, inout metadata_t meta, inout standard_metadata_t standard) {
     counter(7, CounterType.packets) packets;
     Aggregate() aggregate;
     Forward() forward;
@@ -61,13 +61,12 @@ control Ingress(inout headers_t hdr, inout metadata_t meta, inout standard_metad
     }
 
     action punt() {
-        hdr.packet_in.setValid();
-        hdr.packet_in.port = (bit<16>) standard.ingress_port;
+        hdr.packet_in = { (bit<16>) standard.ingress_port, control_t.SEND, 0, 0, 0, 0, 0, 0 };
         standard.egress_spec = CPU_PORT;
     }
 
     action place() {
-        index = (bit<32>) (meta.session.base + ((hdr.switchml.slot & 0x3FFF) << 1) + (hdr.switchml.slot >> 15));
+        index = (bit<32>) (meta.session.base + (hdr.switchml.chunk[15:0] & ((meta.session.slots << 1) - 1)));
     }
 
     apply {
@@ -125,7 +124,7 @@ control Ingress(inout headers_t hdr, inout metadata_t meta, inout standard_metad
     }
 }
 
-control Egress(inout headers_t hdr, inout metadata_t meta, inout standard_metadata_t standard) {
+control Depart(inout headers_t hdr, inout metadata_t meta, inout standard_metadata_t standard) {
     bool missing = false;
 
     action result() {
@@ -200,4 +199,4 @@ control Egress(inout headers_t hdr, inout metadata_t meta, inout standard_metada
     }
 }
 
-V1Switch(Parse(), Verify(), Ingress(), Egress(), Update(), Deparse()) main;
+V1Switch(Parse(), Verify(), Arrive(), Depart(), Update(), Deparse()) main;

@@ -17,8 +17,6 @@ class Options:
     """HOST:PORT of the switch's P4Runtime server"""
     device: int = 0
     """its device id"""
-    election: int = 1
-    """election id; the greatest is primary"""
     json: bool = False
     """print JSON"""
 
@@ -27,7 +25,7 @@ def run(options: Options) -> int:
     """Print; 1 where the switch does not hold what the file describes."""
     from trainkit.p4.deploy import status
 
-    found = status(options.path, grpc=options.grpc, device=options.device, election=options.election)
+    found = status(options.path, grpc=options.grpc, device=options.device)
     if options.json:
         print(json.dumps(dataclasses.asdict(found), indent=1))
     else:
