@@ -190,9 +190,13 @@ class HardwareSwitch:
         held = self.connection.read()
         entries = [item for item in held if isinstance(item, Entry) and item.table in (*DYNAMIC, "session")]
         self.connection.write(difference(entries, []))
-        for session in range(4):
-            for index in range(256 * session, 256 * session + 16):
-                self.connection.send(b"", operation=RESET, index=index)
+        asked = {256 * session + version for session in range(4) for version in range(16)}
+        for index in asked:
+            self.connection.send(b"", operation=RESET, index=index)
+        while asked:
+            packet = self.connection.receive(10)
+            assert packet is not None, "the switch resets nothing"
+            asked.discard(packet.fields["index"])
 
     @classmethod
     def plug_in(cls, bmv2: Bmv2) -> None:
