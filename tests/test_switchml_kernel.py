@@ -29,15 +29,20 @@ _WORKER = """
 import sys
 import torch
 from trainkit.switchml import SwitchMLState
-rank, switch, elements, token = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4] or None
-state = SwitchMLState(switch, rank=rank, world_size=3, profile="core", elements=elements, token_file=token, deadline_s=20)
+rank, switch, token = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 own = [torch.randn(20_001, generator=torch.Generator().manual_seed(r)) for r in range(3)]
 exact = torch.stack(own).double().mean(0)
-for step in range(5):
-    got = state.average(own[rank].clone(), index=0).wait()
-    assert float((got.double() - exact).abs().max()) < 1e-6
-print(state.connect().member.elements, flush=True)
-state.close()
+states = [
+    SwitchMLState(switch, rank=rank, world_size=3, session=f"of {elements}", profile="core", elements=elements,
+                  token_file=token, deadline_s=30)
+    for elements in (256, 352)
+]
+for step in range(3):
+    for future in [state.average(own[rank].clone(), index=0) for state in states]:
+        assert float((future.wait().double() - exact).abs().max()) < 1e-6
+print(*(state.connect().member.elements for state in states), flush=True)
+for state in states:
+    state.close()
 """
 
 
@@ -86,31 +91,26 @@ def test_kernel_answers_as_the_vectors_say(hub: str) -> None:
     assert min(answer["counters"][name] for name in ("chunks", "repeats", "stale", "malformed")) > 0
 
 
-@pytest.mark.parametrize("elements", [256, 352])
-def test_workers_join_and_average_through_the_kernel(hub: str, elements: int, tmp_path: Path) -> None:
+def test_workers_join_and_average_in_two_sessions_through_the_kernel(hub: str, tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text("0123456789abcdef0123456789abcdef")
-    secret = str(token) if elements == 256 else ""
-    trust = ["--token-file", secret] if secret else ["--insecure"]
-    command = ["-m", "trainkit", "switch", "--listen", "10.77.0.254:0", "--xdp", "p0,p1,p2", "--json", *trust]
+    listen = ["--listen", "10.77.0.254:0", "--xdp", "p0,p1,p2", "--token-file", str(token), "--json"]
     with contextlib.ExitStack() as stack:
-        switch = stack.enter_context(_inside(f"{hub}s", *command))
+        switch = stack.enter_context(_inside(f"{hub}s", "-m", "trainkit", "switch", *listen))
         stack.callback(switch.terminate)
         assert switch.stdout is not None and switch.stderr is not None
         line = switch.stdout.readline()
         assert line, switch.stderr.read()
         address = json.loads(line)["address"]
-        workers = [
-            _inside(f"{hub}{rank}", "-c", _WORKER, str(rank), address, str(elements), secret) for rank in range(3)
-        ]
+        workers = [_inside(f"{hub}{rank}", "-c", _WORKER, str(rank), address, str(token)) for rank in range(3)]
         for worker in workers:
-            out, error = worker.communicate(timeout=120)
+            out, error = worker.communicate(timeout=200)
             assert worker.returncode == 0, error
-            assert out.split() == [str(elements)]
+            assert out.split() == ["256", "352"]
         switch.terminate()
         counters = json.loads(switch.stdout.read().splitlines()[-1])["counters"]
         # every sum of 20001 values by 3 workers was made in the kernel
-        assert counters["chunks"] >= 5 * -(-20_001 // elements)
+        assert counters["chunks"] >= 3 * sum(-(-20_001 // elements) for elements in (256, 352))
 
 
 if __name__ == "__main__":
