@@ -63,7 +63,8 @@ Found search_trees(Matrix cost, Matrix latency, const Trees& trees, double weigh
                    uint64_t seed, int64_t rounds, const Late& late);
 double trees_cost(Matrix cost, Matrix latency, const Trees& trees, double weight, const std::vector<int>& order);
 
-// The least cost of a walk of exactly k hops between any two hosts, k = 0, 1, ..., hops: [hops + 1][size][size].
-std::vector<double> walks(Matrix cost, int hops, const Late& late);
+// The least cost, rounded down, of a walk of exactly k hops between any two hosts, k = 0, 1, ..., hops:
+// [hops + 1][size][size]; empty where time was short.
+std::vector<float> walks(Matrix cost, int hops, const Late& late);
 
 }  // namespace order

@@ -7,14 +7,15 @@
 namespace order {
 
 // Simulated annealing over swaps of hosts and of whole stretches of ranks, in rounds of growing length that each start
-// from the best so far: what it finds depends on the seed and on how many rounds there was time for.
+// from the best so far: what it finds depends on the seed and on how many rounds there was time for. The first round
+// begins at a temperature of `heat_share` of the cost.
 //
 // A Kernel keeps the cost of a placement up to date: touch(rank) after the rank's host changed, total() with ties
 // broken by average(), worst(random) a rank that the cost hangs on.
 template <class Kernel>
-Found anneal(Kernel& kernel, std::vector<int>& host, uint64_t seed, int64_t rounds, const Late& late) {
-  constexpr double kTie = 0.02;  // of the average exchange: enough to lead through plateaus
-  constexpr int kStale = 3;
+Found anneal(Kernel& kernel, std::vector<int>& host, uint64_t seed, int64_t rounds, double heat_share, const Late& late) {
+  constexpr double kTie = 1;  // of the average: leads through plateaus, and keeps what the dearest does not show
+  constexpr int kStale = 4;
   const int size = static_cast<int>(host.size());
   int levels = 1;
   while ((1 << levels) < size) ++levels;
@@ -32,8 +33,8 @@ Found anneal(Kernel& kernel, std::vector<int>& host, uint64_t seed, int64_t roun
   };
   for (int64_t round = 0; round < rounds; ++round) {
     const int64_t steps = std::max<int64_t>(10000, 400 * size) << std::min<int64_t>(round, 4);
-    // every other round hot enough to leave the valley
-    const double hottest = (round % 2 ? 0.1 : 0.02) * least / (1 << std::min<int64_t>(round / 2, 3));
+    // after a round in vain, one hot enough to leave the valley
+    const double hottest = (stale % 2 ? 5 : 1) * heat_share * least / (1 << std::min<int64_t>(round / 2, 3));
     const double before = least;
     double now = kernel.total() + kTie * kernel.average();
     for (int64_t step = 0; step < steps; ++step, ++found.tried) {

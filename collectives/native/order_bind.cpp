@@ -89,14 +89,14 @@ void bind_order(nb::module_& m) {
   m.def(
       "order_walks",
       [](const Square& cost, int hops, double seconds) {
-        auto* kept = new std::vector<double>;
+        auto* kept = new std::vector<float>;
         {
           nb::gil_scoped_release released;
           *kept = walks(matrix(cost), hops, until(seconds));
         }
         const size_t n = kept->empty() ? 0 : cost.shape(0), layers = kept->empty() ? 0 : hops + 1;
-        nb::capsule owner(kept, [](void* p) noexcept { delete static_cast<std::vector<double>*>(p); });
-        return nb::ndarray<nb::numpy, double, nb::ndim<3>>(kept->data(), {layers, n, n}, owner);
+        nb::capsule owner(kept, [](void* p) noexcept { delete static_cast<std::vector<float>*>(p); });
+        return nb::ndarray<nb::numpy, float, nb::ndim<3>>(kept->data(), {layers, n, n}, owner);
       },
-      "cost"_a, "hops"_a, "seconds"_a, "Least cost of walks of exactly k hops: [hops + 1, N, N]; empty where time was short.");
+      "cost"_a, "hops"_a, "seconds"_a, "Least cost, rounded down, of walks of exactly k hops: [hops + 1, N, N]; empty where time was short.");
 }

@@ -92,7 +92,7 @@ class StagesKernel {
 Found search_stages(Matrix cost, Matrix latency, const Stages& stages, std::vector<int> start, uint64_t seed,
                     int64_t rounds, const Late& late) {
   StagesKernel kernel(cost, latency, stages, start);
-  return anneal(kernel, start, seed, rounds, late);
+  return anneal(kernel, start, seed, rounds, 0.005, late);
 }
 
 double stages_cost(Matrix cost, Matrix latency, const Stages& stages, const std::vector<int>& order) {

@@ -93,7 +93,7 @@ class TreesKernel {
 Found search_trees(Matrix cost, Matrix latency, const Trees& trees, double weight, std::vector<int> start,
                    uint64_t seed, int64_t rounds, const Late& late) {
   TreesKernel kernel(cost, latency, trees, weight, start);
-  return anneal(kernel, start, seed, rounds, late);
+  return anneal(kernel, start, seed, rounds, 0.03, late);
 }
 
 double trees_cost(Matrix cost, Matrix latency, const Trees& trees, double weight, const std::vector<int>& order) {
