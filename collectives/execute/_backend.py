@@ -60,7 +60,7 @@ class Backend(dist.ProcessGroup):
 
     def __init__(self, topology: Topology, asked: Any, chunk_bytes: int, options: dict[str, Any]) -> None:
         rank, size = asked.group_rank, asked.group_size
-        super().__init__(rank, size)
+        super().__init__(rank, size)  # type: ignore[call-arg]
         self._name = str(asked.group_id)
         members = list(asked.global_ranks_in_group) or list(range(size))
         if max(members) >= len(topology.compute_nodes):
@@ -72,6 +72,10 @@ class Backend(dist.ProcessGroup):
             nccl = dist.ProcessGroupNCCL.Options()  # type: ignore[attr-defined]
             nccl._timeout = asked.timeout
             self._inner["cuda"] = dist.ProcessGroupNCCL(_part(asked, "nccl"), rank, size, nccl)  # type: ignore[attr-defined]
+        kinds = {"cpu": self.BackendType.GLOO, "cuda": self.BackendType.NCCL}
+        for device, inner in self._inner.items():  # what is not overridden below goes there
+            self._register_backend(torch.device(device), kinds[device], inner)
+        self._set_default_backend(kinds["cuda" if "cuda" in self._inner else "cpu"])
         own = _part(asked, "trainkit")
         nodes = [topology.compute_nodes[member] for member in members]
         whole = nodes == list(topology.compute_nodes)
@@ -81,7 +85,7 @@ class Backend(dist.ProcessGroup):
             self._runner_cuda = Runner(Seat(self._inner["cuda"], own, rank, size), **options)
 
     @property
-    def group_name(self) -> str:
+    def group_name(self) -> str:  # type: ignore[override]
         """The name by which torch.distributed knows the group."""
         return self._name
 
@@ -89,7 +93,7 @@ class Backend(dist.ProcessGroup):
         """The name in init_process_group."""
         return NAME
 
-    def allreduce(self, tensors: list[torch.Tensor], opts: Any = None) -> Any:
+    def allreduce(self, tensors: list[torch.Tensor], opts: Any = None) -> Any:  # type: ignore[override]
         """Sum or average along the all-reduce trees."""
         opts = opts or dist.AllreduceOptions()  # type: ignore[attr-defined]
         (tensor,) = tensors if len(tensors) == 1 else (None,)
@@ -123,10 +127,10 @@ class Backend(dist.ProcessGroup):
 
         return self._run("reduce_scatter", whole, take)
 
-    _allgather_base = all_gather_single
-    _reduce_scatter_base = reduce_scatter_single
+    _allgather_base = all_gather_single  # type: ignore[assignment]
+    _reduce_scatter_base = reduce_scatter_single  # type: ignore[assignment]
 
-    def broadcast(self, tensors: list[torch.Tensor], opts: Any) -> Any:
+    def broadcast(self, tensors: list[torch.Tensor], opts: Any) -> Any:  # type: ignore[override]
         """From one rank to all along broadcast trees."""
         if len(tensors) != 1 or not self._carries(tensors[0]):
             return self._of(tensors[0]).broadcast(tensors, opts)
@@ -147,7 +151,7 @@ class Backend(dist.ProcessGroup):
                 future.set_exception(error)
 
         done.add_done_callback(ended)
-        return torch._C._distributed_c10d._create_work_from_future(future)
+        return torch._C._distributed_c10d._create_work_from_future(future)  # type: ignore[attr-defined]
 
     def _carries(self, tensor: torch.Tensor) -> bool:
         return (
@@ -170,23 +174,3 @@ def _adds(op: Any, tensor: torch.Tensor) -> bool:
 
 def _part(asked: Any, name: str) -> Any:
     return PrefixStore(name, asked.store)
-
-
-def _passed_on(name: str) -> Callable[..., Any]:
-    def call(self: Backend, *arguments: Any, **options: Any) -> Any:
-        tensor: Any = next((argument for argument in arguments if argument is not None), None)
-        while isinstance(tensor, list | tuple) and tensor:
-            tensor = tensor[0]
-        kind = tensor.device.type if isinstance(tensor, torch.Tensor) else "cpu"
-        return getattr(self._inner[kind], name)(*arguments, **options)
-
-    call.__doc__ = f"{name} of gloo or NCCL."
-    return call
-
-
-_REST = (
-    "allgather", "allgather_coalesced", "allreduce_coalesced", "alltoall", "alltoall_base", "barrier", "gather",
-    "monitored_barrier", "recv", "recv_anysource", "reduce", "reduce_scatter", "scatter", "send",
-)  # fmt: skip
-for _name, _theirs in [*zip(_REST, _REST, strict=True), ("all_to_all_single", "alltoall_base")]:
-    setattr(Backend, _name, _passed_on(_theirs))
