@@ -98,7 +98,7 @@ class Agents:
         """host, rank, world size, restart count, master of every worker that started."""
         return [line.split() for line in (self.folder / "ranks").read_text().splitlines()]
 
-    def wait(self, what: Callable[[], bool], seconds: float = 120) -> None:
+    def wait(self, what: Callable[[], bool], seconds: float = 200) -> None:
         """Until `what` holds."""
         end = time.monotonic() + seconds
         while not what():
@@ -126,7 +126,7 @@ class Agents:
     def finish(self) -> list[int]:
         """Let the workers end; the agents' exit codes."""
         (self.folder / "stop").touch()
-        return [agent.wait(timeout=120) for agent in self.running.values()]
+        return [agent.wait(timeout=200) for agent in self.running.values()]
 
     def close(self) -> None:
         """Kill what still runs."""
