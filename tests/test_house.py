@@ -136,6 +136,7 @@ def test_the_wheel_holds_trainkit_alone(wheel: Path) -> None:
         names = archive.namelist()
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"trainkit"}
+    assert {"trainkit/p4/build/switchml.json", "trainkit/p4/build/switchml.p4info.txtpb"} <= set(names)
     for engine in ("autolrs", "switchml", "collectives", "kernels"):
         assert f"trainkit/{engine}/__init__.py" in names
     for engine in ("switchml", "collectives"):
