@@ -14,13 +14,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from execute_ranks import Engines, engines, processes
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from trainkit.collectives import Op, Schedule, Topology, allreduce_forest, bfb, forest, ring_schedule
 from trainkit.collectives._native import execute_add
 from trainkit.collectives.execute import PeerLost, Runner, run_reference
 from trainkit.collectives.execute._mesh import Mesh, local_address
 from trainkit.collectives.execute._nccl import plan_waves, waves_of
-from trainkit.collectives.execute._program import COPY, OUT, compile_rank, rank_order
+from trainkit.collectives.execute._program import COPY, OUT, compile_rank, cut, rank_order
 from trainkit.collectives.execute._tcp import DTYPES
 
 SIZES = (0, 1, 2, 3, 7, 64, 1001, 4097)
@@ -220,6 +222,17 @@ def test_waves_of_nccl(seed: int) -> None:
     for rank in range(size):
         sums(rank, place[rank])
     assert all(torch.equal(got, want) for got, want in zip(buffers, expected, strict=True))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 5000), st.sampled_from([1, 8, 32, 64]), st.integers(0, 30))
+def test_aligned_borders_still_share_everything_out(elements: int, align: int, seed: int) -> None:
+    program = compile_rank(some_schedule(random.Random(seed)), 0)
+    begin, end, _ = program.slices(elements, align)
+    exact, exact_end, _ = program.slices(elements)
+    assert ((begin <= end) & (exact - begin < align) & (begin <= exact) & (end <= exact_end)).all()
+    shards = [cut(f.numerator, f.denominator, elements) for shard in program.schedule.shards for f in shard]
+    assert all(value % align == 0 or value in (*shards, elements) for value in (*begin, *end))
 
 
 def test_waits_are_those_of_the_bytes() -> None:

@@ -69,7 +69,7 @@ class Backend(dist.ProcessGroup):
             )
         self._inner: dict[str, Any] = {"cpu": ProcessGroupGloo(_part(asked, "gloo"), rank, size, asked.timeout)}
         if torch.cuda.is_available() and dist.is_nccl_available():
-            nccl = dist.ProcessGroupNCCL.Options()  # type: ignore[attr-defined]
+            nccl = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)  # type: ignore[attr-defined]
             nccl._timeout = asked.timeout
             self._inner["cuda"] = dist.ProcessGroupNCCL(_part(asked, "nccl"), rank, size, nccl)  # type: ignore[attr-defined]
         kinds = {"cpu": self.BackendType.GLOO, "cuda": self.BackendType.NCCL}

@@ -8,6 +8,7 @@ operations that are not complete, the first waits for nothing, provided that eve
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from math import lcm
 from typing import Any
@@ -66,13 +67,23 @@ class Program:
                 earlier[later].append(at)
         return earlier
 
-    def slices(self, elements: int) -> tuple[npt.NDArray[np.int64], ...]:
+    def slices(self, elements: int, align: int = 1) -> tuple[npt.NDArray[np.int64], ...]:
         """[ops] first element, end and first source element in a buffer of `elements`.
+
+        Borders fall on multiples of `align` elements, but for those of the ranks' shards.
 
         Raises:
             ValueError: a copy's slice is not whole elements.
         """
-        at = np.array([cut(border, self.parts, elements) for border in self.borders], dtype=np.int64)
+        shards = {border for shard in self.schedule.shards for border in shard} | {Fraction(0), Fraction(1)}
+        fixed = {int(border * self.parts) for border in shards if self.parts % border.denominator == 0}
+        places, below = [], 0
+        for border in self.borders:
+            place = cut(border, self.parts, elements)
+            if border in fixed:
+                below = place
+            places.append(place if border in fixed else max(below, place - place % align))
+        at = np.array(places, dtype=np.int64)
         copies = np.flatnonzero(self.kind == COPY)
         if any(self.borders[b] * elements % self.parts for b in (*self.first[copies], *self.source[copies])):
             raise ValueError(f"copies within a rank need slices of whole elements, and {elements} do not divide so")
