@@ -1,7 +1,7 @@
 """Compiles a Hopper attention kernel for sm_90 without a GPU and prints what the machine code holds, as JSON.
 
 Run as a program, since Triton must be imported without its interpreter:
-    python kernels_cross_compile.py forward|backward HEAD_DIM [causal] [deterministic]
+    python kernels_cross_compile.py forward|backward HEAD_DIM [causal] [deterministic] [long]
 """
 
 import json
@@ -24,6 +24,7 @@ def inspect(compiled):
         sass = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
     return {
         "wgmma": len(re.findall(r"\bHGMMA", sass)),
+        "waits": len(re.findall(r"\bWARPGROUP\.DEPBAR", sass)),
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         "shared": compiled.metadata.shared,
         "tma": "cp.async.bulk.tensor" in compiled.asm["ptx"],
@@ -60,11 +61,12 @@ def main():
     which, width, *flags = sys.argv[1:]
     spec = Spec(scale=0.1, causal="causal" in flags, deterministic="deterministic" in flags)
     call = Call(spec, None, build(spec, torch.device("cpu")))
-    q, k, v = (torch.empty(1, 256, h, int(width), dtype=torch.bfloat16) for h in (8, 4, 4))
+    tokens = 8192 if "long" in flags else 256
+    q, k, v = (torch.empty(1, tokens, h, int(width), dtype=torch.bfloat16) for h in (8, 4, 4))
     if which == "forward":
         _hopper.forward(q, k, v, None, call, launch)
     else:
-        stats = torch.empty(1, 8, 256)
+        stats = torch.empty(1, 8, tokens)
         _hopper.backward(q, k, v, stats, q, stats, call, launch)
     print(json.dumps(found))
 

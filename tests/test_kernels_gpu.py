@@ -193,3 +193,86 @@ def test_layouts(path):
     odd = [torch.cat([x, x[..., :1]], -1)[..., :-1] for x in (q, k, v)]
     for same in (slices, outside, odd):
         assert torch.equal(attention(*same, backend=path), want)
+
+
+def rope_tables(positions, D):
+    angles = torch.arange(positions, device="cuda")[:, None] / 10000.0 ** (
+        torch.arange(D // 2, device="cuda") / (D // 2)
+    )
+    return angles.cos(), angles.sin()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_rope_and_hooks(path):
+    available(path)
+    tensors = inputs(2, 200, 300, 8, 2, 128, 128, torch.bfloat16)
+    options = {
+        "rope": rope_tables(300, 128),
+        "output_mod": lambda x, pair, b, h, i, d: x * (h + 1) + pair,
+        "causal": True,
+    }
+    results = []
+    for backend, dtype in ((path, torch.bfloat16), ("reference", torch.float32)):
+        leaves = [x.to(dtype).requires_grad_() for x in tensors]
+        out = attention(*leaves, backend=backend, **options)
+        results.append((out, *torch.autograd.grad(out.float().sin().sum(), leaves)))
+    for got, want in zip(*results, strict=True):
+        assert (got - want).norm() <= 2e-2 * want.norm()
+
+
+def test_compiled_rope():
+    q, k, v = (x.requires_grad_() for x in inputs(2, 256, 256, 4, 2, 64, 64, torch.bfloat16))
+    call = lambda q, k, v: attention(q, k, v, causal=True, rope=rope_tables(256, 64))  # noqa: E731
+    results = []
+    for run in (torch.compile(call, fullgraph=True), call):
+        out = run(q, k, v)
+        results.append((out, *torch.autograd.grad(out.float().sin().sum(), (q, k, v))))
+    for got, want in zip(*results, strict=True):
+        assert (got - want).norm() <= 1e-2 * want.norm()
+
+
+def test_sdpa_runs_our_kernels():
+    import torch.nn.attention as registry
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from trainkit.kernels import register_torch
+
+    if not hasattr(registry, "register_flash_attention_impl"):
+        pytest.skip("this PyTorch has no registry of flash attention kernels")
+    leaves = [x.transpose(1, 2).requires_grad_() for x in inputs(2, 300, 300, 4, 2, 128, 128, torch.bfloat16)]
+    call = torch.nn.functional.scaled_dot_product_attention
+
+    def run():
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            out = call(*leaves, is_causal=True, enable_gqa=True)
+            return out, *torch.autograd.grad(out.float().sin().sum(), leaves)
+
+    theirs = run()
+    registry.activate_flash_attention_impl(register_torch())
+    try:
+        ours = run()
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION), pytest.raises(ValueError, match=r"dropout_p=0\.5"):
+            call(*leaves, dropout_p=0.5, enable_gqa=True)
+    finally:
+        registry.restore_flash_attention_impl()
+    again = run()
+    for a, b, c in zip(ours, theirs, again, strict=True):
+        assert (a - b).norm() <= 2e-2 * b.norm()
+        assert torch.equal(b, c) or (b - c).norm() <= 1e-3 * b.norm()
+    assert not torch.equal(ours[0], theirs[0])
+    want = attention(*(x.transpose(1, 2) for x in leaves), causal=True).transpose(1, 2)
+    assert torch.equal(ours[0], want)
+
+
+@pytest.mark.parametrize("D", [64, 128])
+def test_long_sequences_take_other_tiles(D):
+    """Three warpgroups forward at 64 columns, dQ one block late at 128: long sequences only."""
+    available("hopper")
+    tensors = inputs(1, 4200, 8300, 2, 1, D, D, torch.bfloat16)
+    results = []
+    for backend, dtype in (("hopper", torch.bfloat16), ("reference", torch.float32)):
+        leaves = [x.to(dtype).requires_grad_() for x in tensors]
+        out = attention(*leaves, backend=backend, causal=True)
+        results.append((out, *torch.autograd.grad(out.float().sin().sum(), leaves)))
+    for got, want in zip(*results, strict=True):
+        assert (got - want).norm() <= 2e-2 * want.norm()

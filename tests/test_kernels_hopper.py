@@ -30,6 +30,8 @@ def check(found, kernels, spills):
     assert len(found) == kernels
     for name, kernel in found.items():
         assert kernel["wgmma"] > 0 and kernel["tma"], name
+        # As many waits as products: ptxas has given up overlapping them, and says so nowhere else.
+        assert kernel["waits"] < kernel["wgmma"] / 2, (name, kernel)
         assert kernel["spills"] <= spills, (name, kernel)
         assert kernel["shared"] <= 227 << 10, (name, kernel)
 
@@ -39,22 +41,23 @@ def test_forward():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [64, 256])
-def test_forward_of_other_widths(width):
-    check(compiled("forward", width, "causal"), 1, 0)
+@pytest.mark.parametrize(("width", "flags", "spills"), [(64, (), 0), (64, ("long",), 60), (256, (), 40)])
+def test_other_forwards(width, flags, spills):
+    check(compiled("forward", width, "causal", *flags), 1, spills)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("width", "kernels"), [(64, 2), (128, 2), (256, 3)])
-def test_deterministic_backward(width, kernels):
+@pytest.mark.parametrize(("width", "kernels", "spills"), [(64, 2, 10), (128, 2, 40), (256, 3, 20)])
+def test_deterministic_backward(width, kernels, spills):
     # Masked steps at 128 and 256 columns go a few registers over; their loops run once or twice a tile.
-    check(compiled("backward", width, "causal", "deterministic"), kernels, 0 if width == 64 else 200)
+    check(compiled("backward", width, "causal", "deterministic"), kernels, spills)
 
 
 @pytest.mark.slow
-def test_fused_backward():
+@pytest.mark.parametrize("width", [64, 128])
+def test_fused_backward(width):
     # dQ takes the last registers of the masked steps.
-    check(compiled("backward", 128, "causal"), 1, 250)
+    check(compiled("backward", width, "causal", "long"), 1, 300)
 
 
 def test_planes_describe_layouts_in_place():

@@ -17,7 +17,7 @@ HEADER = {
         "from triton.experimental import gluon\nimport triton.experimental.gluon.language as tl\n\njit = gluon.jit\n"
     ),
 }
-FUNCTIONS = ("score", "score_t", "score_grad", "score_grad_t", "mask", "mask_t")
+FUNCTIONS = ("score", "score_t", "score_grad", "score_grad_t", "mask", "mask_t", "hook", "by_x", "by_pair")
 HELPERS = "from trainkit.kernels._attention._elementwise_{dialect} import floor_divide, floor_mod, sigmoid, tanh\n\n"
 
 
@@ -175,6 +175,18 @@ def source(
             )
         if mask is not None and mask.result is not None:
             text += _function(f"mask{suffix}", "b, h, q, k, off, args", _body(mask, form), form.result(mask.result))
+    return text
+
+
+def hook_source(programs: list[tuple[str, Program]]) -> str:
+    """The functions `hook`, `by_x` and `by_pair` of a hook, in Triton."""
+    text = HEADER["triton"] + HELPERS.format(dialect="triton")
+    for name, program in programs:
+        assert program.result is not None
+        g = "" if name == "hook" else "g, "
+        text += _function(
+            name, f"x, pair, {g}b, h, q, k, args", _body(program, TILES), f"x * 0.0 + {program.result.name}"
+        )
     return text
 
 

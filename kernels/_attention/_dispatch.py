@@ -5,8 +5,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from trainkit.kernels._attention import _hopper, _ops, _sdpa, _triton
+from trainkit.kernels._attention import _hooks, _hopper, _ops, _sdpa, _triton
 from trainkit.kernels._attention._autograd import attend, outside_graph
+from trainkit.kernels._attention._hooks import Hook
 from trainkit.kernels._attention._packed import make_packed
 from trainkit.kernels._attention._reference import reference
 from trainkit.kernels._attention._spec import MaskMod, Packed, ScoreMod, Spec, check_tensors, make_spec
@@ -61,6 +62,10 @@ def attention(
     sinks: Tensor | None = None,
     score_mod: ScoreMod | None = None,
     mask_mod: MaskMod | None = None,
+    rope: tuple[Tensor, Tensor] | None = None,
+    query_mod: Hook | None = None,
+    key_mod: Hook | None = None,
+    output_mod: Hook | None = None,
     cu_seqlens: Tensor | tuple[Tensor, Tensor] | None = None,
     scale: float | None = None,
     softmax: Literal["softmax", "sigmoid"] = "softmax",
@@ -84,6 +89,11 @@ def attention(
         sinks: `[Hq]`; `exp(sink)` joins the softmax's denominator. Gets gradients.
         score_mod: FlexAttention's `score_mod(score, b, h, q_idx, kv_idx)`; captured tensors allowed.
         mask_mod: FlexAttention's `mask_mod(b, h, q_idx, kv_idx)`, True where a key is seen.
+        rope: (cos, sin), each `[positions, D / 2]`: rotary positions of q and k, key j at row j and query i at row p.
+        query_mod: `query_mod(x, pair, b, h, idx, d)` in place of each element of q (after `rope`), `pair` being the
+            element at `(d + D / 2) % D`. Captured tensors get no gradient.
+        key_mod: the same for k, `h` being a key head.
+        output_mod: the same for out.
         cu_seqlens: int32 `[n + 1]` cumulative lengths of packed sequences (B = 1), or a (q, k) pair; indices and `b`
             above then count inside a sequence, and sequences.
         scale: of `q @ k`; default `D ** -0.5`.
@@ -107,7 +117,8 @@ def attention(
     """
     check_tensors(q, k, v)
     # In a compiled graph lengths cannot be read back: the operator checks them when it runs.
-    traced = torch.compiler.is_compiling() and q.is_cuda and score_mod is None and mask_mod is None
+    functions = (score_mod, mask_mod, query_mod, key_mod, output_mod)
+    traced = torch.compiler.is_compiling() and q.is_cuda and all(f is None for f in functions)
     cu_q, cu_k = cu_seqlens if isinstance(cu_seqlens, tuple | list) else (cu_seqlens, cu_seqlens)
     packed = None if traced else make_packed(cu_seqlens, q, k)
     sequences = q.shape[0] if cu_q is None else cu_q.shape[0] - 1
@@ -132,6 +143,21 @@ def attention(
     )
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    for name, hook in (("query_mod", query_mod), ("key_mod", key_mod), ("output_mod", output_mod)):
+        if hook is not None and not callable(hook):
+            raise ValueError(f"{name} must be a function of an element, got {type(hook).__name__}")
+    plain = backend == "reference"
+    if rope is not None:
+        if not traced or cu_q is None:
+            _hooks.check_rope(rope, q, k, packed)
+        offset = _hooks.rope_offset(q, k, cu_q, cu_k)
+        if torch.compiler.is_compiling():
+            q, k = _hooks.rope_formula(q, rope, offset, cu_q), _hooks.rope_formula(k, rope, 0, cu_k)
+        else:
+            q = _hooks.apply(q, _hooks.rope_hook(rope, offset), cu_q, plain)
+            k = _hooks.apply(k, _hooks.rope_hook(rope, 0), cu_k, plain)
+    q = q if query_mod is None else _hooks.apply(q, query_mod, cu_q, plain)
+    k = k if key_mod is None else _hooks.apply(k, key_mod, cu_k, plain)
     if traced and backend == "auto" and not explain:
         pair = _ops.compiled(q, k, v, spec, cu_q, cu_k)
         return pair if return_lse else pair[0]
@@ -144,6 +170,8 @@ def attention(
         out, lse = run(q, k, v, spec, packed, hopper=explanation.path == "hopper")
     else:
         out, lse = reference(q, k, v, spec, packed)
+    if output_mod is not None:
+        out = _hooks.apply(out, output_mod, cu_q, plain)
     results: tuple[Any, ...] = (out,)
     if return_lse:
         results += (lse,)

@@ -1,5 +1,6 @@
 """The Hopper path: Gluon kernels for bf16 and fp16 on compute capability 9, head_dim 64, 128 and 256."""
 
+import math
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -15,7 +16,9 @@ HEADS = (64, 128, 256)
 GLUON = "3.6"
 """Gluon is experimental: its names change from one version of Triton to the next."""
 ROWS = 128
-"""Queries a program, 64 a warpgroup."""
+"""Queries (or keys) a program of a backward kernel, 64 a warpgroup."""
+UNBOUNDED_CAP = 60.0
+"""Soft caps up to this give exponentials between 2**-87 and 2**87: sums of them need no maximum."""
 
 
 @cache
@@ -53,6 +56,11 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> str | None:
     if spec.scale <= 0:
         return f"the folded softmax needs a positive scale, got {spec.scale}"
     return None
+
+
+def _cap(spec: Spec) -> float | None:
+    """The soft cap where it is all that is done to a score: the kernels then know it, and need no traced function."""
+    return spec.softcap if spec.alibi_slopes is None and spec.score_mod is None else None
 
 
 class Plane(NamedTuple):
@@ -95,10 +103,51 @@ def _swizzle(rows: int, width: int, dtype: torch.dtype) -> Any:
     return gl.NVMMASharedLayout.get_default_for([rows, width], element)
 
 
-def _ring(d: int, dv: int) -> tuple[int, int]:
-    """Keys a block and buffers in the ring, by what 227 KB of shared memory and 240 registers hold."""
+class Template:
+    """What a kernel is compiled for: attributes that its code reads as constants."""
+
+    def __init__(self, **constants: Any) -> None:
+        import triton.experimental.gluon.language as gl
+
+        self._known = tuple(constants.items())
+        for name, value in constants.items():
+            setattr(self, name, gl.constexpr(value))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Template) and self._known == other._known
+
+    def __hash__(self) -> int:
+        return hash(self._known)
+
+    def __repr__(self) -> str:
+        # Part of the name under which Triton keeps the compiled kernel.
+        return f"Template{self._known}"
+
+
+def _forward_tile(d: int, dv: int, seen: float) -> dict[str, Any]:
+    """Queries and keys a block, buffers in the ring: what 227 KB of shared memory and the registers hold.
+
+    Args:
+        seen: keys that a query sees on average.
+    """
     wide = max(d, dv)
-    return (128, 4) if wide == 64 else (128, 2) if wide == 128 else (64, 2)
+    if wide == 64:
+        # A third warpgroup hides more of the exponentials, and wastes more at the edge of a mask.
+        return {"BM": 192 if seen >= 4096 else 128, "BN": 128, "ST": 3, "STAGED": True}
+    return {"BM": 128, "BN": 128 if wide == 128 else 64, "ST": 2, "STAGED": wide == 128}
+
+
+def _seen(k: Tensor, spec: Spec, listed: bool) -> float:
+    """About how many keys a query sees; nothing is known where a mask_mod lists blocks or sequences are packed."""
+    if listed:
+        return 0.0
+    whole = k.shape[1] / (2 if spec.causal else 1)
+    return whole if spec.window is None else min(whole, spec.window)
+
+
+@cache
+def _processors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def forward(
@@ -114,22 +163,30 @@ def forward(
     spec, D, DV = call.spec, q.shape[3], v.shape[3]
     out = torch.empty(*q.shape[:3], DV, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
-    bn, stages = _ring(D, DV)
-    grid, pointers, strides, listed = _triton.layout(call, q, k, Tiling(ROWS, bn, 4, stages), False)
-    if 0 in grid:
+    tile = _forward_tile(D, DV, _seen(k, spec, call.variant.mask is not None or call.packed is not None))
+    bm, bn = tile["BM"], tile["BN"]
+    grid, pointers, strides, listed = _triton.layout(call, q, k, Tiling(bm, bn, 4, tile["ST"]), False)
+    total = math.prod(grid)
+    if total == 0:
         return out, lse
-    qp, kp, vp, op = plane(q), plane(k), plane(v), plane(out)
+    cap = _cap(spec)
     functions = call.variant.functions("gluon")
+    captured = tuple(() if x is None else arguments(x) for x in (call.variant.score, call.variant.mask))
+    template = Template(
+        GROUP=q.shape[2] // k.shape[2], D=D, DV=DV, CAUSAL=spec.causal, WINDOW=spec.window is not None,
+        SINK=sinks is not None, PACKED=call.packed is not None, LISTED=listed, CAP=cap is not None,
+        BOUNDED=cap is not None and cap <= UNBOUNDED_CAP and q.dtype == torch.bfloat16,
+        SCORE=None if cap is not None else functions.score, MASK=functions.mask, **tile,
+    )  # fmt: skip
+    counter = torch.zeros(1, dtype=torch.int32, device=q.device)
+    programs = min(total, _processors(q.device.index) if q.is_cuda else 132)
+    qp, kp, vp, op = plane(q), plane(k), plane(v), plane(out)
     kernel = _hopper_forward.forward
-    (launch(kernel, grid) if launch else kernel[grid])(
-        descriptor(qp, 64, D), descriptor(kp, bn, D), descriptor(vp, bn, DV), descriptor(op, 64, DV), out, lse, sinks,
-        *pointers, *strides, *qp[3:], *kp[3:], *vp[3:], q.shape[2] * DV, q.shape[2], q.shape[1], k.shape[1],
-        spec.window or 0, spec.scale,
-        () if call.variant.score is None else arguments(call.variant.score),
-        () if call.variant.mask is None else arguments(call.variant.mask),
-        GROUP=q.shape[2] // k.shape[2], DV=DV, BN=bn, ST=stages, CAUSAL=spec.causal, WINDOW=spec.window is not None,
-        SINK=sinks is not None, PACKED=call.packed is not None, LISTED=listed, TMA_OUT=D == DV,
-        SCORE=functions.score, MASK=functions.mask, num_warps=4,
+    (launch(kernel, (programs,)) if launch else kernel[(programs,)])(
+        descriptor(qp, 64, D), descriptor(kp, bn, D), descriptor(vp, bn, DV), descriptor(op, 64, DV), out, lse,
+        lse if sinks is None else sinks, counter, *(counter if p is None else p for p in pointers), *strides, *qp[3:],
+        *kp[3:], *vp[3:], q.shape[2] * DV, q.shape[2], q.shape[1], k.shape[1], spec.window or 0, spec.scale, cap or 1.0,
+        *captured, grid[0], total, template, num_warps=4,
     )  # fmt: skip
     return out, lse
 
@@ -137,7 +194,11 @@ def forward(
 def _backward_tiles(d: int, dv: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """(queries a block, ring) of the key kernel and (keys a block, ring) of the query kernel."""
     wide = max(d, dv)
-    return ((64, 4), (64, 4)) if wide == 64 else ((64, 2), (64, 4)) if wide == 128 else ((32, 2), (32, 2))
+    return ((128, 2), (64, 4)) if wide == 64 else ((64, 2), (64, 4)) if wide == 128 else ((32, 2), (32, 2))
+
+
+WIDE_DV = 64
+"""Queries a block where dV of 256 columns gets a pass of its own, and the values' room."""
 
 
 def backward(
@@ -154,50 +215,60 @@ def backward(
     from trainkit.kernels._attention import _hopper_backward_keys, _hopper_backward_queries
 
     spec, D, DV = call.spec, q.shape[3], v.shape[3]
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    # dQ in the same pass saves two of seven products, for a sum in fp32 whose adds come in any order.
+    fused = D == DV and D < 256 and not spec.deterministic and (D == 64 or k.shape[1] > 1024)
+    dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+    dq = (torch.zeros if fused else torch.empty)(q.shape, dtype=torch.float32 if fused else q.dtype, device=q.device)
     planes = qp, kp, vp, gp = plane(q), plane(k), plane(v), plane(grad)
     dqp, dkp, dvp = plane(dq), plane(dk), plane(dv)
     steps = tuple(n for p in planes for n in p[3:])
+    cap = _cap(spec)
     functions = call.variant.functions("gluon")
-    scalars = (
-        q.shape[2], q.shape[1], k.shape[1], spec.window or 0, spec.scale,
-        () if call.variant.score is None else arguments(call.variant.score),
-        () if call.variant.mask is None else arguments(call.variant.mask),
-    )  # fmt: skip
+    captured = tuple(() if x is None else arguments(x) for x in (call.variant.score, call.variant.mask))
     constants = {
         "GROUP": q.shape[2] // k.shape[2], "D": D, "DV": DV, "CAUSAL": spec.causal, "WINDOW": spec.window is not None,
-        "PACKED": call.packed is not None, "num_warps": 4,
+        "PACKED": call.packed is not None, "CAP": cap is not None,
     }  # fmt: skip
+    plain = cap is not None
     (bm, ring), (bn, key_ring) = _backward_tiles(D, DV)
 
-    grid, pointers, strides, listed = _triton.layout(call, q, k, Tiling(bm, ROWS, 4, ring), True)
-    kernel = _hopper_backward_keys.backward_keys
+    kernel: Any = _hopper_backward_keys.backward_keys
     # Two accumulators of 256 columns do not fit beside a tile of scores: each gets a pass of its own.
-    passes = ((True, False), (False, True)) if max(D, DV) == 256 else ((True, True),)
-    # dQ in the same pass saves two of seven products; its atomic adds come in any order.
-    fused = D == DV == 128 and not spec.deterministic
-    total = (
-        torch.zeros(q.shape, dtype=torch.float32, device=q.device) if fused else torch.empty(64, 64, device=q.device)
+    passes = (
+        ((True, False, bm), (False, True, WIDE_DV if D == DV else bm)) if max(D, DV) == 256 else ((True, True, bm),)
     )
-    total_plane = plane(total) if fused else Plane(total, (64, 64), 64, 0, 0, 0)
-    for want_dk, want_dv in passes if 0 not in grid else ():
-        (launch(kernel, grid) if launch else kernel[grid])(
+    for want_dk, want_dv, bm in passes:
+        grid, pointers, strides, listed = _triton.layout(call, q, k, Tiling(bm, ROWS, 4, ring), True)
+        programs = (math.prod(grid),)
+        if programs[0] == 0:
+            continue
+        template = Template(
+            **constants, BM=bm, ST=ring, WANT_DK=want_dk, WANT_DV=want_dv, VALUES=want_dk or D != DV, FUSED=fused,
+            LATE=fused and D == 128, LISTED=listed, SCORE=None if plain else functions.score_t,
+            GRAD=None if plain else functions.score_grad_t, MASK=functions.mask_t,
+        )  # fmt: skip
+        (launch(kernel, programs) if launch else kernel[programs])(
             descriptor(qp, bm, D), descriptor(kp, 64, D), descriptor(vp, 64, DV), descriptor(gp, bm, DV),
-            descriptor(dkp, 64, D), descriptor(dvp, 64, DV), descriptor(total_plane, 64, 64), dk, dv, lse, delta,
-            *pointers, *strides, *steps, k.shape[2] * D, k.shape[2] * DV, *scalars, BM=bm, ST=ring, WANT_DK=want_dk,
-            WANT_DV=want_dv, FUSED=fused, LISTED=listed, SCORE=functions.score_t, GRAD=functions.score_grad_t,
-            MASK=functions.mask_t, **constants,
+            descriptor(dkp, 64, D), descriptor(dvp, 64, DV), descriptor(dqp, 64, max(D * bm // 128, 32)), dk, dv, lse, delta,
+            *(delta if p is None else p for p in pointers), *strides, *steps, k.shape[2] * D, k.shape[2] * DV, q.shape[2],
+            *k.shape[2:3], q.shape[1], k.shape[1], spec.window or 0, spec.scale, cap or 1.0, *captured, grid[0], template,
+            num_warps=4,
         )  # fmt: skip
     if fused:
-        return total.to(q.dtype), dk, dv
+        return dq.to(q.dtype), dk, dv
 
     grid, pointers, strides, listed = _triton.layout(call, q, k, Tiling(ROWS, bn, 4, key_ring), False)
     kernel = _hopper_backward_queries.backward_queries
-    if 0 not in grid:
-        (launch(kernel, grid) if launch else kernel[grid])(
+    programs = (math.prod(grid),)
+    if programs[0]:
+        template = Template(
+            **constants, BM=ROWS, BN=bn, ST=key_ring, LISTED=listed, SCORE=None if plain else functions.score,
+            GRAD=None if plain else functions.score_grad, MASK=functions.mask,
+        )  # fmt: skip
+        (launch(kernel, programs) if launch else kernel[programs])(
             descriptor(qp, 64, D), descriptor(kp, bn, D), descriptor(vp, bn, DV), descriptor(gp, 64, DV),
-            descriptor(dqp, 64, D), dq, lse, delta, *pointers, *strides, *steps, q.shape[2] * D, *scalars, BN=bn,
-            ST=key_ring, LISTED=listed, SCORE=functions.score, GRAD=functions.score_grad, MASK=functions.mask,
-            **constants,
+            descriptor(dqp, 64, D), dq, lse, delta, *(delta if p is None else p for p in pointers), *strides, *steps,
+            q.shape[2] * D, q.shape[2], q.shape[1], k.shape[1], spec.window or 0, spec.scale, cap or 1.0, *captured,
+            grid[0], template, num_warps=4,
         )  # fmt: skip
     return dq, dk, dv

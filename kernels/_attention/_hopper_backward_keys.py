@@ -16,11 +16,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
-from trainkit.kernels._attention._hopper_gradients import put, row_stats, weigh
+from trainkit.kernels._attention._hopper_gradients import put, row_stats, score_gradient, weigh
 from trainkit.kernels._attention._hopper_tiles import barriers, block_at, locate, query_blocks
 
 
@@ -35,32 +34,37 @@ def reduce_add(desc, coord, src, _semantic=None):
 
 
 @gluon.jit
-def keys_producer(
-    q_d, k_d, v_d, do_d, qs, ks, vs, dos, lses, deltas, LSE, DELTA, head0, total_q, Sq, kv_ready, q_ready, q_free,
-    do_ready,
-    do_free, BLOCKS, COUNTS, row, row_head, NB, qr, qc, q_head, q_col, kr, kc, vr, vc, dr, dc, do_head, do_col,
-    first, count, GROUP: gl.constexpr, BM: gl.constexpr,
-    ST: gl.constexpr, LISTED: gl.constexpr,
-):  # fmt: skip
+def keys_producer(task, starts, stats, count, c: gl.constexpr):
     """Bring the tile's keys and values once, then each query head's blocks of queries and output gradients."""
-    mbarrier.expect(kv_ready.index(0), 2 * k_d.block_type.nbytes + 2 * v_d.block_type.nbytes)
+    descs, lists, walk, memory, bars = task
+    q_d, k_d, v_d, do_d, _, _, _ = descs
+    BLOCKS, COUNTS, _, row, row_head, NB = lists
+    first, _, _, _ = walk
+    qs, dos, ks, vs, lses, deltas, _, _ = memory
+    kv_ready, q_ready, q_free, do_ready, do_free, _, _ = bars
+    qr, qc, q_head, q_col, kr, kc, vr, vc, dr, dc, do_head, do_col = starts
+    LSE, DELTA, head0, total_q, Sq = stats
+    # The weights alone need no values: dV by itself leaves their room to longer blocks.
+    values: gl.constexpr = 2 if c.VALUES else 0
+    mbarrier.expect(kv_ready.index(0), 2 * k_d.block_type.nbytes + values * v_d.block_type.nbytes)
     for j in gl.static_range(2):
         tma.async_copy_global_to_shared(k_d, [kr + 64 * j, kc], kv_ready.index(0), ks.index(j))
+    for j in gl.static_range(values):
         tma.async_copy_global_to_shared(v_d, [vr + 64 * j, vc], kv_ready.index(0), vs.index(j))
     base = 0
-    lanes = gl.arange(0, BM, gl.BlockedLayout([1], [32], [1], [0]))
-    for g in range(GROUP):
+    lanes = gl.arange(0, c.BM, gl.BlockedLayout([1], [32], [1], [0]))
+    for g in range(c.GROUP):
         blocks = BLOCKS
-        if LISTED:
+        if c.LISTED:
             blocks = BLOCKS + (row + g * row_head).to(gl.int64) * NB
             count = gl.load(COUNTS + row + g * row_head)
         for i in range(0, count):
-            at = block_at(blocks, first, i, 1, LISTED) * BM
+            at = block_at(blocks, first, i, 1, c.LISTED) * c.BM
             here = (head0 + g) * total_q
             lse, delta = row_stats(LSE + here, DELTA + here, at + lanes, Sq)
             n = base + i
-            s = n % ST
-            phase = (n // ST) & 1
+            s = n % c.ST
+            phase = (n // c.ST) & 1
             # Row statistics travel with their tiles: lse with q, delta with the output's gradient.
             mbarrier.wait(q_free.index(s), phase ^ 1)
             lses.index(s).store(lse)
@@ -78,247 +82,271 @@ def keys_producer(
 
 
 @gluon.jit
-def keys_step(
-    dk, dv, S, kt, vt, ks, qs, dos, lses, deltas, q_ready, q_free, do_ready, do_free, dss, dqs, s_ready, s_free,
-    dq_d, dq_row, dq_col, blocks, first, n, i, count, cols,
-    b, h,
-    Sq, Sk, off, w, scale, score_args, mask_args, BM: gl.constexpr, ST: gl.constexpr, L: gl.constexpr, LK: gl.constexpr,
-    LV: gl.constexpr, WANT_DK: gl.constexpr, WANT_DV: gl.constexpr, FUSED: gl.constexpr, W: gl.constexpr,
-    CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
-    MASKED: gl.constexpr, LISTED: gl.constexpr, SCORE: gl.constexpr, GRAD: gl.constexpr, MASK: gl.constexpr,
-):  # fmt: skip
-    """Block n of the ring (i of this head). On entry S^T of it and dK of the block before are in flight, in that order."""
-    s = n % ST
-    rows = block_at(blocks, first, i, 1, LISTED) * BM + gl.arange(0, BM, gl.SliceLayout(0, L))
-    zero = gl.zeros([64, BM], gl.float32, L)
-    mbarrier.wait(do_ready.index(s), (n // ST) & 1)
-    if WANT_DK:
-        dP = warpgroup_mma(vt, dos.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
-        S = warpgroup_mma_wait(2, deps=[S])
+def issue_dq(n, memory, bars, W: gl.constexpr, c: gl.constexpr):
+    """Start this warpgroup's half of block n's dQ, columns or rows, from both warpgroups' dS; what n = -1 gives is unused."""
+    HALF: gl.constexpr = c.D * c.BM // 128
+    LQ: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HALF, 16])
+    ks, dss = memory[2], memory[6]
+    u = (n + 2) % 2
+    if n >= 0:
+        mbarrier.wait(bars[5].index(u), (n // 2) & 1)
+    near = ks.index(0)
+    far = ks.index(1)
+    near_dS = dss.index(u * 2)
+    far_dS = dss.index(u * 2 + 1)
+    if c.BM == 64:
+        near = near.slice(HALF * W, HALF, 1)
+        far = far.slice(HALF * W, HALF, 1)
     else:
-        S = warpgroup_mma_wait(0, deps=[S])
-    qv = gl.minimum(rows, Sq - 1)
-    kv = gl.minimum(cols, Sk - 1)
-    lse = lses.index(s).load(gl.SliceLayout(0, L))
-    p = weigh(
-        S, lse[None, :], qv[None, :], cols[:, None], qv, kv, b, h, Sk, off, w, scale, score_args, mask_args, CAUSAL,
-        WINDOW, MASKED, SCORE, MASK,
-    )  # fmt: skip
-    if WANT_DV:
-        P = gl.convert_layout(p.to(dos.dtype), gl.DotOperandLayout(0, LV, 2))
-        if not WANT_DK:
-            mbarrier.arrive(q_free.index(s))
-    if WANT_DK:
-        dk = warpgroup_mma_wait(1, deps=[dk])
-        if i > 0:
-            mbarrier.arrive(q_free.index((n - 1) % ST))
-        dP = warpgroup_mma_wait(0, deps=[dP])
-    if WANT_DV:
-        dv = warpgroup_mma(P, dos.index(s), dv, is_async=True)
-    if WANT_DK:
-        ds = p * (dP - deltas.index(s).load(gl.SliceLayout(0, L))[None, :])
-        if GRAD is not None:
-            ds = GRAD(S * scale, ds, b, h, qv, kv, off, p > 0.0, score_args, score_args, False)
-            # Where the weight is 0 the score may be anything: 0 times its derivative, and not NaN.
-            ds = gl.where(p > 0.0, ds, 0.0)
-        dS = gl.convert_layout(ds.to(qs.dtype), gl.DotOperandLayout(0, LK, 2))
-        if not WANT_DV:
-            mbarrier.arrive(do_free.index(s))
-    if FUSED:
-        # Both warpgroups' dS, through shared memory, make dQ: each multiplies half of the columns.
-        u = n % 2
-        turn = (n // 2) & 1
-        mbarrier.wait(s_free.index(u), turn ^ 1)
-        dss.index(u * 2 + W).store(ds.to(qs.dtype))
-        fence_async_shared()
-        mbarrier.arrive(s_ready.index(u))
-    t = (n + 1) % ST
-    if i + 1 < count:
-        mbarrier.wait(q_ready.index(t), ((n + 1) // ST) & 1)
-    S = warpgroup_mma(kt, qs.index(t).permute((1, 0)), zero, use_acc=False, is_async=True)
-    if FUSED:
-        mbarrier.wait(s_ready.index(u), turn)
-        near = ks.index(0).slice(64 * W, 64, 1)
-        far = ks.index(1).slice(64 * W, 64, 1)
-        dq = warpgroup_mma(dss.index(u * 2).permute((1, 0)), near, zero, use_acc=False, is_async=True)
-        dq = warpgroup_mma(dss.index(u * 2 + 1).permute((1, 0)), far, dq, is_async=True)
-    if WANT_DK:
-        dk = warpgroup_mma(dS, qs.index(s), dk, is_async=True)
-        if WANT_DV:
-            dv = warpgroup_mma_wait(4 if FUSED else 2, deps=[dv])
-            mbarrier.arrive(do_free.index(s))
-        if FUSED:
-            # dK is still being multiplied while dQ leaves.
-            dq = warpgroup_mma_wait(1, deps=[dq])
-            mbarrier.arrive(s_free.index(u))
-            tma.store_wait(0)
-            gl.thread_barrier()
-            dqs.index(W).store(dq * scale)
-            fence_async_shared()
-            reduce_add(dq_d, [dq_row + block_at(blocks, first, i, 1, LISTED) * BM, dq_col + 64 * W], dqs.index(W))
-    else:
-        dv = warpgroup_mma_wait(1, deps=[dv])
-        mbarrier.arrive(do_free.index(s))
-    return dk, dv, S
+        near_dS = near_dS.slice(64 * W, 64, 1)
+        far_dS = far_dS.slice(64 * W, 64, 1)
+    none = gl.zeros([64, HALF], gl.float32, LQ)
+    dq = warpgroup_mma(near_dS.permute((1, 0)), near, none, use_acc=False, is_async=True)
+    return warpgroup_mma(far_dS.permute((1, 0)), far, dq, is_async=True)
 
 
 @gluon.jit
-def keys_consumer(
-    dk_d, dv_d, DK, DV_OUT, qs, ks, vs, dos, lses, deltas, kv_ready, q_ready, q_free, do_ready, do_free, dss, dqs,
-    s_ready, s_free, dq_d, dq_base, BLOCKS,
-    COUNTS, FULL,
-    row, row_head, NB, out_row, kv_head, n0, b, Sq, Sk, off, w, scale, first, n1, n2, count, score_args, mask_args,
-    W: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, BM: gl.constexpr, ST: gl.constexpr,
-    dk_stride, dv_stride, WANT_DK: gl.constexpr, WANT_DV: gl.constexpr, FUSED: gl.constexpr, CAUSAL: gl.constexpr,
-    WINDOW: gl.constexpr,
-    LISTED: gl.constexpr, SCORE: gl.constexpr, GRAD: gl.constexpr, MASK: gl.constexpr,
+def add_dq(dq, n, row, col, dq_d, memory, bars, W: gl.constexpr, c: gl.constexpr):
+    """Give block n's dS back, and add its dQ to global memory."""
+    dqs = memory[7]
+    if n >= 0:
+        mbarrier.arrive(bars[6].index((n + 2) % 2))
+    tma.store_wait(0)
+    gl.thread_barrier()
+    dqs.index(W).store(dq)
+    fence_async_shared()
+    if n >= 0:
+        if c.BM == 64:
+            reduce_add(dq_d, [row, col + c.D // 2 * W], dqs.index(W))
+        else:
+            reduce_add(dq_d, [row + 64 * W, col], dqs.index(W))
+
+
+@gluon.jit
+def keys_step(
+    dk, dv, cols, n, at, before, problem, dq_d, dq_row, memory, bars, MASKED: gl.constexpr, W: gl.constexpr,
+    L: gl.constexpr, c: gl.constexpr,
 ):  # fmt: skip
+    """Block n of the ring, queries from `at` on; `before` is where dQ of block n - 1 goes.
+
+    Nothing is in flight when it starts or ends: ptxas makes every product wait for the one before where an accumulator
+    is being written across the edge of a loop. LATE: dQ of the block before is multiplied here, when both warpgroups'
+    dS have long been there; otherwise this block's.
+    """
+    LK: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, c.D, 16])
+    LV: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, c.DV, 16])
+    _, h, Sq, Sk, _, _, scale, _, _, _ = problem
+    qs, dos, ks, vs, lses, deltas, dss, _dqs = memory
+    _, q_ready, q_free, do_ready, do_free, s_ready, s_free = bars
+    s = n % c.ST
+    u = n % 2
+    phase = (n // c.ST) & 1
+    rows = at + gl.arange(0, c.BM, gl.SliceLayout(0, L))
+    qv = gl.minimum(rows, Sq - 1)
+    kv = gl.minimum(cols, Sk - 1)
+    zero = gl.zeros([64, c.BM], gl.float32, L)
+    mbarrier.wait(q_ready.index(s), phase)
+    S = warpgroup_mma(ks.index(W), qs.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
+    if c.LATE:
+        dq = issue_dq(n - 1, memory, bars, W, c)
+        S = warpgroup_mma_wait(2, deps=[S])
+    else:
+        mbarrier.wait(do_ready.index(s), phase)
+        if c.WANT_DK:
+            dP = warpgroup_mma(vs.index(W), dos.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
+            S = warpgroup_mma_wait(1, deps=[S])
+        else:
+            S = warpgroup_mma_wait(0, deps=[S])
+    lse = lses.index(s).load(gl.SliceLayout(0, L))
+    p, weight = weigh(S, lse[None, :], qv[None, :], cols[:, None], qv, kv, problem, MASKED, c)
+    if c.WANT_DV:
+        P = gl.convert_layout(p.to(dos.dtype), gl.DotOperandLayout(0, LV, 2))
+    if c.LATE:
+        dq = warpgroup_mma_wait(0, deps=[dq])
+        add_dq(dq * scale, n - 1, before[0], before[1], dq_d, memory, bars, W, c)
+        mbarrier.wait(do_ready.index(s), phase)
+        dP = warpgroup_mma(vs.index(W), dos.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
+        dv = warpgroup_mma(P, dos.index(s), dv, is_async=True)
+        dP = warpgroup_mma_wait(1, deps=[dP])
+    else:
+        if c.WANT_DK:
+            dP = warpgroup_mma_wait(0, deps=[dP])
+        if c.WANT_DV:
+            dv = warpgroup_mma(P, dos.index(s), dv, is_async=True)
+    if c.WANT_DK:
+        ds = score_gradient(weight, dP - deltas.index(s).load(gl.SliceLayout(0, L))[None, :], S, qv, kv, problem, c)
+        dS = gl.convert_layout(ds.to(qs.dtype), gl.DotOperandLayout(0, LK, 2))
+        if c.LATE:
+            dk = warpgroup_mma(dS, qs.index(s), dk, is_async=True)
+        if c.FUSED:
+            mbarrier.wait(s_free.index(u), ((n // 2) & 1) ^ 1)
+            dss.index(u * 2 + W).store(ds.to(qs.dtype))
+            fence_async_shared()
+            mbarrier.arrive(s_ready.index(u))
+        if c.FUSED and not c.LATE:
+            dq = issue_dq(n, memory, bars, W, c)
+        if not c.LATE:
+            dk = warpgroup_mma(dS, qs.index(s), dk, is_async=True)
+        if c.WANT_DV:
+            dv = warpgroup_mma_wait(3 if c.FUSED and not c.LATE else 1, deps=[dv])
+        mbarrier.arrive(do_free.index(s))
+        if c.FUSED and not c.LATE:
+            # dK is still being multiplied while dQ leaves.
+            dq = warpgroup_mma_wait(1, deps=[dq])
+            add_dq(dq * scale, n, dq_row + at, h * c.D, dq_d, memory, bars, W, c)
+        dk = warpgroup_mma_wait(0, deps=[dk])
+    else:
+        dv = warpgroup_mma_wait(0, deps=[dv])
+        mbarrier.arrive(do_free.index(s))
+    mbarrier.arrive(q_free.index(s))
+    return dk, dv
+
+
+@gluon.jit
+def keys_consumer(task, problem, places, n0, count, W: gl.constexpr, c: gl.constexpr):
     """Keys [n0 + 64 W, n0 + 64 W + 64): what every query of the group's heads brings them."""
-    L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BM, 16])
-    LK: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
-    LV: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DV, 16])
+    L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, c.BM, 16])
+    LK: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, c.D, 16])
+    LV: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, c.DV, 16])
+    descs, lists, walk, memory, bars = task
+    dk_d, dv_d, dq_d = descs[4], descs[5], descs[6]
+    BLOCKS, COUNTS, FULL, row, row_head, NB = lists
+    first, n1, n2, dq_base = walk
+    _qs, _dos, ks, vs, _lses, _deltas, _dss, _dqs = memory
+    kv_ready, s_free = bars[0], bars[6]
+    DK, DV_OUT, dk_stride, dv_stride, out_row, kv_head = places
+    b, h, Sq, Sk, off, w, scale, cap, score_args, mask_args = problem
     cols = n0 + 64 * W + gl.arange(0, 64, gl.SliceLayout(1, L))
-    kt = ks.index(W)
-    vt = vs.index(W)
-    dk = warpgroup_mma_init(gl.zeros([64, D if WANT_DK else 16], gl.float32, LK))
-    dv = gl.zeros([64, DV if WANT_DV else 16], gl.float32, LV)
-    zero = gl.zeros([64, BM], gl.float32, L)
+    dk = gl.zeros([64, c.D if c.WANT_DK else 16], gl.float32, LK)
+    dv = gl.zeros([64, c.DV if c.WANT_DV else 16], gl.float32, LV)
     mbarrier.wait(kv_ready.index(0), 0)
     base = 0
-    for g in range(GROUP):
-        h = kv_head * GROUP + g
+    before = dq_base
+    col = kv_head * c.D
+    for g in range(c.GROUP):
+        h = kv_head * c.GROUP + g
+        here = (b, h, Sq, Sk, off, w, scale, cap, score_args, mask_args)
         blocks = BLOCKS
-        if LISTED:
+        if c.LISTED:
             blocks = BLOCKS + (row + g * row_head).to(gl.int64) * NB
             n2 = gl.load(FULL + row + g * row_head)
             count = gl.load(COUNTS + row + g * row_head)
-        if count > 0:
-            mbarrier.wait(q_ready.index(base % ST), (base // ST) & 1)
-            S = warpgroup_mma(kt, qs.index(base % ST).permute((1, 0)), zero, use_acc=False, is_async=True)
-            # The first step has no product of a block before it in flight: what it counts on must be done already.
-            S = warpgroup_mma_init(warpgroup_mma_wait(0, deps=[S]))
-            for i in range(0, n1):
-                dk, dv, S = keys_step(dk, dv, S, kt, vt, ks, qs, dos, lses, deltas, q_ready, q_free, do_ready,
-                do_free, dss, dqs, s_ready, s_free, dq_d,
-                dq_base, h * D, blocks,
-                                      first, base + i, i, count, cols, b, h, Sq, Sk, off, w, scale, score_args,
-                                      mask_args,
-                                      BM, ST, L, LK, LV, WANT_DK, WANT_DV, FUSED, W, CAUSAL, WINDOW, True, LISTED,
-                                      SCORE, GRAD,
-                                      MASK)  # fmt: skip
-            for i in range(n1, n2):
-                dk, dv, S = keys_step(dk, dv, S, kt, vt, ks, qs, dos, lses, deltas, q_ready, q_free, do_ready,
-                do_free, dss, dqs, s_ready, s_free, dq_d,
-                dq_base, h * D, blocks,
-                                      first, base + i, i, count, cols, b, h, Sq, Sk, off, w, scale, score_args,
-                                      mask_args,
-                                      BM, ST, L, LK, LV, WANT_DK, WANT_DV, FUSED, W, CAUSAL, WINDOW, False, LISTED,
-                                      SCORE,
-                                      GRAD, MASK)  # fmt: skip
-            # Blocks after the whole ones: a window's far edge, listed ones, the ragged end of the queries.
-            for i in range(n2, count):
-                dk, dv, S = keys_step(dk, dv, S, kt, vt, ks, qs, dos, lses, deltas, q_ready, q_free, do_ready,
-                do_free, dss, dqs, s_ready, s_free, dq_d,
-                dq_base, h * D, blocks,
-                                      first, base + i, i, count, cols, b, h, Sq, Sk, off, w, scale, score_args,
-                                      mask_args,
-                                      BM, ST, L, LK, LV, WANT_DK, WANT_DV, FUSED, W, CAUSAL, WINDOW, True, LISTED,
-                                      SCORE, GRAD,
-                                      MASK)  # fmt: skip
-            S = warpgroup_mma_wait(0, deps=[S])
-            if WANT_DK:
-                dk = warpgroup_mma_init(warpgroup_mma_wait(0, deps=[dk]))
-                mbarrier.arrive(q_free.index((base + count - 1) % ST))
+        for i in range(0, n1):
+            at = block_at(blocks, first, i, 1, c.LISTED) * c.BM
+            dk, dv = keys_step(
+                dk, dv, cols, base + i, at, (before, col), here, dq_d, dq_base, memory, bars, True, W, L, c
+            )
+            before = dq_base + at
+            col = h * c.D
+        for i in range(n1, n2):
+            at = block_at(blocks, first, i, 1, c.LISTED) * c.BM
+            dk, dv = keys_step(
+                dk, dv, cols, base + i, at, (before, col), here, dq_d, dq_base, memory, bars, False, W, L, c
+            )
+            before = dq_base + at
+            col = h * c.D
+        # Blocks after the whole ones: a window's far edge, listed ones, the ragged end of the queries.
+        for i in range(n2, count):
+            at = block_at(blocks, first, i, 1, c.LISTED) * c.BM
+            dk, dv = keys_step(
+                dk, dv, cols, base + i, at, (before, col), here, dq_d, dq_base, memory, bars, True, W, L, c
+            )
+            before = dq_base + at
+            col = h * c.D
         base += count
-    if FUSED:
+    if c.LATE:  # noqa: SIM102 (one is known when compiling, the other is not)
+        if base > 0:
+            dq = warpgroup_mma_wait(0, deps=[issue_dq(base - 1, memory, bars, W, c)])
+            add_dq(dq * scale, base - 1, before, col, dq_d, memory, bars, W, c)
+    if c.FUSED:
         tma.store_wait(0)
-    if WANT_DK:
-        dk = warpgroup_mma_wait(0, deps=[dk])
-        if FUSED:
+    if c.WANT_DK:
+        if c.FUSED:
             # The other warpgroup's last dQ may still read this half of K, over which dK is about to be written.
             last = gl.maximum(base - 1, 0)
             if base > 0:
                 mbarrier.wait(s_free.index(last % 2), (last // 2) & 1)
-        put(dk_d, DK, (dk * scale).to(ks.dtype), kt, out_row, n0, kv_head * D, dk_stride, Sk, W, D, LK)
-    if WANT_DV:
-        put(dv_d, DV_OUT, dv.to(vs.dtype), vt, out_row, n0, kv_head * DV, dv_stride, Sk, W, DV, LV)
+        put(dk_d, DK, (dk * scale).to(ks.dtype), ks.index(W), out_row, n0, kv_head * c.D, dk_stride, Sk, W, c.D, LK)
+    if c.WANT_DV:
+        put(
+            dv_d,
+            DV_OUT,
+            dv.to(vs.dtype),
+            (vs if c.VALUES else ks).index(W),
+            out_row,
+            n0,
+            kv_head * c.DV,
+            dv_stride,
+            Sk,
+            W,
+            c.DV,
+            LV,
+        )
 
 
-@gluon.jit(do_not_specialize=["Sq", "Sk", "w"])
+@gluon.jit(do_not_specialize=["Hq", "Hkv", "Sq", "Sk", "w", "tiles"])
 def backward_keys(
-    q_d, k_d, v_d, do_d, dk_d, dv_d, dq_d, DK, DV_OUT, LSE, DELTA, TILES, CU_Q, CU_K, BLOCKS, COUNTS, FULL, sbb, sbh,
-    NB,
-    q_batch, q_head, q_col, k_batch, k_head, k_col, v_batch, v_head, v_col, do_batch, do_head, do_col, dk_stride,
-    dv_stride, Hq, Sq, Sk, w, scale, score_args, mask_args, GROUP: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
-    BM: gl.constexpr, ST: gl.constexpr, WANT_DK: gl.constexpr, WANT_DV: gl.constexpr, FUSED: gl.constexpr,
-    CAUSAL: gl.constexpr,
-    WINDOW: gl.constexpr, PACKED: gl.constexpr, LISTED: gl.constexpr, SCORE: gl.constexpr, GRAD: gl.constexpr,
-    MASK: gl.constexpr,
+    q_d, k_d, v_d, do_d, dk_d, dv_d, dq_d, DK, DV_OUT, LSE, DELTA, TILES, CU_Q, CU_K, BLOCKS, COUNTS, FULL, sbb, sbh, NB,
+    q_batch, q_head, q_col, k_batch, k_head, k_col, v_batch, v_head, v_col, do_batch, do_head, do_col, dk_stride, dv_stride,
+    Hq, Hkv, Sq, Sk, w, scale, cap, score_args, mask_args, tiles, c: gl.constexpr,
 ):  # fmt: skip
     """Compute dK, dV, or both, of 128 keys of one key head."""
     total_q = Sq
     total_k = Sk
-    tile, b, g, zb, q0, k0, _, Sq, Sk = locate(TILES, CU_Q, CU_K, 0, Sq, Sk, False, PACKED)
+    tile, b, g, zb, q0, k0, _, Sq, Sk = locate(
+        gl.program_id(0), (TILES, CU_Q, CU_K), (Hkv, Sq, Sk, tiles), False, c.PACKED
+    )
     n0 = tile * 128
     off = Sk - Sq
-    h0 = g * GROUP
-    if LISTED:
+    h0 = g * c.GROUP
+    row = 0
+    if c.LISTED:
         row = b * sbb + h0 * sbh + tile
         first = 0
         n1 = 0
         n2 = 0
         count = 0
     else:
-        row = 0
-        first, n1, n2, count = query_blocks(n0, 128, BM, Sq, off, w, CAUSAL, WINDOW, MASK is not None)
-        if FUSED:  # noqa: SIM102 (one is known when compiling, the other is not)
+        first, n1, n2, count = query_blocks(n0, 128, c.BM, Sq, off, w, c.CAUSAL, c.WINDOW, c.MASK is not None)
+        if c.FUSED:  # noqa: SIM102 (one is known when compiling, the other is not)
             # dQ sums over the tile's keys: those beyond the end must weigh nothing.
             if n0 + 128 > Sk:
                 n1 = count
                 n2 = count
-    qs = gl.allocate_shared_memory(q_d.dtype, [ST, BM, D], q_d.layout)
-    dos = gl.allocate_shared_memory(do_d.dtype, [ST, BM, DV], do_d.layout)
-    ks = gl.allocate_shared_memory(k_d.dtype, [2, 64, D], k_d.layout)
-    vs = gl.allocate_shared_memory(v_d.dtype, [2, 64, DV], v_d.layout)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    lses = gl.allocate_shared_memory(gl.float32, [ST, BM], flat)
-    deltas = gl.allocate_shared_memory(gl.float32, [ST, BM], flat)
-    # Without the fused dQ these are never touched: one row each stands for them.
-    half: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], q_d.dtype)
-    dss = gl.allocate_shared_memory(q_d.dtype, [4 if FUSED else 1, 64 if FUSED else 8, 64], half)
-    dqs = gl.allocate_shared_memory(gl.float32, [2 if FUSED else 1, 64 if FUSED else 8, 64], dq_d.layout)
-    s_ready = barriers(2, 2)
-    s_free = barriers(2, 2)
-    kv_ready = barriers(1, 1)
-    # Complete after two arrivals: the row statistics, and the bytes of the tile.
-    q_ready = barriers(ST, 2)
-    do_ready = barriers(ST, 2)
-    q_free = barriers(ST, 2)
-    do_free = barriers(ST, 2)
-    qr = zb * q_batch + h0 * q_head + q0
-    dr = zb * do_batch + h0 * do_head + q0
-    kr = zb * k_batch + g * k_head + k0 + n0
-    vr = zb * v_batch + g * v_head + k0 + n0
-    out_row = zb * total_k + k0
+    # Without the fused dQ its buffers are never touched: a few rows stand for them.
+    half: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, c.BM], q_d.dtype)
+    memory = (
+        gl.allocate_shared_memory(q_d.dtype, [c.ST, c.BM, c.D], q_d.layout),
+        gl.allocate_shared_memory(do_d.dtype, [c.ST, c.BM, c.DV], do_d.layout),
+        gl.allocate_shared_memory(k_d.dtype, [2, 64, c.D], k_d.layout),
+        gl.allocate_shared_memory(v_d.dtype, [2 if c.VALUES else 1, 64 if c.VALUES else 8, c.DV], v_d.layout),
+        gl.allocate_shared_memory(gl.float32, [c.ST, c.BM], flat),
+        gl.allocate_shared_memory(gl.float32, [c.ST, c.BM], flat),
+        gl.allocate_shared_memory(q_d.dtype, [4 if c.FUSED else 1, 64 if c.FUSED else 8, c.BM], half),
+        gl.allocate_shared_memory(
+            gl.float32, [2 if c.FUSED else 1, 64 if c.FUSED else 8, c.D * c.BM // 128], dq_d.layout
+        ),
+    )
+    # Ready ones complete after two arrivals: the row statistics, and the bytes of the tile.
+    bars = (
+        barriers(1, 1), barriers(c.ST, 2), barriers(c.ST, 2), barriers(c.ST, 2), barriers(c.ST, 2), barriers(2, 2),
+        barriers(2, 2),
+    )  # fmt: skip
+    starts = (
+        zb * q_batch + h0 * q_head + q0, h0 * q_col, q_head, q_col,
+        zb * k_batch + g * k_head + k0 + n0, g * k_col, zb * v_batch + g * v_head + k0 + n0, g * v_col,
+        zb * do_batch + h0 * do_head + q0, h0 * do_col, do_head, do_col,
+    )  # fmt: skip
     # Rows of lse and delta lie by query head: [B, Hq, Sq].
-    LSE += zb * Hq * total_q + q0
-    DELTA += zb * Hq * total_q + q0
+    stats = (LSE + zb * Hq * total_q + q0, DELTA + zb * Hq * total_q + q0, h0, total_q, Sq)
+    descs = (q_d, k_d, v_d, do_d, dk_d, dv_d, dq_d)
+    lists = (BLOCKS, COUNTS, FULL, row, sbh, NB)
+    task = (descs, lists, (first, n1, n2, zb * total_q + q0), memory, bars)
+    problem = (b, h0, Sq, Sk, off, w, scale, cap, score_args, mask_args)
+    places = (DK, DV_OUT, dk_stride, dv_stride, zb * total_k + k0, g)
     gl.warp_specialize([
-        (keys_consumer, (dk_d, dv_d, DK, DV_OUT, qs, ks, vs, dos, lses, deltas, kv_ready, q_ready, q_free, do_ready,
-        do_free, dss, dqs, s_ready, s_free, dq_d, zb * total_q + q0,
-                         BLOCKS, COUNTS, FULL, row, sbh, NB, out_row, g, n0, b, Sq, Sk, off, w, scale, first, n1,
-                         n2, count, score_args, mask_args, 0, GROUP, D, DV, BM, ST, dk_stride, dv_stride, WANT_DK,
-                         WANT_DV, FUSED,
-                         CAUSAL, WINDOW, LISTED, SCORE, GRAD, MASK)),
-        (keys_consumer, (dk_d, dv_d, DK, DV_OUT, qs, ks, vs, dos, lses, deltas, kv_ready, q_ready, q_free, do_ready,
-        do_free, dss, dqs, s_ready, s_free, dq_d, zb * total_q + q0,
-                         BLOCKS, COUNTS, FULL, row, sbh, NB, out_row, g, n0, b, Sq, Sk, off, w, scale, first, n1,
-                         n2, count, score_args, mask_args, 1, GROUP, D, DV, BM, ST, dk_stride, dv_stride, WANT_DK,
-                         WANT_DV, FUSED,
-                         CAUSAL, WINDOW, LISTED, SCORE, GRAD, MASK)),
-        (keys_producer, (q_d, k_d, v_d, do_d, qs, ks, vs, dos, lses, deltas, LSE, DELTA, h0, total_q, Sq, kv_ready,
-        q_ready,
-                         q_free, do_ready, do_free, BLOCKS, COUNTS, row, sbh, NB, qr, h0 * q_col, q_head, q_col, kr,
-                         g * k_col, vr, g * v_col, dr, h0 * do_col, do_head,
-                         do_col, first, count, GROUP, BM, ST, LISTED)),
+        (keys_consumer, (task, problem, places, n0, count, 0, c)),
+        (keys_consumer, (task, problem, places, n0, count, 1, c)),
+        (keys_producer, (task, starts, stats, count, c)),
     ], [4, 1], [240, 24])  # fmt: skip

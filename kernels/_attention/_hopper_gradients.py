@@ -6,6 +6,7 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
+from trainkit.kernels._attention._elementwise_gluon import tanh
 from trainkit.kernels._attention._hopper_tiles import LOG2E, masked
 
 
@@ -18,18 +19,39 @@ def row_stats(LSE, DELTA, rows, Sq):
 
 
 @gluon.jit
-def weigh(
-    S, lse, q, k, qv, kv, b, h, Sk, off, w, scale, score_args, mask_args, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
-    MASKED: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr,
-):  # fmt: skip
-    """Probabilities of a tile of raw scores; `qv` and `kv` are its indices as vectors, kept inside."""
+def weigh(S, lse, q, k, qv, kv, problem, MASKED: gl.constexpr, c: gl.constexpr):
+    """Of a tile of raw scores, `qv` and `kv` being its indices, kept inside: (probabilities, what they are in the gradient).
+
+    The second is the first times the derivative of the soft cap, where that is all that was done to the scores.
+    """
+    b, h, _, _, off, _, scale, cap, score_args, _ = problem
     factor = scale * LOG2E
-    if SCORE is not None:
-        S = SCORE(S * scale, b, h, qv, kv, off, score_args)
+    if c.CAP:
+        S = tanh(S * (scale / cap))
+        factor = cap * LOG2E
+    T = S
+    if c.SCORE is not None:
+        T = c.SCORE(S * scale, b, h, qv, kv, off, score_args)
         factor = LOG2E
     if MASKED:
-        S = masked(S, q, k, qv, kv, b, h, Sk, off, w, mask_args, CAUSAL, WINDOW, MASK)
-    return gl.exp2(S * factor - lse)
+        T = masked(T, q, k, qv, kv, problem, c)
+    p = gl.exp2(T * factor - lse)
+    weight = p
+    if c.CAP:
+        weight = p * (1.0 - S * S)
+    return p, weight
+
+
+@gluon.jit
+def score_gradient(weight, dp, S, qv, kv, problem, c: gl.constexpr):
+    """Gradient of the raw scores S from that of the weights, `dp` (less the row's delta), and `weigh`'s second result."""
+    b, h, _, _, off, _, scale, _, score_args, _ = problem
+    ds = weight * dp
+    if c.GRAD is not None:
+        ds = c.GRAD(S * scale, ds, b, h, qv, kv, off, weight > 0.0, score_args, score_args, False)
+        # Where the weight is 0 the score may be anything: 0 times its derivative, and not NaN.
+        ds = gl.where(weight > 0.0, ds, 0.0)
+    return ds
 
 
 @gluon.jit

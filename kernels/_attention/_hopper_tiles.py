@@ -20,33 +20,39 @@ def barriers(n: gl.constexpr, count: gl.constexpr):
 
 
 @gluon.jit
-def locate(TILES, CU_Q, CU_K, Hq, Sq, Sk, LAST_FIRST: gl.constexpr, PACKED: gl.constexpr):
-    """Find a program's tile.
+def locate(t, tables, sizes, LAST_FIRST: gl.constexpr, PACKED: gl.constexpr):
+    """Find tile number t.
+
+    Args:
+        tables: sequence and tile of each tile of a head, cumulative lengths of queries and of keys (packed only).
+        sizes: heads, queries, keys, tiles a head.
 
     Returns:
         Tile, batch entry or sequence, head, batch entry of the tensors, first row, first key, rows before the head's in
         lse, queries, keys.
     """
-    h = gl.program_id(1)
+    TILES, CU_Q, CU_K = tables
+    H, Sq, Sk, tiles = sizes
+    tile = t % tiles
+    h = t // tiles
     if PACKED:
-        pid = gl.program_id(0)
-        b = gl.load(TILES + 2 * pid)
-        tile = gl.load(TILES + 2 * pid + 1)
-        zb = gl.program_id(2)
+        b = gl.load(TILES + 2 * tile)
+        tile = gl.load(TILES + 2 * tile + 1)
+        zb = 0
         q0 = gl.load(CU_Q + b)
         k0 = gl.load(CU_K + b)
         stats = h * Sq + q0
         Sq = gl.load(CU_Q + b + 1) - q0
         Sk = gl.load(CU_K + b + 1) - k0
     else:
-        tile = gl.program_id(0)
         if LAST_FIRST:
-            tile = gl.num_programs(0) - 1 - tile
-        b = gl.program_id(2)
+            tile = tiles - 1 - tile
+        b = h // H
+        h = h % H
         zb = b
         q0 = 0
         k0 = 0
-        stats = (b * Hq + h) * Sq
+        stats = (b * H + h) * Sq
     return tile, b, h, zb, q0, k0, stats, Sq, Sk
 
 
@@ -115,14 +121,32 @@ def block_at(BLOCKS, start, n, STEP: gl.constexpr, LISTED: gl.constexpr):
 
 
 @gluon.jit
-def masked(S, q, k, qv, kv, b, h, Sk, off, w, args, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, MASK: gl.constexpr):
+def masked(S, q, k, qv, kv, problem, c: gl.constexpr):
     """Scores with -inf where query q does not see key k; `qv` and `kv` are those vectors, kept inside."""
+    b, h, _, Sk, off, w, _, _, _, args = problem
     gap = q + off - k
     seen = (k < Sk) & (gap == gap)
-    if CAUSAL:
+    if c.CAUSAL:
         seen = seen & (gap >= 0)
-    if WINDOW:
+    if c.WINDOW:
         seen = seen & (gap < w) & (gap > -w)
-    if MASK is not None:
-        seen = seen & MASK(b, h, qv, kv, off, args)
+    if c.MASK is not None:
+        seen = seen & c.MASK(b, h, qv, kv, off, args)
     return gl.where(seen, S, -float("inf"))
+
+
+@gluon.jit
+def key_list(tile, b, h, Sq, Sk, w, lists, c: gl.constexpr):
+    """Key blocks of a tile of queries: (list of them, last, masked, masked or whole, count); see `key_blocks`."""
+    BLOCKS, COUNTS, FULL, sbb, sbh, NB = lists
+    if c.LISTED:
+        row = b * sbb + h * sbh + tile
+        BLOCKS += row.to(gl.int64) * NB
+        last = 0
+        n1 = 0
+        n2 = gl.load(FULL + row)
+        count = gl.load(COUNTS + row)
+    else:
+        last, n1, n2, count = key_blocks(tile * c.BM, c.BM, c.BN, Sk, Sk - Sq, w, c.CAUSAL, c.WINDOW,
+                                         c.MASK is not None)  # fmt: skip
+    return BLOCKS, last, n1, n2, count

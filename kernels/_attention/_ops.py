@@ -18,10 +18,11 @@ from trainkit.kernels._attention._variant import build
 OPTIONS = ("causal", "window", "softcap", "scale", "sigmoid", "dropout_p", "seed", "deterministic")
 
 
-def _call(
+def make_call(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, alibi: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None,
     options: tuple[Any, ...],
 ) -> Call:  # fmt: skip
+    """What the operators' arguments ask for; `options` in the order of OPTIONS."""
     spec = Spec(alibi_slopes=alibi, sinks=sinks, **dict(zip(OPTIONS, options, strict=True)))
     lack = _triton.why_not(q, v, spec)
     if lack:
@@ -38,7 +39,7 @@ def attention_op(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention by the kernels: (out, lse), arguments as in `Spec`."""
     options = (causal, window, softcap, scale, sigmoid, dropout_p, seed, deterministic)
-    return run_forward(q, k, v, sinks, _call(q, k, v, sinks, alibi, cu_q, cu_k, options))
+    return run_forward(q, k, v, sinks, make_call(q, k, v, sinks, alibi, cu_q, cu_k, options))
 
 
 @attention_op.register_fake
@@ -55,7 +56,7 @@ def attention_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v and the sinks (empty without them)."""
     options = (causal, window, softcap, scale, sigmoid, dropout_p, seed, deterministic)
-    call = _call(q, k, v, sinks, alibi, cu_q, cu_k, options)
+    call = make_call(q, k, v, sinks, alibi, cu_q, cu_k, options)
     dq, dk, dv, dsinks, _ = run_backward(q, k, v, sinks, out, lse, grad, grad_lse, call)
     return dq.contiguous(), dk.contiguous(), dv.contiguous(), q.new_empty(0) if dsinks is None else dsinks
 

@@ -129,25 +129,28 @@ def _captured(node: Any, tensor: Tensor, device: torch.device) -> _View | Value:
     return _View(tensor)
 
 
-def append(program: Program, function: Callable[..., Tensor], score: Value | None, device: torch.device) -> Value:
-    """Trace a score_mod (or, with `score=None`, a mask_mod) and append its operations to `program`.
+def append(
+    program: Program, function: Callable[..., Tensor], inputs: list[Value], device: torch.device, kind: str
+) -> Value:
+    """Trace a function of scalars and append its operations to `program`.
+
+    Args:
+        inputs: what the function's arguments are called in the program.
+        kind: of function, for messages.
 
     Raises:
         Untraceable: an operation that has no kernel, a branch on a value, or a result that is no scalar.
     """
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    kind = "mask_mod" if score is None else "score_mod"
-    index = [torch.zeros((), dtype=torch.int32, device=device) for _ in range(4)]
-    inputs = index if score is None else [torch.zeros((), device=device), *index]
+    examples = [torch.zeros((), dtype=torch.float32 if v.kind == "f" else torch.int32, device=device) for v in inputs]
     try:
         with ScalarIndex(), torch.no_grad():
-            traced = make_fx(lambda *a: function(*a), decomposition_table=_simpler(), tracing_mode="real")(*inputs)
+            traced = make_fx(lambda *a: function(*a), decomposition_table=_simpler(), tracing_mode="real")(*examples)
     except RuntimeError as error:
         line = str(error).splitlines()[0]
         raise Untraceable(f"{kind} cannot be traced ({line}): choose with torch.where, not with if") from error
-    names = [Value(n, "i", frozenset({n})) for n in ("b", "h", "q", "k")]
-    given = iter(names if score is None else [score, *names])
+    given = iter(inputs)
     env: dict[Any, Any] = {}
 
     def whole(x: Any) -> Any:

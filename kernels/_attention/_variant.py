@@ -45,6 +45,10 @@ class Variant:
         return self.mask.result.deps if self.mask is not None and self.mask.result is not None else frozenset()
 
 
+def _indices() -> list[Value]:
+    return [Value(n, "i", frozenset({n})) for n in ("b", "h", "q", "k")]
+
+
 def _score_program(spec: Spec, device: torch.device) -> tuple[Program, Value]:
     program = Program()
     s = value = Value("s", "f", frozenset("sqkbh"))
@@ -57,7 +61,7 @@ def _score_program(spec: Spec, device: torch.device) -> tuple[Program, Value]:
         gap = program.value("abs", program.value("sub", program.value("add", q, off), k))
         value = program.value("sub", value, program.value("mul", slope, program.value("float", gap)))
     if spec.score_mod is not None:
-        value = append(program, spec.score_mod, value, device)
+        value = append(program, spec.score_mod, [value, *_indices()], device, "score_mod")
         value = value if value.kind == "f" else program.value("float", value)
     program.result = value
     return program, s
@@ -71,11 +75,14 @@ def build(spec: Spec, device: torch.device) -> Variant:
     """
     if spec.softcap is None and spec.alibi_slopes is None and spec.score_mod is None and spec.mask_mod is None:
         return PLAIN
-    key = _key(spec, device)
-    if key is not None:
-        known = _CACHE.get(key[0])
-        if known is not None and all(a() is b for a, b in zip(known[0], key[1], strict=True)):
-            return known[1]
+    functions = [f for f in (spec.score_mod, spec.mask_mod) if f is not None]
+    said = (spec.softcap, spec.score_mod is None, spec.mask_mod is None)
+    captured = () if spec.alibi_slopes is None else (spec.alibi_slopes,)
+    variant: Variant = remembered(device, functions, said, lambda: _build(spec, device), captured)
+    return variant
+
+
+def _build(spec: Spec, device: torch.device) -> Variant:
     score = gradient = None
     split = 0
     if spec.softcap is not None or spec.alibi_slopes is not None or spec.score_mod is not None:
@@ -85,35 +92,46 @@ def build(spec: Spec, device: torch.device) -> Variant:
     mask = None
     if spec.mask_mod is not None:
         mask = Program()
-        result = append(mask, spec.mask_mod, None, device)
+        result = append(mask, spec.mask_mod, _indices(), device, "mask_mod")
         if result.kind != "b":
             raise ValueError("mask_mod must return booleans, got numbers: compare, do not count")
         mask.result = result if result.literal is None else mask.value("eq", Value("q", "i"), Value("q", "i"))
-    variant = Variant(score, mask, gradient, split)
-    if key is not None:
-        if len(_CACHE) >= 256:
-            _CACHE.pop(next(iter(_CACHE)))
-        _CACHE[key[0]] = (tuple(weakref.ref(x) for x in key[1]), variant)
-    return variant
+    return Variant(score, mask, gradient, split)
 
 
 PLAIN = Variant(None, None, None, 0)
-_CACHE: dict[Any, tuple[tuple[Any, ...], Variant]] = {}
+_CACHE: dict[Any, tuple[tuple[Any, ...], Any]] = {}
 
 
-def _key(spec: Spec, device: torch.device) -> tuple[Any, list[Any]] | None:
-    """What a trace depends on: (hashable part, objects known by identity). None where that cannot be told."""
+def remembered(
+    device: torch.device,
+    functions: list[Callable[..., Any]],
+    said: tuple[Any, ...],
+    make: Callable[[], Any],
+    captured: tuple[Tensor, ...] = (),
+) -> Any:
+    """What `make` returned for functions of the same code, reaching the same values; made anew where that cannot be told.
+
+    Args:
+        said: what else `make` depends on.
+        captured: tensors that it depends on.
+    """
     objects: list[Any] = []
-    parts: list[Any] = [str(device), spec.softcap, spec.score_mod is None, spec.mask_mod is None]
-    if spec.alibi_slopes is not None:
-        parts.append(_tensor(spec.alibi_slopes, objects))
-    for function in (spec.score_mod, spec.mask_mod):
-        if function is not None:
-            part = _function(function, objects, 0)
-            if part is None:
-                return None
-            parts.append(part)
-    return tuple(parts), objects
+    parts: list[Any] = [str(device), torch.is_grad_enabled(), said, *(_tensor(x, objects) for x in captured)]
+    for function in functions:
+        part = _function(function, objects, 0)
+        if part is None:
+            return make()
+        parts.append(part)
+    key = tuple(parts)
+    known = _CACHE.get(key)
+    if known is not None and all(a() is b for a, b in zip(known[0], objects, strict=True)):
+        return known[1]
+    made = make()
+    if len(_CACHE) >= 256:
+        _CACHE.pop(next(iter(_CACHE)))
+    _CACHE[key] = (tuple(weakref.ref(x) for x in objects), made)
+    return made
 
 
 def _tensor(x: Tensor, objects: list[Any]) -> Any:
