@@ -174,7 +174,7 @@ class Link:
                 self._began = now
             self._waiting.append(arrival)
             known = self._guess(arrival)
-            self._send(self._worker.submit(arrival.values, arrival.out, now, arrival.residual, known))
+            self._worker.submit(arrival.values, arrival.out, now, arrival.residual, known, self._port)
             self._ends.append(self._worker.next_number)
         self._finish()
         for data, _ in heard:
@@ -236,11 +236,6 @@ class Link:
             f"no progress for {deadline} though switch {self.options.switch} answers: do packets of "
             f"{self.member.elements} elements pass the path? Try elements=64"
         )
-
-    def _send(self, packets: list[bytes]) -> None:
-        for data in packets:
-            with contextlib.suppress(OSError):  # lost like any other packet: the repeat timer decides
-                self._socket.send(data)
 
     def _tell(self, message: control.Message) -> None:
         member = self.member

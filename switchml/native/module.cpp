@@ -92,7 +92,8 @@ NB_MODULE(_native, m) {
   nb::class_<Worker>(m, "Worker")
       .def("__init__", [](Worker* self, nb::object member) { new (self) Worker(member_of(member)); }, "member"_a)
       .def("submit",
-           [](Worker& w, Floats values, Floats out, double now, std::optional<Floats> residual, std::optional<Bytes> known) {
+           [](Worker& w, Floats values, Floats out, double now, std::optional<Floats> residual, std::optional<Bytes> known,
+              Port* port) {
              size_t count = out.shape(0), elements = w.member().elements;
              if (values.shape(0) != count || (residual && residual->shape(0) != count))
                throw nb::value_error("values, out and residual differ in length");
@@ -103,11 +104,15 @@ NB_MODULE(_native, m) {
                nb::gil_scoped_release free;
                w.submit(values.data(), out.data(), residual ? residual->data() : nullptr, known ? known->data() : nullptr,
                         count, now, box);
+               if (port) {
+                 port->send(box, 0, 0);
+                 box.clear();
+               }
              }
              return packets_of(box);
            },
            "values"_a, "out"_a, "now"_a, "residual"_a = nb::none(), "known"_a = nb::none(),
-           "Take a bucket in; the caller keeps the arrays until it is finished.")
+           "port"_a = nb::none(), "Take a bucket in, and send its first packets where there is a port; the caller keeps the arrays until it is finished.")
       .def("receive",
            [](Worker& w, nb::bytes data, double now) {
              Outbox box;
