@@ -1,6 +1,7 @@
 """Two racks, interleaved ranks: gloo's all-reduce in the given order, and in the order of `trainkit order`.
 
-    python benchmarks/network/reorder.py                 # root; prints Markdown
+    python benchmarks/network/reorder.py           # root; prints Markdown
+    python benchmarks/network/reorder.py --probe   # the order from `trainkit probe` on the same hosts
 
 Eight namespaces, two racks of four hosts (100 Mbit/s), uplinks a quarter. torchrun starts the same program on every host,
 once with `--rdzv-backend c10d` and once with `--rdzv-backend trainkit`, in turn; in the first it also runs on a group of
@@ -122,6 +123,31 @@ def launch(
     return found
 
 
+def probed(lab: Lab, folder: Path) -> Topology:
+    """What `trainkit probe` on these hosts writes, without counting routers."""
+    hosts = lab.topology.compute_nodes
+    out = folder / "probed.json"
+    words = [sys.executable, "-m", "trainkit", "probe", "--hosts", str(len(hosts)), "--ignore-hops", "--out", str(out)]
+    words += ["--rendezvous", f"{lab.address(hosts[0])}:29400", "--join", "300"]
+    more = [["--rank", str(rank), "--name", host] for rank, host in enumerate(hosts)]
+    running = [
+        lab.popen(host, [*words, *own], stdout=subprocess.DEVNULL) for host, own in zip(hosts, more, strict=True)
+    ]
+    try:
+        if any([process.wait(timeout=600) for process in running]):
+            raise RuntimeError("the probe failed")
+    finally:
+        for process in running:
+            process.kill()
+    network = Topology.load(out)
+    here = {u: v for u, v, _ in network.links if u in hosts}
+    there = {u: v for u, v, _ in lab.topology.links if u in hosts}
+    exact = all((here[u] == here[v]) == (there[u] == there[v]) for u in hosts for v in hosts)
+    print(f"probed racks: {'exact' if exact else here}; links (Mbit/s): ", end="")
+    print(", ".join(f"{u} -> {v} {float(rate):g}" for u, v, rate in network.links), flush=True)
+    return network
+
+
 def ordered(network: Topology, folder: Path) -> RankPlan:
     """What `trainkit order` makes of the network."""
     network.save(folder / "network.json")
@@ -135,7 +161,7 @@ def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--network", type=Path, help="network.json of a probe of these hosts, instead of the declared one"
+        "--probe", action="store_true", help="order what `trainkit probe` finds, not the declared network"
     )
     parser.add_argument("--runs", type=int, default=5, help="all-reduces a launch")
     parser.add_argument("--launches", type=int, default=2, help="launches of each, in turn")
@@ -145,7 +171,7 @@ def main() -> None:
     results: dict[str, list[tuple[float, float]]] = {}
     with Lab(renamed(two_racks(), {}, interleaved)) as lab, tempfile.TemporaryDirectory() as scratch:
         devices = {host: {"address": lab.address(host)} for host in interleaved}
-        network = Topology.load(options.network) if options.network else replace(lab.topology, devices=devices)
+        network = probed(lab, Path(scratch)) if options.probe else replace(lab.topology, devices=devices)
         plan = ordered(network, Path(scratch))
         for launch_ in range(options.launches):
             for backend in ("c10d", "trainkit"):
