@@ -16,6 +16,7 @@ DTYPES = (
     torch.int64,
 )  # fmt: skip
 _NUMBER = {dtype: number for number, dtype in enumerate(DTYPES)}
+_KEPT = 256  # sizes of message that a program is kept for
 _CAUSES = (
     "",
     "rank {culprit} closed its connection (was it killed?)",
@@ -65,6 +66,8 @@ class TcpTransport:
     def _native(self, program: Program, elements: int) -> object:
         key = (id(program), elements)
         if key not in self._programs:
+            if len(self._programs) >= _KEPT:
+                del self._programs[next(iter(self._programs))]
             begin, end, source = program.slices(elements)
             columns = (program.kind, program.peer, program.op, begin, end, source, program.next_start, program.next)
             self._programs[key] = (program, execute_program(*columns, elements))
