@@ -151,6 +151,15 @@ def test_asymmetric_rings_are_directed() -> None:
         assert found.order[start:] + found.order[:start] == tuple(hosts.tolist())
 
 
+def test_a_ring_is_proved_beside_huge_costs() -> None:
+    cost, _ = datacenter(16, rack=4)
+    cost[0, 1:] = 1e9
+    cost[0, 5] = 1.0
+    found = order_ranks(cost, seconds=1)
+    assert found.optimal
+    assert found.order[(found.order.index(0) + 1) % 16] == 5
+
+
 def test_a_bottleneck_ring_avoids_what_a_sum_would_pay() -> None:
     cost, _ = datacenter(32)
     by_sum, by_dearest = order_ranks(cost), order_ranks(cost, objective="bottleneck")

@@ -24,7 +24,10 @@ def prove_ring(cost: Costs, order: list[int], seconds: float) -> tuple[list[int]
         seconds: when time is up, the best ring so far and the best bound so far are returned.
     """
     end = time.monotonic() + seconds
-    unit = float(cost.max()) or 1.0
+    upper = float(cost[order, np.roll(order, -1)].sum())
+    if upper == 0:
+        return order, 0.0
+    unit = upper / len(cost)
     program = _Program(cost / unit, order)
     bound = program.relax(end)
     bound = max(bound, program.solve(end))
@@ -38,8 +41,8 @@ class _Program:
         self._cost = cost
         self._size = len(cost)
         self._take(order)
-        tail, head = np.nonzero(~np.eye(self._size, dtype=bool))
-        self._tail, self._head = tail, head
+        # an arc dearer than a whole ring is in no better one
+        self._tail, self._head = np.nonzero(~np.eye(self._size, dtype=bool) & (cost <= self.upper + _TOLERANCE))
         self._cuts: list[npt.NDArray[np.bool_]] = []
 
     def _take(self, order: list[int]) -> None:

@@ -81,7 +81,8 @@ def order_ranks(
         cost: `[N, N]`, what the whole message costs from host i to host j: seconds, or any other unit.
         algorithm: "ring" (torch's gloo, NCCL), "halving_doubling", "double_binary_tree" (NCCL) or "bcube".
         seconds: most wall time for the search; bounds and proofs take up to 5 seconds more. A search that ends before
-            is a function of the arguments alone; one that was cut short depends on the machine (`Ordering.converged`).
+            is a function of the arguments alone; one that was cut short depends on the machine (`Ordering.converged`),
+            and so does a proof that takes longer than its 5 seconds.
         seed: of the search.
         objective: for rings, "sum" of the hops or the dearest one ("bottleneck"). Where hosts share thin links the sum
             is right: it counts how often a ring crosses them.
