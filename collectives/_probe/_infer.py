@@ -20,6 +20,8 @@ _LEAST_CONTRAST = 0.08
 """Share of its rate that a pair must lose across groups for the groups to be believed."""
 _LEAST_CONTRAST_ABOVE = 0.15
 """The same between groups of groups: few rounds test them, and what the tree below explains it explains roughly."""
+_FULL = 1.1
+"""A link is full in rounds in which, without it, this many times as much would cross."""
 _NOT_LIMITING = 0.85
 """An uplink that was seen to carry this share of all that its hosts can send is not a limit."""
 
@@ -115,13 +117,34 @@ def infer(rounds: Sequence[Flows], hosts: int, declared: Sequence[Declared] = ()
 
 
 def _capacities(rounds: Sequence[Flows], sets: Bools) -> tuple[Floats, Floats, Floats]:
-    """The most that crossed each link at once: the mean of its three best rounds, and how far they lie apart."""
-    loads = np.array([crossings(sets, flows) @ flows.rate for flows in rounds])
+    """What each link carries, up and down, and how far the measurements behind it lie apart.
+
+    A host's is the mean of the three best rounds. An uplink's is the median of the rounds in which, without it, more
+    would have crossed: the hosts of a group do not all start at the same instant, and where one is late the best rounds
+    count flows together that were not.
+    """
+    crossing = [crossings(sets, flows) for flows in rounds]
+    loads, capacity, spread = _peaks(rounds, crossing)
+    hosts, count = sets.shape[1], len(sets)
+    for link in (*range(hosts, count), *range(count + hosts, 2 * count)):
+        without = capacity.copy()
+        without[link] = np.inf
+        wanted = np.array([passed[link] @ shares(passed, without) for passed in crossing])
+        full = np.sort(loads[wanted >= _FULL * capacity[link], link])
+        if len(full) >= 3:
+            capacity[link] = max(np.median(full), 1.0)
+            low, high = np.quantile(full, [0.25, 0.75])
+            spread[link] = (high - low) / capacity[link]
+    up, down = np.split(capacity, 2)
+    return up, down, np.maximum(*np.split(spread, 2))
+
+
+def _peaks(rounds: Sequence[Flows], crossing: Sequence[Bools]) -> tuple[Floats, Floats, Floats]:
+    """[rounds, links] loads; per link the mean of the three greatest, and how far they lie apart."""
+    loads = np.array([passed @ flows.rate for passed, flows in zip(crossing, rounds, strict=True)])
     best = -np.sort(-loads, axis=0)[:3]
     mean = np.maximum(best.mean(axis=0), 1.0)
-    spread = (best[0] - best[-1]) / mean
-    up, down = np.split(mean, 2)
-    return up, down, np.maximum(*np.split(spread, 2))
+    return loads, mean, (best[0] - best[-1]) / mean
 
 
 def _widened(rounds: Sequence[Flows], sets: Bools, up: Floats, down: Floats) -> tuple[Floats, Floats, Bools]:
@@ -248,9 +271,9 @@ def _miss(rounds: Sequence[Flows], groups: Partition, hosts: int) -> float:
     """Mean error of the tree of these groups, outliers counted as a half."""
     rows = [np.isin(np.arange(hosts), members) for members in groups if len(members) > 1]
     sets = np.vstack([np.eye(hosts, dtype=bool), *rows])
-    up, down, _ = _capacities(rounds, sets)
-    capacity = np.concatenate([up, down])
-    misses = [np.abs(flows.rate / shares(crossings(sets, flows), capacity) - 1) for flows in rounds]
+    crossing = [crossings(sets, flows) for flows in rounds]
+    _, capacity, _ = _peaks(rounds, crossing)
+    misses = [np.abs(f.rate / shares(passed, capacity) - 1) for passed, f in zip(crossing, rounds, strict=True)]
     return float(np.minimum(np.concatenate(misses), 0.5).mean())
 
 
