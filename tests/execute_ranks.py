@@ -73,7 +73,9 @@ def _rank(
     function: Callable[..., Any], rank: int, size: int, port: int, backend: str, arguments: Any, results: Any
 ) -> None:
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size))
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size)
+    )
     if backend:
         dist.init_process_group(backend)
     results.put((rank, function(rank, *arguments)))

@@ -262,9 +262,9 @@ def test_another_size_on_one_rank_is_named() -> None:
 
 def test_a_rank_that_never_comes_is_named() -> None:
     schedule = ring_schedule(Topology("pair", "ab", "ab", [("a", "b", 1), ("b", "a", 1)]))
-    with engines(2, deadline_s=0.5) as pair:
+    with engines(2, deadline_s=2.0) as pair:
         work = pair.transports[0].start(compile_rank(schedule, 0), torch.zeros(1000))
-        with pytest.raises(PeerLost, match=r"rank 1 did not call the collective within 0\.5 s") as raised:
+        with pytest.raises(PeerLost, match=r"rank 1 did not call the collective within 2 s") as raised:
             work.wait()
         assert raised.value.rank == 1 and raised.value.op is not None
         with pytest.raises(PeerLost, match="as rank 0 saw"):  # who comes late is told

@@ -93,7 +93,7 @@ def test_hook_trains_as_ddp_does() -> None:
 
 
 def _dies(rank: int, transport: str, how: int) -> tuple[str, int, float]:
-    state = ForestState(topology=line(5), deadline_s=3.0, transport=transport)  # type: ignore[arg-type]
+    state = ForestState(topology=line(5), deadline_s=8.0, transport=transport)  # type: ignore[arg-type]
     died: list[float] = []
 
     def at_step(step: int) -> None:
@@ -120,7 +120,7 @@ def test_a_rank_that_dies_is_named_on_every_rank(transport: str, how: int) -> No
 
 
 def _goes_on(rank: int) -> list[float]:
-    state = ForestState(topology=line(4), fallback="allreduce", deadline_s=5.0)
+    state = ForestState(topology=line(4), fallback="allreduce", deadline_s=15.0)
 
     def at_step(step: int) -> None:
         if step == 3 and rank == 2:  # its connections fail while others are in the middle of a bucket
@@ -148,7 +148,7 @@ def test_training_goes_on_over_the_fallback(attempt: int) -> None:
 
 
 def _fallback_fails_too(rank: int) -> str:
-    state = ForestState(topology=line(3), fallback="allreduce", deadline_s=2.0)
+    state = ForestState(topology=line(3), fallback="allreduce", deadline_s=8.0)
     state.all_reduce(torch.ones(8)).wait()
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)

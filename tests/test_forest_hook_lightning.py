@@ -1,0 +1,83 @@
+"""ForestStrategy under Lightning, with real processes."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch._dynamo
+import torch.nn.parallel
+from execute_ranks import processes
+from lightning_fabric.plugins.environments import LightningEnvironment
+
+from trainkit import ForestStrategy
+from trainkit.collectives import PeerLost, Schedule, ScheduleError, Topology, ring_schedule
+
+
+class Net(pl.LightningModule):
+    def __init__(self, dies: bool) -> None:
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.Tanh(), torch.nn.Linear(32, 1))
+        self.dies = dies
+        self.counted: dict[str, int] = {}
+
+    def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
+        if index == 3 and self.dies:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return (self.net(batch) - batch.sum(1, keepdim=True)).square().mean()
+
+    def on_train_end(self) -> None:
+        self.counted = self.trainer.strategy.forest_state.counters()  # type: ignore[attr-defined]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+
+def _train(rank: int, what: dict[str, Any], dies: int) -> tuple[list[int], int] | tuple[str, int]:
+    pl.seed_everything(0, verbose=False)
+    data = torch.utils.data.DataLoader(torch.randn(64, 16), batch_size=4)
+    strategy = ForestStrategy(**what, deadline_s=10.0, cluster_environment=LightningEnvironment())
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=2, strategy=strategy, max_epochs=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    net = Net(dies == rank)
+    try:
+        trainer.fit(net, data)
+    except PeerLost as error:
+        return str(error), error.rank
+    flat = torch.cat([p.detach().flatten() for p in net.parameters()])
+    return flat.view(torch.int32).tolist(), net.counted["sent_bytes"]
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Topology:
+    """Two nodes; their network and its ring are in files, too."""
+    made = Topology("pair", "ab", "ab", [("a", "b", 1), ("b", "a", 1)])
+    made.save(tmp_path / "pair.json")
+    ring_schedule(made).save(tmp_path / "ring.json")
+    return made
+
+
+@pytest.mark.parametrize(("what", "file"), [("topology", "pair.json"), ("schedule", "ring.json")])
+def test_gradients_follow_the_network(tmp_path: Path, pair: Topology, what: str, file: str) -> None:
+    results = processes(_train, 2, {what: str(tmp_path / file)}, -1, backend="", deadline_s=200)
+    assert results[0][0] == results[1][0]  # the same bits
+    assert results[0][1] > 8 * 577 * 4  # 8 steps of one bucket each
+
+
+def test_killed_rank_is_named_on_the_surviving_one(pair: Topology) -> None:
+    results = processes(_train, 2, {"topology": pair}, 1, backend="", deadline_s=200, expect=1)
+    told, culprit = results[0]
+    assert culprit == 1 and "rank 1 closed its connection" in str(told)
+
+
+def test_wrong_arguments_are_told_before_anything_starts(pair: Topology) -> None:
+    with pytest.raises(ValueError, match="either the schedule to run or the topology"):
+        ForestStrategy()
+    whole = ring_schedule(pair)
+    with pytest.raises(ScheduleError):
+        ForestStrategy(schedule=Schedule("cut short", "allreduce", whole.ranks, list(whole.ops)[:-1], whole.mode))
