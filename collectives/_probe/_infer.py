@@ -2,9 +2,9 @@
 
 Every host's own rate is the best it ever had. In a network with nothing else every flow would get the fair share of its
 two ends; a pair that gets less whenever others are busy has a busy link between its ends, and hosts whose flows to each
-other always get their share are on one switch. Clustered by that, the groups get uplinks whose capacity is the most
-that ever crossed them together, and the same question is asked again of the groups: what is still slower than the tree
-says has a link above them.
+other always get their share are on one switch. Clustered by that, the groups get uplinks with the capacity that crossed
+them when they were full, and the same question is asked again of the groups: what is still slower than the tree says has
+a link above them.
 """
 
 from collections.abc import Sequence
