@@ -5,6 +5,7 @@ Needs root, p4c-bm2-ss and simple_switch_grpc on PATH, and the extra p4: `python
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -28,6 +29,8 @@ from trainkit.switchml import SoftwareSwitch  # noqa: E402
 from trainkit.switchml import _packet as packet  # noqa: E402
 from trainkit.switchml._membership import Membership  # noqa: E402
 
+_TURNS = 10
+_EPOCHS = itertools.count(1)
 OWN = ".".join(map(str, OWN_IP.to_bytes(4, "big")))
 
 
@@ -87,8 +90,12 @@ def through_software(elements: int, steps: int) -> list[dict[str, Any]]:
 
 
 def rates(elements: int, window: int, seconds: float) -> dict[str, float]:
-    """Packets a second, one worker with `window` in flight: results of the switch, and frames merely forwarded."""
-    member = Membership(0, 77, 1, slots=64, elements=elements, profile="core")
+    """Packets a second, one worker with `window` in flight: results of the switch, and frames merely forwarded.
+
+    Measured in turns, the best of each: on a machine that others use, too, that is the least disturbed.
+    """
+    epoch = next(_EPOCHS)  # whatever an earlier measurement left in the slots is another epoch's
+    member = Membership(0, epoch, 1, slots=64, elements=elements, profile="core")
     address = ("10.77.0.1", 4000)
     switch = HardwareSwitch()
     switch.install(member, (address,))
@@ -96,36 +103,36 @@ def rates(elements: int, window: int, seconds: float) -> dict[str, float]:
 
     def data(chunk: int) -> bytes:
         slot = packet.slot_field(chunk, member.slots)
-        header = packet.Header(packet.MAGIC, packet.Kind.DATA, 0, 77, chunk, slot, 0, 0, elements, 4, 0)
+        header = packet.Header(packet.MAGIC, packet.Kind.DATA, 0, epoch, chunk, slot, 0, 0, elements, 4, 0)
         return worker_frame(1, address, packet.encode(header, values))
 
     size = len(data(0))
     # from the other port to the worker's: the same bytes, only forwarded
     plain = ((MACS + 1).to_bytes(6, "big") + (MACS + 2).to_bytes(6, "big") + b"\x88\xb6").ljust(size, b"\0")
     ends = switch.wires.sockets
-    return {
-        "added": _rate(ends[1], ends[1], lambda number: data(number), window, seconds),
-        "forwarded": _rate(ends[2], ends[1], lambda number: plain, window, seconds),
-    }
+    added = forwarded = 0.0
+    numbers = itertools.count()
+    for _ in range(_TURNS):
+        added = max(added, _rate(ends[1], ends[1], lambda: data(next(numbers)), window, seconds / _TURNS))
+        forwarded = max(forwarded, _rate(ends[2], ends[1], lambda: plain, window, seconds / _TURNS))
+    return {"added": added, "forwarded": forwarded}
 
 
 def _rate(out: socket.socket, back: socket.socket, frame: Any, window: int, seconds: float) -> float:
+    """Packets a second that come back, `window` on their way; what is lost is sent anew after 20 ms."""
     out.setblocking(True)
-    back.setblocking(True)
-    back.settimeout(1.0)
-    sent = heard = 0
-    until = time.monotonic() + seconds
+    back.settimeout(0.02)
+    sent = heard = lost = 0
     started = time.monotonic()
-    while time.monotonic() < until:
-        while sent - heard < window:
-            out.send(frame(sent))
+    while time.monotonic() - started < seconds:
+        while sent - heard - lost < window:
+            out.send(frame())
             sent += 1
         try:
             _, where = back.recvfrom(2048)
+            heard += where[2] != socket.PACKET_OUTGOING
         except TimeoutError:
-            heard = sent  # lost: go on
-            continue
-        heard += where[2] != socket.PACKET_OUTGOING
+            lost = sent - heard
     return heard / (time.monotonic() - started)
 
 
@@ -134,10 +141,11 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--training", type=int, nargs="*", default=[64, 256], help="packet sizes to train with")
     parser.add_argument("--json")
     arguments = parser.parse_args()
     report: dict[str, Any] = {"training": [], "rates": []}
-    for elements in (64, 256):
+    for elements in arguments.training:
         hardware, software = (run(elements, arguments.steps) for run in (through_bmv2, through_software))
         digests = {rank["digest"] for rank in (*hardware, *software)}
         packets = sum(rank["sent_packets"] + rank["received_packets"] for rank in hardware)
@@ -150,7 +158,7 @@ def main() -> None:
             "repeats": sum(rank["retransmissions"] for rank in hardware),
         }
         report["training"].append(row)
-        print(row)
+        print(row, flush=True)
     with Bmv2(2, "tkr") as bmv2:
         HardwareSwitch.plug_in(bmv2)
         for elements in (64, 256):
@@ -158,7 +166,7 @@ def main() -> None:
                 rate = rates(elements, window, arguments.seconds)
                 row = {"elements": elements, "window": window, **rate, "ratio": rate["added"] / rate["forwarded"]}
                 report["rates"].append(row)
-                print(row)
+                print(row, flush=True)
         HardwareSwitch.unplug()
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(report, indent=1) + "\n")
