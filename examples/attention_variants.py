@@ -36,6 +36,13 @@ def sink_and_window(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tens
     return (q_idx >= kv_idx) & ((q_idx - kv_idx < 64) | (kv_idx == 0))
 
 
+# A query, key or output hook: any function of an element, its place, and the element half a head away.
+def hotter_heads(x: Tensor, pair: Tensor, b: Tensor, h: Tensor, idx: Tensor, d: Tensor) -> Tensor:
+    return x * (1.0 + 0.1 * h)
+
+
+angles = torch.arange(S, device=device)[:, None] / 10000 ** (torch.arange(D // 2, device=device) / (D // 2))
+
 if __name__ == "__main__":
     calls = {
         "causal, grouped heads": {"causal": True},
@@ -43,6 +50,8 @@ if __name__ == "__main__":
         "learned relative bias": {"score_mod": relative_bias, "causal": True},
         "packed documents": {"mask_mod": same_document},
         "first token and window": {"mask_mod": sink_and_window},
+        "rotary positions": {"rope": (angles.cos(), angles.sin()), "causal": True},
+        "a temperature by head": {"query_mod": hotter_heads, "causal": True},
         "sigmoid attention": {"softmax": "sigmoid", "causal": True},
     }
     for name, options in calls.items():

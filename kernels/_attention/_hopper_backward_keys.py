@@ -109,13 +109,12 @@ def issue_dq(n, memory, bars, W: gl.constexpr, c: gl.constexpr):
 def add_dq(dq, n, row, col, dq_d, memory, bars, W: gl.constexpr, c: gl.constexpr):
     """Give block n's dS back, and add its dQ to global memory."""
     dqs = memory[7]
-    if n >= 0:
-        mbarrier.arrive(bars[6].index((n + 2) % 2))
     tma.store_wait(0)
     gl.thread_barrier()
     dqs.index(W).store(dq)
     fence_async_shared()
     if n >= 0:
+        mbarrier.arrive(bars[6].index((n + 2) % 2))
         if c.BM == 64:
             reduce_add(dq_d, [row, col + c.D // 2 * W], dqs.index(W))
         else:
@@ -163,8 +162,8 @@ def keys_step(
         P = gl.convert_layout(p.to(dos.dtype), gl.DotOperandLayout(0, LV, 2))
     if c.LATE:
         dq = warpgroup_mma_wait(0, deps=[dq])
-        add_dq(dq * scale, n - 1, before[0], before[1], dq_d, memory, bars, W, c)
         mbarrier.wait(do_ready.index(s), phase)
+        add_dq(dq * scale, n - 1, before[0], before[1], dq_d, memory, bars, W, c)
         dP = warpgroup_mma(vs.index(W), dos.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
         dv = warpgroup_mma(P, dos.index(s), dv, is_async=True)
         dP = warpgroup_mma_wait(1, deps=[dP])
