@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from trainkit.collectives._probe import Prior, PriorError, read_prior
+from trainkit.collectives._probe import Prior, PriorError, ProbeError, read_prior
 from trainkit.collectives._probe import _devices as devices
 from trainkit.collectives._probe._devices import inside, read_devices
+from trainkit.collectives._probe._result import one_host
 
 SLURM = """# two pods
 SwitchName=r0 Nodes=n[00-02,07] LinkSpeed=1
@@ -80,6 +81,14 @@ def test_gpus_hang_on_the_nvswitch_and_on_their_host() -> None:
     assert rates["h.GPU0", "h.NVSwitch"] == 18 * 26_562 * 8
     assert rates["h", "h.GPU1"] == 63_008 * 8
     assert not any("GPU3" in end for link in rates for end in link)
+
+
+def test_one_host_alone_is_what_its_driver_says() -> None:
+    network = one_host("h", 4, {"topology": MATRIX, "nvlink": 26_562})
+    assert network.compute_nodes == tuple(f"h.GPU{i}" for i in range(4))
+    assert set(network.switches) == {"h", "h.NVSwitch"}
+    with pytest.raises(ProbeError, match="all 2 ranks are on host 'h', which has no GPUs"):
+        one_host("h", 2, {})
 
 
 def test_ranks_without_gpus_share_their_host_at_the_rate_of_its_loopback() -> None:

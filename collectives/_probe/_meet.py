@@ -16,7 +16,7 @@ from trainkit.collectives._probe._conductor import Conductor, Progress
 from trainkit.collectives._probe._devices import read_devices
 from trainkit.collectives._probe._lead import lead
 from trainkit.collectives._probe._prior import Prior
-from trainkit.collectives._probe._result import HostFacts
+from trainkit.collectives._probe._result import HostFacts, one_host
 from trainkit.collectives._probe._rounds import Plan
 from trainkit.collectives._probe._wire import ProbeError
 from trainkit.collectives._topology import Topology
@@ -59,10 +59,11 @@ def probe(
         progress: told on rank 0 of every round.
 
     Returns:
-        The network, with capacities in Mbit/s of TCP goodput, latencies and confidence; the same on every rank.
+        The network, with capacities in Mbit/s of TCP goodput, latencies and confidence; the same on every rank. Of one
+        host alone it is what the driver says of its GPUs.
 
     Raises:
-        ProbeError: a host failed; every rank names the same.
+        ProbeError: a host failed, every rank names the same; or all ranks are on one host without GPUs.
     """
     import torch.distributed as dist
 
@@ -92,8 +93,8 @@ def probe(
     outcome: list[Any] = [None]
     try:
         if len(hosts) == 1:
-            raise ProbeError(f"all {size} ranks are on host {everyone[0]['name']!r}: there is no network to measure")
-        if measures:
+            outcome = [one_host(everyone[0]["name"], size, read_devices()).to_dict()] if leads else outcome
+        elif measures:
             about = {"name": everyone[rank]["name"], "rank": first.index(rank), "devices": read_devices()}
             run = _Run(Plan(len(hosts), warm_s, measure_s), [len(of_host) for of_host in ranks], prior, progress, hops)
             at = (address, port)

@@ -11,6 +11,7 @@ from trainkit.collectives._probe._conductor import RoundTrips
 from trainkit.collectives._probe._devices import inside
 from trainkit.collectives._probe._infer import Tree
 from trainkit.collectives._probe._tree import Floats
+from trainkit.collectives._probe._wire import ProbeError
 from trainkit.collectives._topology import Topology
 
 _ALIKE = 0.06
@@ -87,6 +88,20 @@ def topology(tree: Tree, trips: RoundTrips, hosts: Sequence[HostFacts], rounds: 
         confidence=confidence,
         devices=devices,
     )
+
+
+def one_host(name: str, ranks: int, devices: Mapping[str, Any]) -> Topology:
+    """The GPUs of a single host, as its driver describes them.
+
+    Raises:
+        ProbeError: it has no GPUs: there is no network to measure.
+    """
+    if not devices.get("topology"):
+        raise ProbeError(f"all {ranks} ranks are on host {name!r}, which has no GPUs: there is no network to measure")
+    compute, links = inside(name, ranks, devices, None)
+    nodes = dict.fromkeys([*compute, *(end for link in links for end in link[:2])])
+    confidence = {"rates": "the driver's"}
+    return Topology(f"{ranks} GPUs of {name}", list(nodes), compute, links, unit="Mbit/s", confidence=confidence)
 
 
 def _names(tree: Tree, hosts: Sequence[str]) -> list[str]:

@@ -200,7 +200,7 @@ def _show(network: "Topology", options: Options) -> None:
 
     table = Table("from", "to", "Mbit/s up", "down", "latency", "spread", "limit", title=network.name)
     rate = {(u, v): float(capacity) for u, v, capacity in network.links}
-    known = network.confidence["links"]
+    known = network.confidence.get("links", {})
     for (u, v), up in rate.items():
         said = known.get(f"{u}->{v}")
         if said is not None and (v, u) in rate and v in network.switches and f"{u}->{v}" == _upward(u, v, network):
@@ -216,10 +216,10 @@ def _show(network: "Topology", options: Options) -> None:
             )
     console = Console(soft_wrap=True)
     console.print(table)
-    console.print(
-        f"the tree explains the {network.confidence['rounds']} load rounds within {network.confidence['fit']:.1%} (median)"
-    )
-    for warning in network.confidence["warnings"]:
+    if "fit" in network.confidence:
+        rounds, fit = network.confidence["rounds"], network.confidence["fit"]
+        console.print(f"the tree explains the {rounds} load rounds within {fit:.1%} (median)")
+    for warning in network.confidence.get("warnings", ()):
         console.print(f"note: {warning}")
     console.print(f"written: {options.out}" + (f", {options.draw}" if options.draw else ""))
 
