@@ -58,7 +58,7 @@ def _start(folder: Path, switch: str, deadline: float = 10.0, **extra: str) -> l
 
 def test_hook_is_called_on_cpu_and_ranks_end_bit_equal(tmp_path: Path) -> None:
     with SoftwareSwitch() as switch:
-        ended = [process.communicate(timeout=120) for process in _start(tmp_path, switch.address)]
+        ended = [process.communicate(timeout=240) for process in _start(tmp_path, switch.address)]
     results = [json.loads(out.strip().splitlines()[-1]) for out, _ in ended]
     assert results[0]["bits"] == results[1]["bits"]
     # 8 steps of 4 on each of 2 ranks, one bucket
@@ -70,8 +70,8 @@ def test_hook_is_called_on_cpu_and_ranks_end_bit_equal(tmp_path: Path) -> None:
 def test_killed_worker_is_named_on_the_surviving_rank(tmp_path: Path) -> None:
     with SoftwareSwitch() as switch:
         survivor, killed = _start(tmp_path, switch.address, deadline=2.0, DIE_AT_STEP_3="1")
-        _, errors = survivor.communicate(timeout=60)
-        killed.communicate(timeout=10)
+        _, errors = survivor.communicate(timeout=120)
+        killed.communicate(timeout=60)
     assert killed.returncode == -9
     assert survivor.returncode != 0
     assert "WorkerMissing" in errors and "rank 1" in errors
@@ -79,7 +79,7 @@ def test_killed_worker_is_named_on_the_surviving_rank(tmp_path: Path) -> None:
 
 def test_unreachable_switch_is_named_on_every_rank(tmp_path: Path) -> None:
     for process in _start(tmp_path, "127.0.0.1:9", deadline=2.0):
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=120)
         assert process.returncode != 0
         assert "SwitchUnreachable" in errors and "127.0.0.1:9" in errors
 
