@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from trainkit.autolrs._snapshot import local
+from trainkit.autolrs._snapshot import local, reshard
 
 # Polynomial averaging (Shamir and Zhang, 2013): the window grows with the trial, the first steps are forgotten.
 _POWER = 3.0
@@ -24,6 +24,8 @@ class WeightAverage:
     """
 
     def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        reshard([module])
         tensors: Iterable[Tensor] = [*module.parameters(), *module.buffers()]
         unique = {id(t): local(t) for t in tensors if t.is_floating_point()}
         self._live = list(unique.values())
@@ -47,13 +49,18 @@ class WeightAverage:
     def applied(self) -> Iterator[None]:
         """The module at its average, bit for bit itself afterwards; nothing before the first update."""
         if self._steps == 0:
-            yield
+            try:
+                yield
+            finally:
+                reshard([self._module])
             return
+        reshard([self._module])
         with torch.no_grad():
             saved = [t.clone() for t in self._live]
             torch._foreach_copy_(self._live, self._mean)
         try:
             yield
         finally:
+            reshard([self._module])
             with torch.no_grad():
                 torch._foreach_copy_(self._live, saved)

@@ -10,7 +10,7 @@ from trainkit.autolrs._search import check_range
 _LEAST_TRIAL = 8
 _LEAST_CANDIDATES = 3
 # The run's last part anneals: at most this share of it, and only after the last search.
-_ANNEAL = 0.8
+_ANNEAL = 0.5
 # With `stage_steps` given, stages begin only in this first share of the run.
 _STAGED = 0.7
 _DEFAULT_WARMUP = 0.02

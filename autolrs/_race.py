@@ -26,8 +26,8 @@ _EXPLODED = 2.0
 _RISEN = 0.5
 # Two trials are on the same path when, after the same sum of rates, they differ by at most this share of the drop.
 _SAME_PATH = 0.2
-# A first look ends when the next trial is expected to gain less than this share of what the trials gained.
-_NEGLIGIBLE = 0.01
+# A first look around a well-known rate is over after so many trials, once one of them came to its end.
+_LOOK = 3
 
 
 @dataclass(frozen=True)
@@ -140,8 +140,7 @@ def race(trials: Trials, backend: Backend, search: Search, rules: Rules) -> Outc
             best = len(records) - 1
             if rules.keep:
                 trials.keep()
-        first_look = rules.pull > 0.0 and best is not None and hasattr(backend, "promise")
-        if first_look and trials.agree(backend.promise() < _NEGLIGIBLE * _gained(records)):  # type: ignore[attr-defined]
+        if rules.pull > 0.0 and best is not None and len(records) >= _LOOK:
             break
     taken = sum(r.steps for r in records)
     if best is None:

@@ -86,15 +86,18 @@ class LRSearch:
         planned = self._design()
         if planned is not None:
             return planned
-        gain = self._gain()
+        belief = self._posterior()
+        if self.kappa is not None:
+            gain = self.kappa * belief.std - belief.mean
+        else:
+            target = min(belief.mean[self._nearest(o.lr)] for o in self._told)
+            z = (target - belief.mean) / belief.std
+            gain = belief.std * (z * ndtr(z) + np.exp(-0.5 * z**2) / math.sqrt(2.0 * math.pi))
+        gain = np.asarray(gain, dtype=np.float64)
+        for seen in self._told:  # the same rate again would be the same trial again
+            gain[np.abs(self._grid - math.log10(seen.lr)) < _DECADES_APART] = -np.inf
         best = int(np.argmax(gain))
         return float(10.0 ** self._grid[best]) if np.isfinite(gain[best]) else self.best()
-
-    def promise(self) -> float:
-        """The improvement expected of the next rate, in the unit of the losses; inf while fixed points are left."""
-        if self._design() is not None or not any(math.isfinite(o.mean) for o in self._told):
-            return math.inf
-        return max(float(self._gain().max()), 0.0)
 
     def bias(self, pull: float, slope: float) -> None:
         """Adds to every loss, until the next stage: pull * (decades from the well-known rate)**2 - slope * decades.
@@ -108,19 +111,6 @@ class LRSearch:
     def _biased(self, x: Array) -> Array:
         away = x - math.log10(self.known) if self.known is not None else np.zeros_like(x)
         return np.asarray(self._pull * away**2 - self._slope * x)
-
-    def _gain(self) -> Array:
-        belief = self._posterior()
-        if self.kappa is not None:
-            gain = self.kappa * belief.std - belief.mean
-        else:
-            target = min(belief.mean[self._nearest(o.lr)] for o in self._told)
-            z = (target - belief.mean) / belief.std
-            gain = belief.std * (z * ndtr(z) + np.exp(-0.5 * z**2) / math.sqrt(2.0 * math.pi))
-        gain = np.asarray(gain, dtype=np.float64)
-        for seen in self._told:  # the same rate again would be the same trial again
-            gain[np.abs(self._grid - math.log10(seen.lr)) < _DECADES_APART] = -np.inf
-        return gain
 
     def tell(self, lr: float, mean: float, std: float) -> None:
         """Reports a trial; a rate told again replaces what was told of it.
@@ -155,8 +145,8 @@ class LRSearch:
     def next_stage(self, chosen: float | None = None) -> None:
         """Keeps what was learned as a blurred prior around the choice (None: `best`), and begins a new stage's search."""
         if any(math.isfinite(o.mean) for o in self._told):
-            self._centre = self.best() if chosen is None else chosen
-            self._before = self._told
+            self._centre, self._before = self.best(), self._told
+        self._centre = self._centre if chosen is None else chosen
         self._told = []
         self._stage += 1
         self._pull = self._slope = 0.0

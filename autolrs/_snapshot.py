@@ -2,6 +2,7 @@
 
 import copy
 import random
+import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, Protocol
@@ -25,6 +26,20 @@ def local(tensor: Tensor) -> Tensor:
     part = getattr(tensor, "_local_tensor", tensor)
     assert isinstance(part, Tensor)
     return part.detach()
+
+
+def reshard(modules: Iterable[nn.Module]) -> None:
+    """Frees the gathered weights that FSDP2 modules hold after a forward pass without a backward one.
+
+    While they are gathered, a module's parameters are plain copies: what is read of them is too much, and what is
+    written into the shards goes unseen.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # heavy to import, and there when there is such a module
+    if fsdp is None:
+        return
+    for module in {id(m): m for root in modules for m in root.modules()}.values():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
 
 
 class _Store:
@@ -129,6 +144,7 @@ class Snapshot:
     @torch.no_grad()
     def save(self) -> None:
         """Takes the current state, over what was saved before."""
+        reshard(self._modules)
         self._slots = list(self._module_slots())
         self._tensors = [local(holder[name]) for holder, name in self._slots]
         self._owners = [holder[name] for holder, name in self._slots]
@@ -154,6 +170,7 @@ class Snapshot:
         """
         if not self.saved:
             raise RuntimeError("a snapshot is restored after save(), but nothing was saved: call save() first")
+        reshard(self._modules)
         for tensor, kept in zip(self._tensors, self._store.load(), strict=True):
             tensor.copy_(kept)
         for (holder, name), owner in zip(self._slots, self._owners, strict=True):

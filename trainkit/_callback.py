@@ -189,6 +189,16 @@ class AutoLRS(Callback):
         self._bound_steps(trainer)
         self._watch(trainer)
         self._show(trainer)
+        if (
+            self._loaded
+            and self._rng
+            and not self._rng["epoch_done"]
+            and not (self._fetcher and self._fetcher.states())
+        ):
+            _say(
+                "AutoLRS resumes in the midst of an epoch, but the training loader has no state_dict: the batches will "
+                "not be those of the uninterrupted run; use a stateful loader, or checkpoints from epochs' ends"
+            )
         if self._loaded:
             self._playback.start(trainer, Playback.from_state(self._loaded["playback"]))
             self._loaded = None

@@ -4,15 +4,20 @@ Run: python benchmarks/autolrs/overhead.py
 """
 
 import logging
+import math
 import time
 import warnings
+from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 
 from trainkit import AutoLRS
-from trainkit.autolrs import LRSearch, forecast
+from trainkit.autolrs import Forecast, Losses, LRSearch, Rules, Search, forecast, race
+
+T = TypeVar("T")
 
 warnings.filterwarnings("ignore")
 logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
@@ -48,8 +53,46 @@ class Net(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), 1e-3)
 
 
+class Free:
+    """Trials that cost nothing: what a search of them takes is the time of its decisions."""
+
+    def restart(self) -> Losses:
+        self.at = 0
+        return Losses((0,), (1.0,))
+
+    def advance(self, rates: list[float]) -> Losses:
+        steps = range(self.at + 1, self.at + len(rates) + 1)
+        self.at += len(rates)
+        return Losses(tuple(steps), tuple(0.2 + 0.8 * math.exp(-30 * rates[0] * s) for s in steps))
+
+    def keep(self) -> None:
+        pass
+
+    def agree(self, value: T) -> T:
+        return value
+
+
+def decisions() -> None:
+    """Processor time of a whole search, forecasts, Gaussian process and all, by trial and by look at one."""
+    looks = 0
+
+    def forecaster(steps: Sequence[float], losses: Sequence[float], horizon: float) -> Forecast:
+        nonlocal looks
+        looks += 1
+        return forecast(losses, horizon, steps=steps, floor=0.0)
+
+    rules = Rules(0, lambda rate, step: rate, forecaster, lambda lowest: lowest, fallen=1.0, pull=1.0)
+    began = time.process_time()
+    outcome = race(Free(), LRSearch(1e-5, 1.0, known=1e-3), Search(0, 64, 64, 5, 10_000), rules)
+    spent, trials = time.process_time() - began, len(outcome.trials)
+    print(
+        f"a search of {trials} trials: {1e3 * spent / trials:.1f} ms a trial in all, of which {looks / trials:.1f} forecasts"
+    )
+
+
 def main() -> None:
     torch.set_num_threads(1)
+    decisions()
     data = torch.utils.data.TensorDataset(torch.randn(16_000, 256), torch.randint(0, 10, (16_000,)))
     callback = Timed()
     quiet = {
