@@ -116,11 +116,6 @@ class Engine {
     double in_lost = 0, out_lost = 0;  // when the connection ended
     uint32_t in_events = 0, out_events = 0;
   };
-  struct Staged {
-    Job* job;
-    int32_t at;
-    bool operator==(const Staged&) const = default;
-  };
 
   void loop();
   void wake();
