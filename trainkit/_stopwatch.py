@@ -33,7 +33,7 @@ class Stopwatch:
 def _moment(device: torch.device) -> Any:
     if device.type != "cuda":
         return time.monotonic()
-    event = torch.cuda.Event(enable_timing=True)
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     event.record()
     return event
 
