@@ -70,7 +70,7 @@ def test_hook_is_called_on_cpu_and_ranks_end_bit_equal(tmp_path: Path) -> None:
 def test_killed_worker_is_named_on_the_surviving_rank(tmp_path: Path) -> None:
     with SoftwareSwitch() as switch:
         survivor, killed = _start(tmp_path, switch.address, deadline=2.0, DIE_AT_STEP_3="1")
-        _, errors = survivor.communicate(timeout=120)
+        _, errors = survivor.communicate(timeout=240)
         killed.communicate(timeout=60)
     assert killed.returncode == -9
     assert survivor.returncode != 0
@@ -79,7 +79,7 @@ def test_killed_worker_is_named_on_the_surviving_rank(tmp_path: Path) -> None:
 
 def test_unreachable_switch_is_named_on_every_rank(tmp_path: Path) -> None:
     for process in _start(tmp_path, "127.0.0.1:9", deadline=2.0):
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=240)
         assert process.returncode != 0
         assert "SwitchUnreachable" in errors and "127.0.0.1:9" in errors
 
