@@ -1,6 +1,6 @@
 """One small shape of each attention kernel, for compute-sanitizer.
 
-compute-sanitizer --tool memcheck python benchmarks/kernels/sanitize.py
+compute-sanitizer --tool memcheck|racecheck python benchmarks/kernels/sanitize.py
 """
 
 import torch
