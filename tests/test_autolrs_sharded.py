@@ -32,7 +32,8 @@ def test_two_ranks_restore_their_own_shards_and_tune(tmp_path):
     for end in (first, second):
         undisturbed, wild = end["ends"]
         assert all(torch.equal(a, b) for a, b in zip(undisturbed, wild, strict=True))
-        assert end["held"] < 0.6 * end["whole"]  # parameters and two moments, about half of each: nothing was gathered
+        # parameters and two moments; the last layer has a single row, so the halves are uneven
+        assert end["held"] < 0.75 * end["whole"]
         assert all(torch.isfinite(s).all() for s in end["shards"])
     assert first["rates"] == second["rates"] and max(first["rates"]) > 1e-5
     assert first["losses"][-1] < 0.5 * first["losses"][0]
