@@ -51,7 +51,8 @@ def run(options: Options) -> int:
             )
             for session in description.sessions
         }
-        for session in description.sessions:  # what was joined before is not known here: its workers see that it is lost
+        # what was joined before is not known here: its workers see that it is lost
+        for session in description.sessions:
             plane.remove(session.number)
         print(f"serving {', '.join(sessions)} on switch {options.grpc}", flush=True)
         serve(plane, FixedSwitch(plane, sessions, token), stop)
