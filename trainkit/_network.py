@@ -5,23 +5,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_info
 from pytorch_lightning.strategies import DDPStrategy, StrategyRegistry
-from torch.nn.parallel import DistributedDataParallel
 
 from trainkit._planner import NetworkPlan, Way, plan_network
 from trainkit._stopwatch import Stopwatch
+from trainkit._strategies import _Hooked
 from trainkit.collectives import ForestState, ProbeError, Topology, forest_hook, probe
 from trainkit.switchml import SwitchMLState, switchml_hook
-
-if TYPE_CHECKING:
-    _Base = DDPStrategy
-else:
-    _Base = object
 
 _SETTLING = 2
 """Steps on the process group's ring before planning: DDP rebuilds its buckets after the first."""
@@ -88,7 +83,7 @@ class NetworkState:
         self._window, self._drift = window, drift
         self._line = ThreadPoolExecutor(1, "trainkit-network")
         self._carry: Callable[[Any], _Tensors] = self._by_group(None)
-        self._close: Callable[[], None] = lambda: None
+        self._carrier: ForestState | SwitchMLState | None = None
         self._control: dist.ProcessGroup | None = None
         self._sizes: list[int] = []
         self._clock = Stopwatch()
@@ -97,6 +92,7 @@ class NetworkState:
     def average(self, bucket: Any) -> _Tensors:
         """Average one gradient bucket the planned way."""
         if bucket.index() == 0:
+            self.connect()
             self._next_step()
         buffer = bucket.buffer()
         self._sizes.append(buffer.numel() * 4)
@@ -104,10 +100,20 @@ class NetworkState:
         future = self._carry(bucket)
         return future.then(lambda done: (stop(), done.value())[1])  # type: ignore[func-returns-value]
 
+    @property
+    def error(self) -> Exception | None:
+        """What the switch or the executor failed with."""
+        return self._carrier.error if self._carrier is not None else None
+
+    def connect(self) -> None:
+        """Make the group for our own few words, unless that is done; all ranks do so at the same time."""
+        self._control = self._control or dist.new_group(backend="gloo")
+
     def close(self) -> None:
         """Leave the switch or the executor."""
-        self._close()
-        self._close = lambda: None
+        if self._carrier is not None:
+            self._carrier.close()
+        self._carrier = None
 
     def _next_step(self) -> None:
         sizes, self._sizes = self._sizes, []
@@ -123,7 +129,7 @@ class NetworkState:
         measured = torch.tensor(median(self._clock.read()), dtype=torch.float64)
         if self.plan is None:
             return
-        dist.all_reduce(measured, dist.ReduceOp.MIN, group=self._group())
+        dist.all_reduce(measured, dist.ReduceOp.MIN, group=self._control)
         way = self.plan.chosen
         now = Comparison(way.name, self._window, way.step_s, float(measured))
         self.comparisons.append(now)
@@ -142,7 +148,7 @@ class NetworkState:
     def _replan(self, sizes: Sequence[int], network: Topology | None) -> None:
         """Plan for a network and change over to what is chosen; without one, for what a probe finds."""
         try:
-            network = network or probe(self._group())
+            network = network or probe(self._control)
         except ProbeError as error:
             # the same on every rank
             rank_zero_info(f"no network plan: {error}; gradients go on as before")
@@ -163,7 +169,7 @@ class NetworkState:
                 box[0] = plan_network(network, sizes, switch=self._switch and self._switch[1], backend=backend)
             except ValueError as error:
                 box[0] = error
-        dist.broadcast_object_list(box, src=0, group=self._group())
+        dist.broadcast_object_list(box, src=0, group=self._control)
         if isinstance(box[0], ValueError):
             raise box[0]
         self.plan = box[0]
@@ -173,31 +179,24 @@ class NetworkState:
         _show(self.plan)
 
     def _adopt(self, way: Way) -> None:
-        state: Any
         if way.schedule is not None:
-            state = ForestState(schedule=way.schedule, deadline_s=self._deadline_s, fallback=self._fallback)
-            self._carry, self._close = lambda bucket: forest_hook(state, bucket), state.close
+            forest = ForestState(way.schedule, deadline_s=self._deadline_s, fallback=self._fallback)
+            self._carrier, self._carry = forest, lambda bucket: forest_hook(forest, bucket)
         elif way.name == "switchml":
             assert self._switch is not None
-            fallback: Any = "allreduce" if self._fallback == "allreduce" else None
-            state = SwitchMLState(
+            fallback: Literal["allreduce"] | None = "allreduce" if self._fallback == "allreduce" else None
+            switch = SwitchMLState(
                 self._switch[0], token_file=self._token_file, deadline_s=self._deadline_s, fallback=fallback
             )
-            state.connect()
-            self._carry, self._close = lambda bucket: switchml_hook(state, bucket), state.close
+            self._carrier, self._carry = switch, lambda bucket: switchml_hook(switch, bucket)
         elif way.name == "reordered ring":
             assert self.network is not None
             ranks = [self.network.compute_nodes.index(name) for name in way.order or ()]
-            group = dist.new_group(ranks, sort_ranks=False)
-            self._carry, self._close = self._by_group(group), lambda: dist.destroy_process_group(group)
+            self._carry = self._by_group(dist.new_group(ranks, sort_ranks=False))
         else:
             self._carry = self._by_group(None)
-
-    def _group(self) -> dist.ProcessGroup:
-        """A gloo group for our own few words, whatever carries the gradients."""
-        if self._control is None:
-            self._control = dist.new_group(backend="gloo")
-        return self._control
+        if self._carrier is not None:
+            self._carrier.connect()
 
     def _by_group(self, group: dist.ProcessGroup | None) -> Callable[[Any], _Tensors]:
         def carry(bucket: Any) -> _Tensors:
@@ -241,7 +240,7 @@ def auto_network_hook(
     return state.average(bucket)
 
 
-class _AutoNetwork(_Base):
+class _AutoNetwork(_Hooked):
     """What AutoNetworkStrategy adds to a DDPStrategy, whichever package that comes from."""
 
     def __init__(
@@ -263,16 +262,6 @@ class _AutoNetwork(_Base):
             drift=drift,
         )  # fmt: skip
         super().__init__(ddp_comm_state=self.network_state, ddp_comm_hook=auto_network_hook, **ddp)
-
-    def _register_ddp_hooks(self) -> None:
-        # Lightning's own method does nothing unless the device is a GPU
-        assert isinstance(self.model, DistributedDataParallel)
-        self.model.register_comm_hook(self.network_state, auto_network_hook)
-
-    def teardown(self) -> None:
-        """Leave the network, then what DDP does."""
-        self.network_state.close()
-        super().teardown()
 
 
 class AutoNetworkStrategy(_AutoNetwork, DDPStrategy):
