@@ -32,6 +32,7 @@ def main() -> None:
     if dist.get_rank() == 0:
         print(f"loss {loss.item():.4f}; way: {state.plan.chosen.name if state.plan else 'the process group'}")
     state.close()
+    del model  # before the group: gloo's threads and a model that outlives its group can wait for each other
     dist.destroy_process_group()
 
 

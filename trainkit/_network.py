@@ -1,7 +1,6 @@
 """AutoNetworkStrategy: measure the network, plan, carry the gradients that way, and look whether the plan was right."""
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -81,7 +80,6 @@ class NetworkState:
         self._switch, self._token_file = switch, token_file
         self._deadline_s, self._fallback = deadline_s, fallback
         self._window, self._drift = window, drift
-        self._line = ThreadPoolExecutor(1, "trainkit-network")
         self._carry: Callable[[Any], _Tensors] = self._by_group(None)
         self._carrier: ForestState | SwitchMLState | None = None
         self._control: dist.ProcessGroup | None = None
@@ -198,25 +196,12 @@ class NetworkState:
         if self._carrier is not None:
             self._carrier.connect()
 
-    def _by_group(self, group: dist.ProcessGroup | None) -> Callable[[Any], _Tensors]:
+    @staticmethod
+    def _by_group(group: dist.ProcessGroup | None) -> Callable[[Any], _Tensors]:
         def carry(bucket: Any) -> _Tensors:
-            buffer = bucket.buffer().div_(dist.get_world_size())
-            work = dist.all_reduce(buffer, group=group, async_op=True)
-            if buffer.is_cuda:
-                done: _Tensors = work.get_future().then(lambda future: future.value()[0])
-                return done
-            # not then(): a gloo thread that lets go of our function while the group is destroyed waits for ever
-            future = _Tensors()
-
-            def wait() -> None:
-                try:
-                    work.wait()
-                    future.set_result(buffer)
-                except Exception as error:
-                    future.set_exception(error)  # type: ignore[arg-type]
-
-            self._line.submit(wait)
-            return future
+            work = dist.all_reduce(bucket.buffer().div_(dist.get_world_size()), group=group, async_op=True)
+            done: _Tensors = work.get_future().then(lambda future: future.value()[0])
+            return done
 
         return carry
 
