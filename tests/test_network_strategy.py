@@ -109,6 +109,7 @@ def test_a_schedule_is_chosen_and_compared_with_what_happens(tmp_path: Path) -> 
     assert results[0]["plan"]["buckets"] == [4 * (16 * 64 + 64 + 64 + 1)]
 
 
+@pytest.mark.slow
 def test_reordered_ring_runs_in_a_group_of_its_own(tmp_path: Path) -> None:
     fast = [("a", "b"), ("b", "c"), ("c", "a")]
     links = [(u, v, 100) for u, v in fast] + [(v, u, 1) for u, v in fast]
@@ -136,6 +137,7 @@ def test_drift_has_the_network_probed_anew(tmp_path: Path) -> None:
     assert results[0]["plan"]["network"].startswith("star")
 
 
+@pytest.mark.slow
 def test_a_network_of_another_size_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=r"needs one compute node a rank: .* has 3, the job 2 ranks"):
         train(tmp_path, fabrics.star([1, 1, 1], unit="Mbit/s"))

@@ -38,6 +38,7 @@ def test_a_killed_worker_keeps_the_order(agents: Agents) -> None:
     assert "1" in {row[3] for row in agents.rounds()[3:]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("agents", [("2:4", 10)], indirect=True)
 def test_a_host_leaves_and_returns_and_a_stranger_joins(agents: Agents) -> None:
     for host in (A, B, C):

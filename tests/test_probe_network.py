@@ -26,12 +26,14 @@ def test_two_racks_are_found_from_an_interleaved_order() -> None:
     assert all(rates[f"h{i}", f"rack{i % 2}"] == pytest.approx(20, rel=0.15) for i in range(8))
 
 
+@pytest.mark.slow
 def test_one_flat_switch_gives_one_group() -> None:
     network = probed(star(["10"] * 6, unit="Mbit/s"), [str(i) for i in range(6)])
     assert network.switches == ("switch",)
     assert all(float(rate) == pytest.approx(10, rel=0.15) for _, _, rate in network.links)
 
 
+@pytest.mark.slow
 def test_hop_counts_show_racks_whose_uplinks_hold_nothing_back() -> None:
     topology = racks((2, 2, 2), 10, (20, 20, 20))
     network = probed(topology, list(topology.compute_nodes), measure_s=0.2)
@@ -67,7 +69,7 @@ def test_ranks_of_a_process_group_are_compute_nodes_in_their_order(tmp_path: Pat
         ranks = [
             lab.popen(
                 node,
-                [sys.executable, "-c", RANKS, str(out)],
+                [sys.executable, "-P", "-c", RANKS, str(out)],
                 env={**environment, "RANK": str(rank), "PATH": "/usr/bin"},
             )
             for rank, node in enumerate(where)

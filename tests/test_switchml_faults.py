@@ -167,6 +167,7 @@ def _answer(process: "subprocess.Popen[str]") -> dict[str, Any]:
     return dict(json.loads(out.strip().splitlines()[-1]))
 
 
+@pytest.mark.slow
 def test_switch_killed_and_restarted_with_fallback(scene: Scene) -> None:
     switch = scene.switch()
     workers = scene.workers(steps=60, pace=0.03, deadline_s=1.5, fallback="allreduce", retry=0.3)
@@ -202,7 +203,8 @@ def test_last_result_reaches_the_rank_that_missed_it(scene: Scene) -> None:
     assert first["buckets"] == second["buckets"] + 1
 
 
-@pytest.mark.parametrize("listens_again", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("listens_again", [False, True])
 def test_switch_killed_without_fallback_is_named_on_every_rank(scene: Scene, listens_again: bool) -> None:
     switch = scene.switch()
     workers = scene.workers(steps=1000, pace=0.02, deadline_s=30.0 if listens_again else 2.0)
@@ -229,7 +231,7 @@ def test_pause_of_5_s_within_a_deadline_of_10_s_costs_time_only(scene: Scene) ->
     assert answers[0]["worst"] < 1e-6
 
 
-@pytest.mark.parametrize("fallback", [None, "allreduce"])
+@pytest.mark.parametrize("fallback", [None, pytest.param("allreduce", marks=pytest.mark.slow)])
 def test_pause_of_5_s_beyond_a_deadline_of_2_s_is_named_on_every_rank(scene: Scene, fallback: str | None) -> None:
     scene.switch()
     workers = scene.workers(steps=1000, pace=0.02, deadline_s=2.0, fallback=fallback)
