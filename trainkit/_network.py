@@ -1,7 +1,7 @@
 """AutoNetworkStrategy: measure the network, plan, carry the gradients that way, and look whether the plan was right."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -164,7 +164,10 @@ class NetworkState:
         if dist.get_rank() == 0:
             try:
                 backend: Literal["gloo", "nccl"] = "nccl" if dist.get_backend() == "nccl" else "gloo"
-                box[0] = plan_network(network, sizes, switch=self._switch and self._switch[1], backend=backend)
+                plan = plan_network(network, sizes, switch=self._switch and self._switch[1], backend=backend)
+                # the others are for the table only; a schedule can be megabytes, and this may be a slow network
+                ways = (way if way is plan.chosen else replace(way, schedule=None) for way in plan.ways)
+                box[0] = replace(plan, ways=tuple(ways))
             except ValueError as error:
                 box[0] = error
         dist.broadcast_object_list(box, src=0, group=self._control)
