@@ -50,6 +50,7 @@ class NetworkState:
         network: what to plan for, its compute nodes in the order of the ranks; None probes.
         switch: "host:port" of a SwitchML switch to consider, with its node in `network`: `(address, node)`.
         token_file: the switch's secret.
+        interface: network interface to use; None takes the one that leads to torchrun's MASTER_ADDR.
         deadline_s: seconds without progress after which a bucket fails.
         fallback: "allreduce" goes on with the process group when a schedule or switch fails.
         window: training steps between two looks at the measured time.
@@ -63,6 +64,7 @@ class NetworkState:
         *,
         switch: tuple[str, str] | None = None,
         token_file: str | None = None,
+        interface: str | None = None,
         deadline_s: float = 30.0,
         fallback: Literal["error", "allreduce"] = "error",
         window: int = 50,
@@ -77,7 +79,7 @@ class NetworkState:
         """The plan in force; None in the first steps."""
         self.comparisons: list[Comparison] = []
         """Prediction and measurement, one a window."""
-        self._switch, self._token_file = switch, token_file
+        self._switch, self._token_file, self._interface = switch, token_file, interface
         self._deadline_s, self._fallback = deadline_s, fallback
         self._window, self._drift = window, drift
         self._carry: Callable[[Any], _Tensors] = self._by_group(None)
@@ -146,7 +148,7 @@ class NetworkState:
     def _replan(self, sizes: Sequence[int], network: Topology | None) -> None:
         """Plan for a network and change over to what is chosen; without one, for what a probe finds."""
         try:
-            network = network or probe(self._control)
+            network = network or probe(self._control, interface=self._interface)
         except ProbeError as error:
             # the same on every rank
             rank_zero_info(f"no network plan: {error}; gradients go on as before")
@@ -181,13 +183,19 @@ class NetworkState:
 
     def _adopt(self, way: Way) -> None:
         if way.schedule is not None:
-            forest = ForestState(way.schedule, deadline_s=self._deadline_s, fallback=self._fallback)
+            forest = ForestState(
+                way.schedule, interface=self._interface, deadline_s=self._deadline_s, fallback=self._fallback
+            )
             self._carrier, self._carry = forest, lambda bucket: forest_hook(forest, bucket)
         elif way.name == "switchml":
             assert self._switch is not None
             fallback: Literal["allreduce"] | None = "allreduce" if self._fallback == "allreduce" else None
             switch = SwitchMLState(
-                self._switch[0], token_file=self._token_file, deadline_s=self._deadline_s, fallback=fallback
+                self._switch[0],
+                token_file=self._token_file,
+                interface=self._interface,
+                deadline_s=self._deadline_s,
+                fallback=fallback,
             )
             self._carrier, self._carry = switch, lambda bucket: switchml_hook(switch, bucket)
         elif way.name == "reordered ring":
@@ -237,6 +245,7 @@ class _AutoNetwork(_Hooked):
         *,
         switch: tuple[str, str] | None = None,
         token_file: str | None = None,
+        interface: str | None = None,
         deadline_s: float = 30.0,
         fallback: Literal["error", "allreduce"] = "error",
         window: int = 50,
@@ -246,8 +255,8 @@ class _AutoNetwork(_Hooked):
         if isinstance(network, str | Path):
             network = Topology.load(network)
         self.network_state = NetworkState(
-            network, switch=switch, token_file=token_file, deadline_s=deadline_s, fallback=fallback, window=window,
-            drift=drift,
+            network, switch=switch, token_file=token_file, interface=interface, deadline_s=deadline_s,
+            fallback=fallback, window=window, drift=drift,
         )  # fmt: skip
         super().__init__(ddp_comm_state=self.network_state, ddp_comm_hook=auto_network_hook, **ddp)
 
@@ -265,6 +274,7 @@ class AutoNetworkStrategy(_AutoNetwork, DDPStrategy):
             ranks; None probes.
         switch: (address, node in the network) of a SwitchML switch to consider.
         token_file: that switch's secret.
+        interface: network interface to use; None takes the one that leads to torchrun's MASTER_ADDR.
         deadline_s: seconds without progress after which training ends with a named error.
         fallback: "allreduce" goes on with the process group when a schedule or the switch fails.
         window: training steps between two looks at the time of communication.

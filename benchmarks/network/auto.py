@@ -83,7 +83,7 @@ def train(rank: int, lab: Lab, measured: Topology, options: Any, pipe: Connectio
     from trainkit.switchml import noop_hook
 
     world = join(rank, lab, options.port)
-    state = NetworkState(measured, window=options.steps - 3)
+    state = NetworkState(measured, interface=INTERFACE, window=options.steps - 3)
     for arm, steps in (("compute", 5), ("planned", options.steps + 1), ("plain DDP", options.plain)):
         torch.manual_seed(0)
         module = GPT(SIZES["small"], 256, rate=1e-3)
