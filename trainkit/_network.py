@@ -142,7 +142,8 @@ class NetworkState:
         self._strikes = self._strikes + 1 if drifted else 0
         if self._strikes == 2:
             rank_zero_info(f"the network drifted: {now}, {self._reference:.4g} s before; probing and planning anew")
-            self._strikes = 0
+            # where the probe fails, this is the new normal, not a reason to probe again and again
+            self._strikes, self._reference = 0, now.measured_s
             self._replan(sizes, None)
 
     def _replan(self, sizes: Sequence[int], network: Topology | None) -> None:
@@ -170,10 +171,10 @@ class NetworkState:
                 # the others are for the table only; a schedule can be megabytes, and this may be a slow network
                 ways = (way if way is plan.chosen else replace(way, schedule=None) for way in plan.ways)
                 box[0] = replace(plan, ways=tuple(ways))
-            except ValueError as error:
+            except Exception as error:  # whatever it is, the others must not wait for a plan
                 box[0] = error
         dist.broadcast_object_list(box, src=0, group=self._control)
-        if isinstance(box[0], ValueError):
+        if isinstance(box[0], Exception):
             raise box[0]
         self.plan = box[0]
         self._adopt(self.plan.chosen)
