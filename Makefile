@@ -6,7 +6,7 @@ TORCH_INDEX ?=
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 TORCH = torch==2.13.0
 SOURCES = pyproject.toml constraints.txt $(shell find CMakeLists.txt autolrs switchml collectives kernels p4 trainkit/ \
-	-name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name 'CMakeLists.txt')
+	-name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.p4' -o -name '*.bpf.c' -o -name 'CMakeLists.txt')
 
 .PHONY: demo test lint setup clean
 
