@@ -6,6 +6,8 @@
 #include <functional>
 #include <vector>
 
+#include "random.hpp"
+
 namespace order {
 
 // A square matrix of costs, row by row; entry (i, j) is what going from i to j costs.
@@ -13,19 +15,6 @@ struct Matrix {
   int size = 0;
   const double* data = nullptr;
   double operator()(int i, int j) const { return data[static_cast<size_t>(i) * size + j]; }
-};
-
-// SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014).
-struct Random {
-  uint64_t state;
-  uint64_t next() {
-    uint64_t z = state += 0x9e3779b97f4a7c15;
-    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
-    z = (z ^ z >> 27) * 0x94d049bb133111eb;
-    return z ^ z >> 31;
-  }
-  int below(int bound) { return static_cast<int>((static_cast<unsigned __int128>(next()) * bound) >> 64); }
-  double uniform() { return static_cast<double>(next() >> 11) * 0x1.0p-53; }
 };
 
 // Asked every so often: whether time is up. It also lets Ctrl-C through, by throwing.
