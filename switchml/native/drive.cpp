@@ -3,7 +3,6 @@
 #include <netinet/in.h>
 #include <netinet/udp.h>
 #include <poll.h>
-#include <sched.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -19,8 +18,6 @@ constexpr size_t kDatagram = 65536;   // bytes of the largest, joined ones inclu
 constexpr size_t kJoined = 65000;     // bytes of a run that the kernel splits
 constexpr size_t kSegments = 64;      // packets of such a run
 constexpr size_t kControlBytes = CMSG_SPACE(sizeof(int));
-constexpr int kSpare = 8;             // processors from which on a thread may look again for a moment instead of sleeping:
-constexpr double kSpin = 50e-6;       // seconds; being woken takes longer than a packet's round trip on a fast network
 constexpr int kSendWait = 5;          // milliseconds for room in the send buffer
 
 sockaddr_in socket_address(Address address) {
@@ -75,24 +72,15 @@ struct Port::Datagram {
 
 Port::Port(int socket, int wake, Counters& counters)
     : socket_(socket), wake_(wake), counters_(counters), buffer_(kBatch * kDatagram), control_(kBatch * kControlBytes) {
-  cpu_set_t mine;
-  if (sched_getaffinity(0, sizeof mine, &mine) == 0 && CPU_COUNT(&mine) >= kSpare) spin_ = kSpin;
   int on = 1;
   setsockopt(socket_, SOL_UDP, UDP_GRO, &on, sizeof on);  // an older kernel gives single packets
 }
 
 bool Port::wait(double until) {
+  double left = std::clamp(until - monotonic(), 0.0, 3600.0);
+  timespec timeout{static_cast<time_t>(left), static_cast<long>(1e9 * (left - std::floor(left)))};
   pollfd watched[2] = {{socket_, POLLIN, 0}, {wake_, POLLIN, 0}};
-  double now = monotonic();
-  int ready = 0;
-  for (double patience = std::min(until, now + spin_); ready == 0 && now < patience; now = monotonic())
-    ready = poll(watched, 2, 0);
-  if (ready == 0) {
-    double left = std::clamp(until - now, 0.0, 3600.0);
-    timespec timeout{static_cast<time_t>(left), static_cast<long>(1e9 * (left - std::floor(left)))};
-    ready = ppoll(watched, 2, &timeout, nullptr);
-  }
-  if (ready <= 0 || !(watched[1].revents & POLLIN)) return true;
+  if (ppoll(watched, 2, &timeout, nullptr) <= 0 || !(watched[1].revents & POLLIN)) return true;
   uint64_t signals;
   [[maybe_unused]] ssize_t got = read(wake_, &signals, sizeof signals);
   return false;

@@ -39,7 +39,6 @@ class Port {
   int socket_, wake_;
   Counters& counters_;
   bool segment_ = true;
-  double spin_ = 0;
   std::vector<uint8_t> buffer_, control_;
 };
 
