@@ -179,7 +179,7 @@ class Link:
         self._finish()
         for data, _ in heard:
             self._hear(control.decode(data, self._key), now)
-        chunks = self._worker.counters["chunks"]
+        chunks = self._worker.chunks
         if chunks != self._chunks:
             self._chunks, self._began = chunks, now
         elif self._waiting and now - self._began > self.options.deadline_s:

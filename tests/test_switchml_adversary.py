@@ -95,11 +95,15 @@ CORES: dict[str, tuple[Callable[[Membership], Any], Callable[[], Any]]] = {
 }
 
 
-def reference(buckets: Buckets, member: Membership) -> list[np.ndarray]:
+def agreement(buckets: Buckets, member: Membership) -> list[np.ndarray]:
+    """The exponent bytes of each bucket's chunks that all ranks must come to."""
+    return [np.max([block_exponents(own, member.elements) for own in values], axis=0, initial=0) for values in buckets]
+
+
+def reference(buckets: Buckets, member: Membership, agreed: list[np.ndarray]) -> list[np.ndarray]:
     """What every rank must get, by integer sums of whole chunks."""
     averages = []
-    for values in buckets:
-        exponents = np.max([block_exponents(own, member.elements) for own in values], axis=0, initial=0)
+    for values, exponents in zip(buckets, agreed, strict=True):
         average = np.empty_like(values[0])
         for chunk, exponent in enumerate(exponents):
             span = slice(chunk * member.elements, (chunk + 1) * member.elements)
@@ -195,13 +199,12 @@ class Gathering:
         return all(worker.finished == len(self.buckets) for worker in self.workers)
 
 
-def guessed(buckets: Buckets, member: Membership, seeded: random.Random) -> list[np.ndarray]:
+def guessed(agreed: list[np.ndarray], seeded: random.Random) -> list[np.ndarray]:
     """A guess of each bucket's exponents: none, right, close or wild."""
     guesses = []
-    for values in buckets:
-        agreed = np.max([block_exponents(own, member.elements) for own in values], axis=0, initial=0)
+    for exponents in agreed:
         off = seeded.choice([None, 0, 0, 1, 6, 300])
-        drawn = [0 if off is None else int(e) + seeded.randint(-off, off) for e in agreed]
+        drawn = [0 if off is None else int(e) + seeded.randint(-off, off) for e in exponents]
         guesses.append(np.clip(drawn, 0, 255).astype(np.uint8))
     return guesses
 
@@ -236,19 +239,19 @@ def schedule(
     if seeded.random() < 0.1 and sizes[0]:
         buckets[0][0][0] = seeded.choice([np.nan, np.inf, -np.inf])
     net = Net(core, adversary or Adversary.drawn(seeded), seeded)
-    gathering = net.gather(member, buckets, guessed(buckets, member, seeded))
+    agreed = agreement(buckets, member)
+    gathering = net.gather(member, buckets, guessed(agreed, seeded))
     if net.adversary.crash is not None:
         net.run(gathering.done, limit=seeded.random() * 0.05)
         gathering = _crashed(net, gathering, buckets)
     net.run(gathering.done, limit=120.0)
     assert gathering.done(), "a worker hangs"
-    for wanted, *got in zip(reference(buckets, member), *gathering.sums, strict=True):
-        for own in got:
-            np.testing.assert_array_equal(own.view(np.int32), wanted.view(np.int32))
-    for known in gathering.known:
-        for exponents, values in zip(known, buckets, strict=True):
-            agreed = np.max([block_exponents(own, member.elements) for own in values], axis=0, initial=0)
-            np.testing.assert_array_equal(exponents, agreed)
+    wanted = reference(buckets, member, agreed)
+    for rank, (sums, known) in enumerate(zip(gathering.sums, gathering.known, strict=True)):
+        for number in range(len(buckets)):
+            same = np.array_equal(sums[number].view(np.int32), wanted[number].view(np.int32))
+            assert same, f"rank {rank} has other bits in bucket {number}"
+            assert np.array_equal(known[number], agreed[number]), f"rank {rank} knows other exponents"
 
 
 def _crashed(net: Net, gathering: Gathering, buckets: Buckets) -> Gathering:

@@ -1,8 +1,8 @@
 """DDP on 2 GPUs through a software switch on loopback: equal to built-in all-reduce, and overlapped with the backward pass.
 
-The switch has 4 lanes. Prints one JSON line: largest relative difference of the parameters, whether the ranks are
-bit-equal, seconds a step of each hook, and the share of the copies' time during which the GPU also computed, from a
-profiler trace.
+Prints one JSON line: relative difference of the parameters, whether the ranks are bit-equal, seconds a step of each
+hook and setting, seconds of the same bytes from host memory with no GPU in the way, and the share of the copies' time
+during which the GPU also computed, from a profiler trace.
 """
 
 import copy
@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,17 @@ from torch.profiler import ProfilerActivity, profile
 from trainkit.switchml import SoftwareSwitch, SwitchMLState, noop_hook, switchml_hook
 
 _STEPS = 20
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "8 lanes, 64 slots": {"lanes": 8, "slots": 64},
+    "1 lane": {"lanes": 1},
+    "4 lanes": {"lanes": 4},
+    "4 lanes, 64 slots": {"lanes": 4, "slots": 64},
+    "8 lanes": {"lanes": 8},
+    "12 lanes, 64 slots": {"lanes": 12, "slots": 64},
+    "8 lanes, 64 slots, int16": {"lanes": 8, "slots": 64, "wire": "int16"},
+    "8 lanes, 64 slots, int8": {"lanes": 8, "slots": 64, "wire": "int8"},
+}
+"""The first is the one that is compared and traced."""
 
 
 def _covered(trace: str) -> float:
@@ -58,6 +70,18 @@ def _train(
     return torch.cat([p.detach().flatten() for p in model.parameters()]), seconds
 
 
+def _from_host(state: SwitchMLState, steps: int = 10) -> float:
+    """Seconds for as many bytes as a step's, in buckets of host memory."""
+    buckets = [torch.full((2_100_000,), 1.0) for _ in range(6)]
+    began = 0.0
+    for step in range(steps):
+        if step == 2:
+            began = time.perf_counter()
+        for future in [state.average(bucket, index=number) for number, bucket in enumerate(buckets)]:
+            future.wait()
+    return (time.perf_counter() - began) / (steps - 2)
+
+
 def _rank(rank: int, switch: str, out: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29544")
     torch.cuda.set_device(rank)
@@ -68,15 +92,27 @@ def _rank(rank: int, switch: str, out: str) -> None:
     start = torch.cat([p.detach().flatten() for p in model.parameters()])
     built_in, built_in_s = _train(model, rank, None, None)
     _, noop_s = _train(model, rank, noop_hook, None)
-    state = SwitchMLState(switch)
-    ours, ours_s = _train(model, rank, switchml_hook, state)
-    others = {}
-    for name, options in {"1 lane": {"lanes": 1}, "int16": {"wire": "int16"}, "int8": {"wire": "int8"}}.items():
-        other = SwitchMLState(switch, session=name, **options)
-        others[f"switchml, {name}"] = _train(model, rank, switchml_hook, other)[1]
-        other.close()
+    seconds = {"all-reduce": built_in_s, "no communication": noop_s}
+    host, traced = {}, None
+    for name, options in _SETTINGS.items():
+        state = SwitchMLState(switch, session=name, **options)
+        parameters, seconds[name] = _train(model, rank, switchml_hook, state)
+        if traced is None:
+            traced, ours = state, parameters
+        else:
+            state.close()
+        state = SwitchMLState(switch, session=f"{name}, host", **options)
+        host[name] = _from_host(state)
+        state.close()
+        if rank == 0:
+            print(
+                f"{name}: {seconds[name]:.4f} s a step, {host[name]:.4f} s from host memory",
+                file=sys.stderr,
+                flush=True,
+            )
+    assert traced is not None
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
-        _train(model, rank, switchml_hook, state, steps=4)
+        _train(model, rank, switchml_hook, traced, steps=4)
     path = os.path.join(out, f"trace{rank}.json")
     trace.export_chrome_trace(path)
     bits = [torch.empty_like(ours) for _ in range(2)]
@@ -86,16 +122,17 @@ def _rank(rank: int, switch: str, out: str) -> None:
             "trained": float((ours - start).norm() / start.norm()),
             "relative_difference": float((ours - built_in).norm() / built_in.norm()),
             "ranks_bit_equal": bool(torch.equal(bits[0], bits[1])),
-            "seconds_a_step": {"all-reduce": built_in_s, "switchml": ours_s, "noop": noop_s, **others},
+            "seconds_a_step": seconds,
+            "seconds_from_host": host,
             "copies_beside_kernels": _covered(path),
-            "counters": state.counters(),
+            "counters": traced.counters(),
             "gpu": torch.cuda.get_device_name(),
         }
         print(json.dumps(answer), flush=True)
-    state.close()
+    traced.close()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    with SoftwareSwitch(threads=4) as running:
+    with SoftwareSwitch(threads=12) as running:
         mp.spawn(_rank, (running.address, sys.argv[1]), nprocs=2)

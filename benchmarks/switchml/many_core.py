@@ -18,7 +18,7 @@ from pyroute2 import IPRoute
 
 _HERE = Path(__file__).parent
 _SWITCH = "10.77.0.254"
-_CASES = ((1, 9000, False), (2, 9000, False), (4, 9000, False), (4, 9000, True), (4, 1500, False))
+_CASES = ((1, 9000, False), (4, 9000, False), (8, 9000, False), (8, 9000, True), (8, 1500, False))
 
 
 def _hub() -> int:

@@ -110,8 +110,16 @@ CASES = {
     "jumbo-tag": lambda: row("n = 4, unshaped, MTU 9000, 40 MB, tag", 4, 40_000_000, mtu=9000, token=True),
     "one-job": lambda: row("n = 2, 50 Mbit/s, 5 MB, alone", 2, 5_000_000, mbit=50, what=("ours",)),
     "two-jobs": lambda: row("n = 2, 50 Mbit/s, 5 MB, one of two jobs", 2, 5_000_000, mbit=50, jobs=2, what=("ours",)),
-    "core": lambda: row("n = 4, unshaped, 10 MB, profile core, software switch", 4, 10_000_000, core=True),
-    "kernel": lambda: row("n = 4, unshaped, 10 MB, profile core, switch in the kernel", 4, 10_000_000, kernel=True),
+    "core": lambda: row(
+        "n = 4, unshaped, 10 MB, profile core, software switch", 4, 10_000_000, core=True, what=("ours",)
+    ),
+    "kernel": lambda: row(
+        "n = 4, unshaped, 10 MB, profile core, in the kernel", 4, 10_000_000, kernel=True, what=("ours",)
+    ),
+    "core-50": lambda: row("n = 4, 50 Mbit/s, 10 MB, profile core, software switch", 4, 10_000_000, mbit=50, core=True),
+    "kernel-50": lambda: row(
+        "n = 4, 50 Mbit/s, 10 MB, profile core, in the kernel", 4, 10_000_000, mbit=50, kernel=True, what=("ours",)
+    ),
     "latency": latency,
 }
 

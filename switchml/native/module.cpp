@@ -142,6 +142,7 @@ NB_MODULE(_native, m) {
       .def_prop_ro("in_flight", &Worker::in_flight)
       .def_prop_ro("next_number", &Worker::next_number)
       .def_prop_ro("settled", &Worker::settled)
+      .def_prop_ro("chunks", [](Worker& w) { return w.counters.get(kChunks); })
       .def_prop_ro("counters", [](Worker& w) { return counters_of(w.counters); });
 
   nb::class_<Switch>(m, "Switch")

@@ -54,8 +54,6 @@ void Worker::submit(const float* values, float* out, float* residual, uint8_t* k
            .residual = residual, .known = known, .count = count, .elements = elements, .exponents = std::vector<uint8_t>(chunks),
            .guess = known ? std::vector<uint8_t>(known, known + chunks) : std::vector<uint8_t>(chunks),
            .agreed = std::vector<uint8_t>(chunks), .solved = std::vector<uint8_t>(chunks)};
-  for (size_t chunk = 0; chunk < chunks; ++chunk)
-    b.exponents[chunk] = block_exponent(values + chunk * elements, std::min(elements, count - chunk * elements));
   b.left = uint64_t{b.lead} + chunks;
   b.end = end_ = b.base + b.left;
   uint64_t base = b.base, last = std::min<uint64_t>(b.end, base + member_.slots);
@@ -106,6 +104,10 @@ void Worker::attempt(uint64_t number, double now, Outbox& send) {
   f.active = true, f.asked = false, f.number = static_cast<uint32_t>(number), f.tries = f.data_tries = 1, f.data_sent = now;
   ++in_flight_;
   append(f, now);
+  if (uint64_t chunk = number - b->base; chunk < b->chunks) {  // only now: the network need not wait for a pass over all
+    size_t from = chunk * b->elements;
+    b->exponents[chunk] = block_exponent(b->values + from, std::min(b->elements, b->count - from));
+  }
   data(*b, f.number, send);
 }
 
