@@ -191,14 +191,49 @@ def forward(
     return out, lse
 
 
-def _backward_tiles(d: int, dv: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(queries a block, ring) of the key kernel and (keys a block, ring) of the query kernel."""
-    wide = max(d, dv)
-    return ((128, 2), (64, 4)) if wide == 64 else ((64, 2), (64, 4)) if wide == 128 else ((32, 2), (32, 2))
+class Pass(NamedTuple):
+    """One launch of the key kernel: what it computes, queries a block, buffers of q and of the output's gradient."""
+
+    dk: bool
+    dv: bool
+    queries: int
+    q_ring: int
+    grad_ring: int
 
 
-WIDE_DV = 64
-"""Queries a block where dV of 256 columns gets a pass of its own, and the values' room."""
+def _passes(d: int, dv: int) -> tuple[Pass, ...]:
+    """The launches whose accumulators fit in the registers: two of 256 columns do not, beside a tile of scores."""
+    if max(d, dv) < 256:
+        return (Pass(True, True, 128 if max(d, dv) == 64 else 64, 2, 2),)
+    # dV alone needs no values: their room goes to a second buffer.
+    return Pass(True, False, 64, 2, 1), Pass(False, True, 64, 2, 2 if d == dv else 1)
+
+
+def _query_ring(d: int, dv: int) -> tuple[int, int]:
+    """Buffers of k and of v in the query kernel, of 64 keys each."""
+    return (4, 4) if max(d, dv) < 256 else (2, 1)
+
+
+class Sums(NamedTuple):
+    """Room for dQ in fp32 while it is summed, a ring of `slots` heads of `rows` tokens; see `_hopper_ring`."""
+
+    tensor: Tensor
+    marks: Tensor
+    slots: int
+    rows: int
+
+
+def _sums(q: Tensor, k: Tensor, tiles: int, call: Call) -> Sums:
+    units = k.shape[2] * q.shape[0]
+    # A box may reach over the last token, in packed sequences from any row on.
+    rows = -(-q.shape[1] // ROWS) * ROWS + (ROWS if call.packed is not None else 0)
+    # Under a causal mask a head's longest program takes two rounds of all processors.
+    rounds = 2 if call.spec.causal else 1
+    slots = min(units, 1 - -rounds * _processors(q.device.index) // tiles) if q.is_cuda else 2
+    size = slots * q.shape[2] // k.shape[2] * rows * q.shape[3]
+    room = torch.zeros(size + 2 * units, dtype=torch.float32, device=q.device)
+    sums = room[:size].view(-1, q.shape[3])
+    return Sums(sums, room[size:].view(torch.int32), slots, rows)
 
 
 def backward(
@@ -217,8 +252,7 @@ def backward(
     spec, D, DV = call.spec, q.shape[3], v.shape[3]
     # dQ in the same pass saves two of seven products, for a sum in fp32 whose adds come in any order.
     fused = D == DV and D < 256 and not spec.deterministic and (D == 64 or k.shape[1] > 1024)
-    dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
-    dq = (torch.zeros if fused else torch.empty)(q.shape, dtype=torch.float32 if fused else q.dtype, device=q.device)
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     planes = qp, kp, vp, gp = plane(q), plane(k), plane(v), plane(grad)
     dqp, dkp, dvp = plane(dq), plane(dk), plane(dv)
     steps = tuple(n for p in planes for n in p[3:])
@@ -230,39 +264,42 @@ def backward(
         "PACKED": call.packed is not None, "CAP": cap is not None,
     }  # fmt: skip
     plain = cap is not None
-    (bm, ring), (bn, key_ring) = _backward_tiles(D, DV)
 
     kernel: Any = _hopper_backward_keys.backward_keys
-    # Two accumulators of 256 columns do not fit beside a tile of scores: each gets a pass of its own.
-    passes = (
-        ((True, False, bm), (False, True, WIDE_DV if D == DV else bm)) if max(D, DV) == 256 else ((True, True, bm),)
-    )
-    for want_dk, want_dv, bm in passes:
-        grid, pointers, strides, listed = _triton.layout(call, q, k, Tiling(bm, ROWS, 4, ring), True)
+    for want_dk, want_dv, bm, q_ring, grad_ring in _passes(D, DV):
+        grid, pointers, strides, listed = _triton.layout(call, q, k, Tiling(bm, ROWS, 4, q_ring), True)
         programs = (math.prod(grid),)
         if programs[0] == 0:
             continue
+        room = (dq, delta, delta, 0, 0)
+        sums = dqp
+        if fused:
+            ring = _sums(q, k, grid[0], call)
+            room = (dq, *ring)
+            sums = Plane(ring.tensor, (ring.tensor.shape[0], D), D, 0, 0, 0)
+            programs = (programs[0] + grid[0],)
         template = Template(
-            **constants, BM=bm, ST=ring, WANT_DK=want_dk, WANT_DV=want_dv, VALUES=want_dk or D != DV, FUSED=fused,
+            **constants, BM=bm, ST=q_ring, SO=grad_ring, WANT_DK=want_dk, WANT_DV=want_dv, VALUES=want_dk or D != DV, FUSED=fused,
             LATE=fused and D == 128, LISTED=listed, SCORE=None if plain else functions.score_t,
             GRAD=None if plain else functions.score_grad_t, MASK=functions.mask_t,
         )  # fmt: skip
         (launch(kernel, programs) if launch else kernel[programs])(
             descriptor(qp, bm, D), descriptor(kp, 64, D), descriptor(vp, 64, DV), descriptor(gp, bm, DV),
-            descriptor(dkp, 64, D), descriptor(dvp, 64, DV), descriptor(dqp, 64, max(D * bm // 128, 32)), dk, dv, lse, delta,
+            descriptor(dkp, 64, D), descriptor(dvp, 64, DV), descriptor(sums, 64, D * bm // 128), *room, dk, dv, lse, delta,
             *(delta if p is None else p for p in pointers), *strides, *steps, k.shape[2] * D, k.shape[2] * DV, q.shape[2],
             *k.shape[2:3], q.shape[1], k.shape[1], spec.window or 0, spec.scale, cap or 1.0, *captured, grid[0], template,
             num_warps=4,
         )  # fmt: skip
     if fused:
-        return dq.to(q.dtype), dk, dv
+        return dq, dk, dv
 
+    bn, (key_ring, value_ring) = 64, _query_ring(D, DV)
     grid, pointers, strides, listed = _triton.layout(call, q, k, Tiling(ROWS, bn, 4, key_ring), False)
     kernel = _hopper_backward_queries.backward_queries
     programs = (math.prod(grid),)
     if programs[0]:
         template = Template(
-            **constants, BM=ROWS, BN=bn, ST=key_ring, LISTED=listed, SCORE=None if plain else functions.score,
+            **constants, BM=ROWS, BN=bn, ST=key_ring, SV=value_ring, LISTED=listed, SCORE=None if plain else functions.score,
             GRAD=None if plain else functions.score_grad, MASK=functions.mask,
         )  # fmt: skip
         (launch(kernel, programs) if launch else kernel[programs])(

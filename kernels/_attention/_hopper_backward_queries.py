@@ -30,13 +30,13 @@ def queries_producer(task, starts, BLOCKS, last, count, c: gl.constexpr):
     for n in range(0, count):
         at = block_at(BLOCKS, last, n, -1, c.LISTED) * c.BN
         s = n % c.ST
-        phase = (n // c.ST) & 1
-        mbarrier.wait(k_free.index(s), phase ^ 1)
+        v = n % c.SV
+        mbarrier.wait(k_free.index(s), ((n // c.ST) & 1) ^ 1)
         mbarrier.expect(k_ready.index(s), k_d.block_type.nbytes)
         tma.async_copy_global_to_shared(k_d, [kr + at, kc], k_ready.index(s), ks.index(s))
-        mbarrier.wait(v_free.index(s), phase ^ 1)
-        mbarrier.expect(v_ready.index(s), v_d.block_type.nbytes)
-        tma.async_copy_global_to_shared(v_d, [vr + at, vc], v_ready.index(s), vs.index(s))
+        mbarrier.wait(v_free.index(v), ((n // c.SV) & 1) ^ 1)
+        mbarrier.expect(v_ready.index(v), v_d.block_type.nbytes)
+        tma.async_copy_global_to_shared(v_d, [vr + at, vc], v_ready.index(v), vs.index(v))
 
 
 @gluon.jit
@@ -49,18 +49,19 @@ def queries_step(
     _, k_ready, k_free, v_ready, v_free = bars
     s = n % c.ST
     t = gl.maximum(n - 1, 0) % c.ST
+    v = n % c.SV
     zero = gl.zeros([64, c.BN], gl.float32, L)
     mbarrier.wait(k_ready.index(s), (n // c.ST) & 1)
     S = warpgroup_mma(qs.index(W), ks.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
-    mbarrier.wait(v_ready.index(s), (n // c.ST) & 1)
-    dP = warpgroup_mma(dos.index(W), vs.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
+    mbarrier.wait(v_ready.index(v), (n // c.SV) & 1)
+    dP = warpgroup_mma(dos.index(W), vs.index(v).permute((1, 0)), zero, use_acc=False, is_async=True)
     dq = warpgroup_mma(dS, ks.index(t), dq, is_async=True)
     S = warpgroup_mma_wait(2, deps=[S])
     cols = at + gl.arange(0, c.BN, gl.SliceLayout(0, L))
     kv = gl.minimum(cols, problem[3] - 1)
     _p, weight = weigh(S, lse[:, None], rows[:, None], cols[None, :], rows, kv, problem, MASKED, c)
     dP = warpgroup_mma_wait(1, deps=[dP])
-    mbarrier.arrive(v_free.index(s))
+    mbarrier.arrive(v_free.index(v))
     ds = score_gradient(weight, dP - delta[:, None], S, rows, kv, problem, c)
     dq = warpgroup_mma_wait(0, deps=[dq])
     if n > 0:
@@ -120,9 +121,9 @@ def backward_queries(
         gl.allocate_shared_memory(q_d.dtype, [2, 64, c.D], q_d.layout),
         gl.allocate_shared_memory(do_d.dtype, [2, 64, c.DV], do_d.layout),
         gl.allocate_shared_memory(k_d.dtype, [c.ST, c.BN, c.D], k_d.layout),
-        gl.allocate_shared_memory(v_d.dtype, [c.ST, c.BN, c.DV], v_d.layout),
+        gl.allocate_shared_memory(v_d.dtype, [c.SV, c.BN, c.DV], v_d.layout),
     )
-    bars = (barriers(1, 1), barriers(c.ST, 1), barriers(c.ST, 2), barriers(c.ST, 1), barriers(c.ST, 2))
+    bars = (barriers(1, 1), barriers(c.ST, 1), barriers(c.ST, 2), barriers(c.SV, 1), barriers(c.SV, 2))
     starts = (
         zb * q_batch + h * q_head + q0 + m0, h * q_col, zb * k_batch + g * k_head + k0, g * k_col,
         zb * v_batch + g * v_head + k0, g * v_col, zb * do_batch + h * do_head + q0 + m0, h * do_col,

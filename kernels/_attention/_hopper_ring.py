@@ -1,0 +1,76 @@
+# mypy: ignore-errors
+# (Gluon's language, which Python's types do not describe.)
+"""The sums of dQ in fp32 where dQ is made in the same pass as dK and dV: room for a few heads, not for all of them.
+
+A unit is one key head of one batch entry, with its query heads. Programs start in the order of their units, so that few
+units are summed at any time: unit u takes slot u % SLOTS of a ring. When a program of unit u ends, it waits for the last
+sums of unit u - 1, rounds its share of those to the result and clears it; when all have done so the slot is free for unit
+u - 1 + SLOTS. A program waits only for programs that started before it.
+"""
+
+import triton.experimental.gluon.language as gl
+from triton.experimental import gluon
+
+
+@gluon.jit
+def settle():
+    """Wait for this thread's adds by TMA, and order them with its other accesses, for every program to see."""
+    lanes = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
+    gl.inline_asm_elementwise(
+        "cp.async.bulk.wait_group 0; fence.proxy.async; fence.acq_rel.gpu; mov.b32 $0, $1;", "=r,r", [lanes],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def count_up(mark):
+    """Count a warpgroup that is done; what it wrote is seen by those who see the count."""
+    settle()
+    gl.thread_barrier()
+    gl.atomic_add(mark, 1, sem="relaxed")
+
+
+@gluon.jit
+def until(mark, target):
+    """Wait for a count."""
+    while gl.load(mark, volatile=True) < target:
+        pass
+    settle()
+
+
+@gluon.jit
+def await_slot(ring, c: gl.constexpr):
+    """Wait until the unit that had this one's slot has left it."""
+    _, _, MARKS, unit, units, tiles, slots = ring[:7]
+    if (unit >= slots) & (unit < units):
+        until(MARKS + units + unit - slots, 2 * tiles)
+
+
+@gluon.jit
+def leave(ring, W: gl.constexpr, c: gl.constexpr):
+    """After this warpgroup's last add: its share of the unit before is rounded, written and cleared."""
+    SUMS, DQ, MARKS, unit, units, tiles, slots, tile, Hkv, Sq, rows, scale = ring
+    if unit < units:
+        count_up(MARKS + unit)
+    if unit > 0:
+        done = unit - 1
+        until(MARKS + done, 2 * tiles)
+        lanes: gl.constexpr = min(c.D // 4, 32)
+        B: gl.constexpr = gl.BlockedLayout([1, 4], [32 // lanes, lanes], [4, 1], [1, 0])
+        cols = gl.arange(0, c.D, gl.SliceLayout(0, B))[None, :]
+        share = gl.cdiv(Sq, 2 * tiles)
+        first = (2 * tile + W) * share
+        last = gl.minimum(first + share, Sq)
+        for g in range(c.GROUP):
+            h = done % Hkv * c.GROUP + g
+            sums = SUMS + ((done % slots) * c.GROUP + g).to(gl.int64) * rows * c.D
+            dq = DQ + ((done // Hkv).to(gl.int64) * Sq * Hkv * c.GROUP + h) * c.D
+            for r in range(first, last, 16):
+                at = r + gl.arange(0, 16, gl.SliceLayout(1, B))[:, None]
+                inside = (at < last) & (cols >= 0)
+                x = gl.load(sums + at * c.D + cols, mask=inside, other=0.0, cache_modifier=".cg")
+                gl.store(sums + at * c.D + cols, gl.zeros([16, c.D], gl.float32, B), mask=inside)
+                gl.store(
+                    dq + at.to(gl.int64) * (Hkv * c.GROUP * c.D) + cols, (x * scale).to(DQ.dtype.element_ty), mask=inside
+                )
+        count_up(MARKS + units + done)
