@@ -257,13 +257,14 @@ def backward(
     dqp, dkp, dvp = plane(dq), plane(dk), plane(dv)
     steps = tuple(n for p in planes for n in p[3:])
     cap = _cap(spec)
+    alibi = spec.alibi_slopes if spec.causal and spec.softcap is None and spec.score_mod is None else None
     functions = call.variant.functions("gluon")
     captured = tuple(() if x is None else arguments(x) for x in (call.variant.score, call.variant.mask))
     constants = {
         "GROUP": q.shape[2] // k.shape[2], "D": D, "DV": DV, "CAUSAL": spec.causal, "WINDOW": spec.window is not None,
-        "PACKED": call.packed is not None, "CAP": cap is not None,
+        "PACKED": call.packed is not None, "CAP": cap is not None, "ALIBI": 0 if alibi is None else alibi.dim(),
     }  # fmt: skip
-    plain = cap is not None
+    plain = cap is not None or alibi is not None
 
     kernel: Any = _hopper_backward_keys.backward_keys
     for want_dk, want_dv, bm, q_ring, grad_ring in _passes(D, DV):
@@ -281,7 +282,7 @@ def backward(
         template = Template(
             **constants, BM=bm, ST=q_ring, SO=grad_ring, WANT_DK=want_dk, WANT_DV=want_dv, VALUES=want_dk or D != DV, FUSED=fused,
             LATE=fused and D == 128, LISTED=listed, SCORE=None if plain else functions.score_t,
-            GRAD=None if plain else functions.score_grad_t, MASK=functions.mask_t,
+            GRAD=None if plain or call.variant.adds else functions.score_grad_t, MASK=functions.mask_t,
         )  # fmt: skip
         (launch(kernel, programs) if launch else kernel[programs])(
             descriptor(qp, bm, D), descriptor(kp, 64, D), descriptor(vp, 64, DV), descriptor(gp, bm, DV),
@@ -300,7 +301,7 @@ def backward(
     if programs[0]:
         template = Template(
             **constants, BM=ROWS, BN=bn, ST=key_ring, SV=value_ring, LISTED=listed, SCORE=None if plain else functions.score,
-            GRAD=None if plain else functions.score_grad, MASK=functions.mask,
+            GRAD=None if plain or call.variant.adds else functions.score_grad, MASK=functions.mask,
         )  # fmt: skip
         (launch(kernel, programs) if launch else kernel[programs])(
             descriptor(qp, 64, D), descriptor(kp, bn, D), descriptor(vp, bn, DV), descriptor(gp, 64, DV),

@@ -19,9 +19,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from trainkit.kernels._attention._hopper_gradients import put, row_stats, score_gradient, weigh
+from trainkit.kernels._attention._hopper_gradients import put, row_stats, score_gradient, slope_of, weigh
 from trainkit.kernels._attention._hopper_ring import await_slot, leave
-from trainkit.kernels._attention._hopper_tiles import barriers, block_at, locate, query_blocks
+from trainkit.kernels._attention._hopper_tiles import barriers, block_at, locate, opaque_zero, query_blocks
 
 
 @builtin
@@ -91,8 +91,9 @@ def issue_dq(n, memory, bars, W: gl.constexpr, c: gl.constexpr):
     u = (n + 2) % 2
     if n >= 0:
         mbarrier.wait(bars[5].index(u), (n // 2) & 1)
-    near = ks.index(0)
-    far = ks.index(1)
+    zero = opaque_zero(n + 1)
+    near = ks.index(zero)
+    far = ks.index(1 + zero)
     near_dS = dss.index(u * 2)
     far_dS = dss.index(u * 2 + 1)
     if c.BM == 64:
@@ -124,7 +125,7 @@ def add_dq(dq, n, row, dq_d, memory, bars, W: gl.constexpr, c: gl.constexpr):
 
 @gluon.jit
 def keys_step(
-    dk, dv, cols, n, at, before, problem, dq_d, dq_row, memory, bars, MASKED: gl.constexpr, W: gl.constexpr,
+    dk, dv, cols, alibi, n, at, before, problem, dq_d, dq_row, memory, bars, MASKED: gl.constexpr, W: gl.constexpr,
     L: gl.constexpr, c: gl.constexpr,
 ):  # fmt: skip
     """Block n of the ring, queries from `at` on; `before` is where dQ of block n - 1 goes.
@@ -139,34 +140,38 @@ def keys_step(
     qs, dos, ks, vs, lses, deltas, dss, _dqs = memory
     _, q_ready, q_free, do_ready, do_free, s_ready, s_free = bars
     s = n % c.ST
-    o = n % c.SO
+    o = n % c.SO + opaque_zero(n)
     u = n % 2
     o_phase = (n // c.SO) & 1
     rows = at + gl.arange(0, c.BM, gl.SliceLayout(0, L))
-    qv = gl.minimum(rows, Sq - 1)
+    # Whole blocks have no query over the end.
+    qv = gl.minimum(rows, Sq - 1) if MASKED else rows
     kv = gl.minimum(cols, Sk - 1)
     zero = gl.zeros([64, c.BM], gl.float32, L)
     mbarrier.wait(q_ready.index(s), (n // c.ST) & 1)
-    S = warpgroup_mma(ks.index(W), qs.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
+    S = warpgroup_mma(ks.index(W + opaque_zero(n)), qs.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
     if c.LATE:
         dq = issue_dq(n - 1, memory, bars, W, c)
         S = warpgroup_mma_wait(2, deps=[S])
     else:
         mbarrier.wait(do_ready.index(o), o_phase)
         if c.WANT_DK:
-            dP = warpgroup_mma(vs.index(W), dos.index(o).permute((1, 0)), zero, use_acc=False, is_async=True)
+            dP = warpgroup_mma(vs.index(W + opaque_zero(n)), dos.index(o).permute((1, 0)), zero, use_acc=False, is_async=True)
             S = warpgroup_mma_wait(1, deps=[S])
         else:
             S = warpgroup_mma_wait(0, deps=[S])
     lse = lses.index(s).load(gl.SliceLayout(0, L))
-    p, weight = weigh(S, lse[None, :], qv[None, :], cols[:, None], qv, kv, problem, MASKED, c)
+    slope, shift, first_key = alibi
+    if c.ALIBI:
+        lse += slope * (rows + (Sk - Sq - first_key)).to(gl.float32)
+    p, weight = weigh(S, lse[None, :], shift, qv[None, :], cols[:, None], qv, kv, problem, MASKED, c)
     if c.WANT_DV:
         P = gl.convert_layout(p.to(dos.dtype), gl.DotOperandLayout(0, LV, 2))
     if c.LATE:
         dq = warpgroup_mma_wait(0, deps=[dq])
         mbarrier.wait(do_ready.index(o), o_phase)
         add_dq(dq, n - 1, before, dq_d, memory, bars, W, c)
-        dP = warpgroup_mma(vs.index(W), dos.index(o).permute((1, 0)), zero, use_acc=False, is_async=True)
+        dP = warpgroup_mma(vs.index(W + opaque_zero(n)), dos.index(o).permute((1, 0)), zero, use_acc=False, is_async=True)
         dv = warpgroup_mma(P, dos.index(o), dv, is_async=True)
         dP = warpgroup_mma_wait(1, deps=[dP])
     else:
@@ -236,26 +241,30 @@ def keys_consumer(task, problem, places, ring, n0, count, W: gl.constexpr, c: gl
             blocks = BLOCKS + (row + g * row_head).to(gl.int64) * NB
             n2 = gl.load(FULL + row + g * row_head) * live
             count = gl.load(COUNTS + row + g * row_head) * live
+        alibi = (0.0, 0.0, n0)
+        if c.ALIBI:
+            slope = slope_of(here, c)
+            alibi = (slope, slope * (cols - n0).to(gl.float32)[:, None], n0)
         dq_row = dq_rows
         if c.FUSED:
             dq_row += g * ring[10]
         for i in range(0, n1):
             at = block_at(blocks, first, i, 1, c.LISTED) * c.BM
             dk, dv = keys_step(
-                dk, dv, cols, base + i, at, before, here, dq_d, dq_row, memory, bars, True, W, L, c
+                dk, dv, cols, alibi, base + i, at, before, here, dq_d, dq_row, memory, bars, True, W, L, c
             )
             before = dq_row + at
         for i in range(n1, n2):
             at = block_at(blocks, first, i, 1, c.LISTED) * c.BM
             dk, dv = keys_step(
-                dk, dv, cols, base + i, at, before, here, dq_d, dq_row, memory, bars, False, W, L, c
+                dk, dv, cols, alibi, base + i, at, before, here, dq_d, dq_row, memory, bars, False, W, L, c
             )
             before = dq_row + at
         # Blocks after the whole ones: a window's far edge, listed ones, the ragged end of the queries.
         for i in range(n2, count):
             at = block_at(blocks, first, i, 1, c.LISTED) * c.BM
             dk, dv = keys_step(
-                dk, dv, cols, base + i, at, before, here, dq_d, dq_row, memory, bars, True, W, L, c
+                dk, dv, cols, alibi, base + i, at, before, here, dq_d, dq_row, memory, bars, True, W, L, c
             )
             before = dq_row + at
         base += count
