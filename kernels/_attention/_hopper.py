@@ -215,10 +215,11 @@ def _query_ring(d: int, dv: int) -> tuple[int, int]:
 
 
 class Sums(NamedTuple):
-    """Room for dQ in fp32 while it is summed, a ring of `slots` heads of `rows` tokens; see `_hopper_ring`."""
+    """Room for dQ in fp32 while it is summed: see `_hopper_ring`."""
 
     tensor: Tensor
     marks: Tensor
+    lag: int
     slots: int
     rows: int
 
@@ -226,14 +227,18 @@ class Sums(NamedTuple):
 def _sums(q: Tensor, k: Tensor, tiles: int, call: Call) -> Sums:
     units = k.shape[2] * q.shape[0]
     # A box may reach over the last token, in packed sequences from any row on.
-    rows = -(-q.shape[1] // ROWS) * ROWS + (ROWS if call.packed is not None else 0)
-    # Under a causal mask a head's longest program takes two rounds of all processors.
-    rounds = 2 if call.spec.causal else 1
-    slots = min(units, 1 - -rounds * _processors(q.device.index) // tiles) if q.is_cuda else 2
+    rows = (-(-q.shape[1] // ROWS) + (call.packed is not None)) * ROWS
+    # Under a causal mask a head's longest program outlasts those on all processors twice.
+    processors = _processors(q.device.index) if q.is_cuda else 132
+    lag = min(units, max(2, math.ceil(2 * processors / tiles - 0.1)))
+    slots = min(units, lag + 1)
     size = slots * q.shape[2] // k.shape[2] * rows * q.shape[3]
     room = torch.zeros(size + 2 * units, dtype=torch.float32, device=q.device)
-    sums = room[:size].view(-1, q.shape[3])
-    return Sums(sums, room[size:].view(torch.int32), slots, rows)
+    return Sums(room[:size].view(-1, q.shape[3]), room[size:].view(torch.int32), lag, slots, rows)
+
+
+FUSED_FROM = 1024
+EARLY = False
 
 
 def backward(
@@ -251,7 +256,7 @@ def backward(
 
     spec, D, DV = call.spec, q.shape[3], v.shape[3]
     # dQ in the same pass saves two of seven products, for a sum in fp32 whose adds come in any order.
-    fused = D == DV and D < 256 and not spec.deterministic and (D == 64 or k.shape[1] > 1024)
+    fused = D == DV and D < 256 and not spec.deterministic and (D == 64 or k.shape[1] > FUSED_FROM)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     planes = qp, kp, vp, gp = plane(q), plane(k), plane(v), plane(grad)
     dqp, dkp, dvp = plane(dq), plane(dk), plane(dv)
@@ -272,16 +277,16 @@ def backward(
         programs = (math.prod(grid),)
         if programs[0] == 0:
             continue
-        room = (dq, delta, delta, 0, 0)
+        room = (dq, delta, delta, 0, 0, 0)
         sums = dqp
         if fused:
             ring = _sums(q, k, grid[0], call)
             room = (dq, *ring)
             sums = Plane(ring.tensor, (ring.tensor.shape[0], D), D, 0, 0, 0)
-            programs = (programs[0] + grid[0],)
+            programs = (programs[0] + ring.lag * grid[0],)
         template = Template(
             **constants, BM=bm, ST=q_ring, SO=grad_ring, WANT_DK=want_dk, WANT_DV=want_dv, VALUES=want_dk or D != DV, FUSED=fused,
-            LATE=fused and D == 128, LISTED=listed, SCORE=None if plain else functions.score_t,
+            LATE=fused and D == 128, EARLY=EARLY, LISTED=listed, SCORE=None if plain else functions.score_t,
             GRAD=None if plain or call.variant.adds else functions.score_grad_t, MASK=functions.mask_t,
         )  # fmt: skip
         (launch(kernel, programs) if launch else kernel[programs])(

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from trainkit.kernels._attention._hopper_gradients import put, row_stats, score_gradient, slope_of, weigh
-from trainkit.kernels._attention._hopper_ring import await_slot, leave
+from trainkit.kernels._attention._hopper_ring import enter, leave
 from trainkit.kernels._attention._hopper_tiles import barriers, block_at, locate, opaque_zero, query_blocks
 
 
@@ -47,11 +47,12 @@ def keys_producer(task, starts, stats, count, c: gl.constexpr):
     LSE, DELTA, head0, total_q, Sq = stats
     # The weights alone need no values: dV by itself leaves their room to longer blocks.
     values: gl.constexpr = 2 if c.VALUES else 0
-    mbarrier.expect(kv_ready.index(0), 2 * k_d.block_type.nbytes + values * v_d.block_type.nbytes)
-    for j in gl.static_range(2):
-        tma.async_copy_global_to_shared(k_d, [kr + 64 * j, kc], kv_ready.index(0), ks.index(j))
-    for j in gl.static_range(values):
-        tma.async_copy_global_to_shared(v_d, [vr + 64 * j, vc], kv_ready.index(0), vs.index(j))
+    if live:
+        mbarrier.expect(kv_ready.index(0), 2 * k_d.block_type.nbytes + values * v_d.block_type.nbytes)
+        for j in gl.static_range(2):
+            tma.async_copy_global_to_shared(k_d, [kr + 64 * j, kc], kv_ready.index(0), ks.index(j))
+        for j in gl.static_range(values):
+            tma.async_copy_global_to_shared(v_d, [vr + 64 * j, vc], kv_ready.index(0), vs.index(j))
     base = 0
     lanes = gl.arange(0, c.BM, gl.BlockedLayout([1], [32], [1], [0]))
     for g in range(c.GROUP):
@@ -166,13 +167,18 @@ def keys_step(
         lse += slope * (rows + (Sk - Sq - first_key)).to(gl.float32)
     p, weight = weigh(S, lse[None, :], shift, qv[None, :], cols[:, None], qv, kv, problem, MASKED, c)
     if c.WANT_DV:
-        P = gl.convert_layout(p.to(dos.dtype), gl.DotOperandLayout(0, LV, 2))
+        p16 = p.to(dos.dtype)
+        P = gl.convert_layout(p16, gl.DotOperandLayout(0, LV, 2))
     if c.LATE:
         dq = warpgroup_mma_wait(0, deps=[dq])
         mbarrier.wait(do_ready.index(o), o_phase)
-        add_dq(dq, n - 1, before, dq_d, memory, bars, W, c)
+        if not c.EARLY:
+            add_dq(dq, n - 1, before, dq_d, memory, bars, W, c)
         dP = warpgroup_mma(vs.index(W + opaque_zero(n)), dos.index(o).permute((1, 0)), zero, use_acc=False, is_async=True)
         dv = warpgroup_mma(P, dos.index(o), dv, is_async=True)
+        if c.EARLY:
+            add_dq(dq, n - 1, before, dq_d, memory, bars, W, c)
+            weight = p16.to(gl.float32)
         dP = warpgroup_mma_wait(1, deps=[dP])
     else:
         if c.WANT_DK:
@@ -229,8 +235,8 @@ def keys_consumer(task, problem, places, ring, n0, count, W: gl.constexpr, c: gl
     dk = gl.zeros([64, c.D if c.WANT_DK else 16], gl.float32, LK)
     dv = gl.zeros([64, c.DV if c.WANT_DV else 16], gl.float32, LV)
     if c.FUSED:
-        await_slot(ring, c)
-    mbarrier.wait(kv_ready.index(0), 0)
+        enter(ring, W, c)
+    mbarrier.wait(kv_ready.index(0), 0, pred=live > 0)
     base = 0
     before = dq_rows
     for g in range(c.GROUP):
@@ -247,7 +253,7 @@ def keys_consumer(task, problem, places, ring, n0, count, W: gl.constexpr, c: gl
             alibi = (slope, slope * (cols - n0).to(gl.float32)[:, None], n0)
         dq_row = dq_rows
         if c.FUSED:
-            dq_row += g * ring[10]
+            dq_row += g * ring[11]
         for i in range(0, n1):
             at = block_at(blocks, first, i, 1, c.LISTED) * c.BM
             dk, dv = keys_step(
@@ -273,7 +279,7 @@ def keys_consumer(task, problem, places, ring, n0, count, W: gl.constexpr, c: gl
             dq = warpgroup_mma_wait(0, deps=[issue_dq(base - 1, memory, bars, W, c)])
             add_dq(dq, base - 1, before, dq_d, memory, bars, W, c)
     if c.FUSED:
-        tma.store_wait(0)
+        leave(ring)
     if c.WANT_DK:
         if c.FUSED:
             # The other warpgroup's last dQ may still read this half of K, over which dK is about to be written.
@@ -296,29 +302,27 @@ def keys_consumer(task, problem, places, ring, n0, count, W: gl.constexpr, c: gl
             c.DV,
             LV,
         )
-    if c.FUSED:
-        leave(ring, W, c)
 
 
-@gluon.jit(do_not_specialize=["Hq", "Hkv", "Sq", "Sk", "w", "tiles", "slots", "rows"])
+@gluon.jit(do_not_specialize=["Hq", "Hkv", "Sq", "Sk", "w", "tiles", "lag", "slots", "rows"])
 def backward_keys(
-    q_d, k_d, v_d, do_d, dk_d, dv_d, dq_d, DQ, SUMS, MARKS, slots, rows, DK, DV_OUT, LSE, DELTA, TILES, CU_Q, CU_K, BLOCKS, COUNTS, FULL, sbb, sbh, NB,
+    q_d, k_d, v_d, do_d, dk_d, dv_d, dq_d, DQ, SUMS, MARKS, lag, slots, rows, DK, DV_OUT, LSE, DELTA, TILES, CU_Q, CU_K, BLOCKS, COUNTS, FULL, sbb, sbh, NB,
     q_batch, q_head, q_col, k_batch, k_head, k_col, v_batch, v_head, v_col, do_batch, do_head, do_col, dk_stride, dv_stride,
     Hq, Hkv, Sq, Sk, w, scale, cap, score_args, mask_args, tiles, c: gl.constexpr,
 ):  # fmt: skip
     """Compute dK, dV, or both, of 128 keys of one key head.
 
-    FUSED: dQ too. The last programs, as many as a head has tiles, have no keys and see the last head's dQ out.
+    FUSED: dQ too; the last programs, `lag` times a head's tiles, have no keys and see the last heads' dQ out.
     """
     total_q = Sq
     total_k = Sk
     t = gl.program_id(0)
     live = 1
     if c.FUSED:
-        units = gl.num_programs(0) // tiles - 1
+        units = gl.num_programs(0) // tiles - lag
         unit = t // tiles
         live = (unit < units).to(gl.int32)
-        t -= (1 - live) * tiles
+        t -= gl.maximum(unit - units + 1, 0) * tiles
     tile, b, g, zb, q0, k0, _, Sq, Sk = locate(t, (TILES, CU_Q, CU_K), (Hkv, Sq, Sk, tiles), False, c.PACKED)
     if c.FUSED:
         Sk *= live
@@ -374,7 +378,7 @@ def backward_keys(
     ring = ()
     dq_rows = 0
     if c.FUSED:
-        ring = (SUMS, DQ, MARKS, unit, units, tiles, slots, tile, Hkv, total_q, rows, scale)
+        ring = (SUMS, DQ, MARKS, unit, units, lag, slots, gl.program_id(0) % tiles, tiles, Hkv, total_q, rows, scale)
         dq_rows = unit % slots * c.GROUP * rows + q0
     task = (descs, lists, (first, n1, n2, dq_rows), memory, bars)
     problem = (b, h0, Sq, Sk, off, w, scale, cap, score_args, mask_args)

@@ -3,9 +3,9 @@
 """The sums of dQ in fp32 where dQ is made in the same pass as dK and dV: room for a few heads, not for all of them.
 
 A unit is one key head of one batch entry, with its query heads. Programs start in the order of their units, so that few
-units are summed at any time: unit u takes slot u % SLOTS of a ring. When a program of unit u ends, it waits for the last
-sums of unit u - 1, rounds its share of those to the result and clears it; when all have done so the slot is free for unit
-u - 1 + SLOTS. A program waits only for programs that started before it.
+units are summed at any time: unit u takes slot u % slots of a ring. Programs of unit u first round the sums of unit
+u - lag, a share each, to the result, and clear them; that slot is then free for unit u - lag + slots. While they do so
+their first tiles arrive. A program waits only for programs that started before it.
 """
 
 import triton.experimental.gluon.language as gl
@@ -39,21 +39,11 @@ def until(mark, target):
 
 
 @gluon.jit
-def await_slot(ring, c: gl.constexpr):
-    """Wait until the unit that had this one's slot has left it."""
-    _, _, MARKS, unit, units, tiles, slots = ring[:7]
-    if (unit >= slots) & (unit < units):
-        until(MARKS + units + unit - slots, 2 * tiles)
-
-
-@gluon.jit
-def leave(ring, W: gl.constexpr, c: gl.constexpr):
-    """After this warpgroup's last add: its share of the unit before is rounded, written and cleared."""
-    SUMS, DQ, MARKS, unit, units, tiles, slots, tile, Hkv, Sq, rows, scale = ring
-    if unit < units:
-        count_up(MARKS + unit)
-    if unit > 0:
-        done = unit - 1
+def enter(ring, W: gl.constexpr, c: gl.constexpr):
+    """Before a warpgroup's first add: its share of an earlier unit is rounded, written and cleared; its own slot is free."""
+    SUMS, DQ, MARKS, unit, units, lag, slots, tile, tiles, Hkv, Sq, rows, scale = ring
+    done = unit - lag
+    if done >= 0:
         until(MARKS + done, 2 * tiles)
         lanes: gl.constexpr = min(c.D // 4, 32)
         B: gl.constexpr = gl.BlockedLayout([1, 4], [32 // lanes, lanes], [4, 1], [1, 0])
@@ -65,12 +55,21 @@ def leave(ring, W: gl.constexpr, c: gl.constexpr):
             h = done % Hkv * c.GROUP + g
             sums = SUMS + ((done % slots) * c.GROUP + g).to(gl.int64) * rows * c.D
             dq = DQ + ((done // Hkv).to(gl.int64) * Sq * Hkv * c.GROUP + h) * c.D
-            for r in range(first, last, 16):
-                at = r + gl.arange(0, 16, gl.SliceLayout(1, B))[:, None]
+            for r in range(first, last, 64):
+                at = r + gl.arange(0, 64, gl.SliceLayout(1, B))[:, None]
                 inside = (at < last) & (cols >= 0)
                 x = gl.load(sums + at * c.D + cols, mask=inside, other=0.0, cache_modifier=".cg")
-                gl.store(sums + at * c.D + cols, gl.zeros([16, c.D], gl.float32, B), mask=inside)
-                gl.store(
-                    dq + at.to(gl.int64) * (Hkv * c.GROUP * c.D) + cols, (x * scale).to(DQ.dtype.element_ty), mask=inside
-                )
+                gl.store(sums + at * c.D + cols, gl.zeros([64, c.D], gl.float32, B), mask=inside)
+                row = at.to(gl.int64) * (Hkv * c.GROUP * c.D)
+                gl.store(dq + row + cols, (x * scale).to(DQ.dtype.element_ty), mask=inside)
         count_up(MARKS + units + done)
+    if (unit >= slots) & (unit < units):
+        until(MARKS + units + unit - slots, 2 * tiles)
+
+
+@gluon.jit
+def leave(ring):
+    """After a warpgroup's last add."""
+    MARKS, unit, units = ring[2], ring[3], ring[4]
+    if unit < units:
+        count_up(MARKS + unit)
