@@ -201,12 +201,12 @@ class Pass(NamedTuple):
     grad_ring: int
 
 
-def _passes(d: int, dv: int) -> tuple[Pass, ...]:
+def _passes(d: int, dv: int, fused: bool) -> tuple[Pass, ...]:
     """The launches whose accumulators fit in the registers: two of 256 columns do not, beside a tile of scores."""
     if max(d, dv) < 256:
         return (Pass(True, True, 128 if max(d, dv) == 64 else 64, 2, 2),)
     # dV alone needs no values: their room goes to a second buffer.
-    return Pass(True, False, 64, 2, 1), Pass(False, True, 64, 2, 2 if d == dv else 1)
+    return Pass(True, False, 64, 1 if fused else 2, 1), Pass(False, True, 64, 2, 2 if d == dv else 1)
 
 
 def _query_ring(d: int, dv: int) -> tuple[int, int]:
@@ -238,7 +238,7 @@ def _sums(q: Tensor, k: Tensor, tiles: int, call: Call) -> Sums:
 
 
 FUSED_FROM = 1024
-EARLY = False
+RED = True
 
 
 def backward(
@@ -256,7 +256,7 @@ def backward(
 
     spec, D, DV = call.spec, q.shape[3], v.shape[3]
     # dQ in the same pass saves two of seven products, for a sum in fp32 whose adds come in any order.
-    fused = D == DV and D < 256 and not spec.deterministic and (D == 64 or k.shape[1] > FUSED_FROM)
+    fused = D == DV and (D < 256 or RED) and not spec.deterministic and (D == 64 or k.shape[1] > FUSED_FROM)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     planes = qp, kp, vp, gp = plane(q), plane(k), plane(v), plane(grad)
     dqp, dkp, dvp = plane(dq), plane(dk), plane(dv)
@@ -272,21 +272,21 @@ def backward(
     plain = cap is not None or alibi is not None
 
     kernel: Any = _hopper_backward_keys.backward_keys
-    for want_dk, want_dv, bm, q_ring, grad_ring in _passes(D, DV):
+    for want_dk, want_dv, bm, q_ring, grad_ring in _passes(D, DV, fused):
         grid, pointers, strides, listed = _triton.layout(call, q, k, Tiling(bm, ROWS, 4, q_ring), True)
         programs = (math.prod(grid),)
         if programs[0] == 0:
             continue
         room = (dq, delta, delta, 0, 0, 0)
         sums = dqp
-        if fused:
+        if fused and want_dk:
             ring = _sums(q, k, grid[0], call)
             room = (dq, *ring)
             sums = Plane(ring.tensor, (ring.tensor.shape[0], D), D, 0, 0, 0)
             programs = (programs[0] + ring.lag * grid[0],)
         template = Template(
-            **constants, BM=bm, ST=q_ring, SO=grad_ring, WANT_DK=want_dk, WANT_DV=want_dv, VALUES=want_dk or D != DV, FUSED=fused,
-            LATE=fused and D == 128, EARLY=EARLY, LISTED=listed, SCORE=None if plain else functions.score_t,
+            **constants, BM=bm, ST=q_ring, SO=grad_ring, WANT_DK=want_dk, WANT_DV=want_dv, VALUES=want_dk or D != DV, FUSED=fused and want_dk,
+            LATE=fused and D == 128, LISTED=listed, SCORE=None if plain else functions.score_t,
             GRAD=None if plain or call.variant.adds else functions.score_grad_t, MASK=functions.mask_t,
         )  # fmt: skip
         (launch(kernel, programs) if launch else kernel[programs])(

@@ -41,7 +41,7 @@ def keys_producer(task, starts, stats, count, c: gl.constexpr):
     q_d, k_d, v_d, do_d, _, _, _ = descs
     BLOCKS, COUNTS, _, row, row_head, NB, live = lists
     first, _, _, _ = walk
-    qs, dos, ks, vs, lses, deltas, _, _ = memory
+    qs, dos, ks, vs, lses, deltas, _, _, _ = memory
     kv_ready, q_ready, q_free, do_ready, do_free, _, _ = bars
     qr, qc, q_head, q_col, kr, kc, vr, vc, dr, dc, do_head, do_col = starts
     LSE, DELTA, head0, total_q, Sq = stats
@@ -111,6 +111,19 @@ def issue_dq(n, memory, bars, W: gl.constexpr, c: gl.constexpr):
 @gluon.jit
 def add_dq(dq, n, row, dq_d, memory, bars, W: gl.constexpr, c: gl.constexpr):
     """Give block n's dS back, and add its dQ to the sums."""
+    if c.D == 256:
+        # No room for a tile of it in shared memory: from the registers.
+        mbarrier.arrive(bars[6].index((n + 2) % 2))
+        LQ: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
+        rows = row + gl.arange(0, 64, gl.SliceLayout(1, LQ))
+        cols = 128 * W + gl.arange(0, 128, gl.SliceLayout(0, LQ))
+        gl.atomic_add(memory[8] + rows[:, None].to(gl.int64) * c.D + cols[None, :], dq, sem="relaxed")
+    else:
+        send_dq(dq, n, row, dq_d, memory, bars, W, c)
+
+
+@gluon.jit
+def send_dq(dq, n, row, dq_d, memory, bars, W: gl.constexpr, c: gl.constexpr):
     dqs = memory[7]
     tma.store_wait(0)
     gl.thread_barrier()
@@ -138,7 +151,7 @@ def keys_step(
     LK: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, c.D, 16])
     LV: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, c.DV, 16])
     Sq, Sk = problem[2], problem[3]
-    qs, dos, ks, vs, lses, deltas, dss, _dqs = memory
+    qs, dos, ks, vs, lses, deltas, dss, _dqs, _ = memory
     _, q_ready, q_free, do_ready, do_free, s_ready, s_free = bars
     s = n % c.ST
     o = n % c.SO + opaque_zero(n)
@@ -167,18 +180,13 @@ def keys_step(
         lse += slope * (rows + (Sk - Sq - first_key)).to(gl.float32)
     p, weight = weigh(S, lse[None, :], shift, qv[None, :], cols[:, None], qv, kv, problem, MASKED, c)
     if c.WANT_DV:
-        p16 = p.to(dos.dtype)
-        P = gl.convert_layout(p16, gl.DotOperandLayout(0, LV, 2))
+        P = gl.convert_layout(p.to(dos.dtype), gl.DotOperandLayout(0, LV, 2))
     if c.LATE:
         dq = warpgroup_mma_wait(0, deps=[dq])
         mbarrier.wait(do_ready.index(o), o_phase)
-        if not c.EARLY:
-            add_dq(dq, n - 1, before, dq_d, memory, bars, W, c)
+        add_dq(dq, n - 1, before, dq_d, memory, bars, W, c)
         dP = warpgroup_mma(vs.index(W + opaque_zero(n)), dos.index(o).permute((1, 0)), zero, use_acc=False, is_async=True)
         dv = warpgroup_mma(P, dos.index(o), dv, is_async=True)
-        if c.EARLY:
-            add_dq(dq, n - 1, before, dq_d, memory, bars, W, c)
-            weight = p16.to(gl.float32)
         dP = warpgroup_mma_wait(1, deps=[dP])
     else:
         if c.WANT_DK:
@@ -227,7 +235,7 @@ def keys_consumer(task, problem, places, ring, n0, count, W: gl.constexpr, c: gl
     dk_d, dv_d, dq_d = descs[4], descs[5], descs[6]
     BLOCKS, COUNTS, FULL, row, row_head, NB, live = lists
     first, n1, n2, dq_rows = walk
-    _qs, _dos, ks, vs, _lses, _deltas, _dss, _dqs = memory
+    _qs, _dos, ks, vs, _lses, _deltas, _dss, _dqs, _ = memory
     kv_ready, s_free = bars[0], bars[6]
     DK, DV_OUT, dk_stride, dv_stride, out_row, kv_head = places
     b, h, Sq, Sk, off, w, scale, cap, score_args, mask_args = problem
@@ -359,8 +367,9 @@ def backward_keys(
         vs = gl.allocate_shared_memory(v_d.dtype, [2, 64, c.DV], v_d.layout)
     if c.FUSED:
         dss = gl.allocate_shared_memory(q_d.dtype, [4, 64, c.BM], half)
-        dqs = gl.allocate_shared_memory(gl.float32, [2, 64, c.D * c.BM // 128], dq_d.layout)
-    memory = (qs, dos, ks, vs, lses, deltas, dss, dqs)
+        if c.D < 256:
+            dqs = gl.allocate_shared_memory(gl.float32, [2, 64, c.D * c.BM // 128], dq_d.layout)
+    memory = (qs, dos, ks, vs, lses, deltas, dss, dqs, SUMS)
     # Ready ones complete after two arrivals: the row statistics, and the bytes of the tile.
     bars = (
         barriers(1, 1), barriers(c.ST, 2), barriers(c.ST, 2), barriers(c.SO, 2), barriers(c.SO, 2), barriers(2, 2),
