@@ -201,17 +201,26 @@ class Pass(NamedTuple):
     grad_ring: int
 
 
-def _passes(d: int, dv: int, fused: bool) -> tuple[Pass, ...]:
-    """The launches whose accumulators fit in the registers: two of 256 columns do not, beside a tile of scores."""
+def _passes(d: int, dv: int, functions: bool) -> tuple[Pass, ...]:
+    """The launches whose accumulators fit in the registers: two of 256 columns do not, beside a tile of scores.
+
+    Args:
+        functions: whether a traced score or mask needs registers and shared memory of its own.
+    """
     if max(d, dv) < 256:
         return (Pass(True, True, 128 if max(d, dv) == 64 else 64, 2, 2),)
     # dV alone needs no values: their room goes to a second buffer.
-    return Pass(True, False, 64, 1 if fused else 2, 1), Pass(False, True, 64, 2, 2 if d == dv else 1)
+    return (
+        Pass(True, False, 32, 2, 2) if functions else Pass(True, False, 64, 2, 1),
+        Pass(False, True, 64, 2, 2) if d == dv else Pass(False, True, 32, 2, 2),
+    )
 
 
-def _query_ring(d: int, dv: int) -> tuple[int, int]:
-    """Buffers of k and of v in the query kernel, of 64 keys each."""
-    return (4, 4) if max(d, dv) < 256 else (2, 1)
+def _key_tile(d: int, dv: int, functions: bool) -> tuple[int, int, int]:
+    """Keys a block of the query kernel, buffers of k and of v; see `_passes`."""
+    if max(d, dv) < 256:
+        return 64, 4, 4
+    return (32, 2, 2) if functions else (64, 2, 1)
 
 
 class Sums(NamedTuple):
@@ -231,14 +240,11 @@ def _sums(q: Tensor, k: Tensor, tiles: int, call: Call) -> Sums:
     # Under a causal mask a head's longest program outlasts those on all processors twice.
     processors = _processors(q.device.index) if q.is_cuda else 132
     lag = min(units, max(2, math.ceil(2 * processors / tiles - 0.1)))
-    slots = min(units, lag + 1)
+    # The last of a head's programs announce some microseconds after the first of the next head have started.
+    slots = min(units, lag + 1 + min(lag, 400 // tiles**2))
     size = slots * q.shape[2] // k.shape[2] * rows * q.shape[3]
     room = torch.zeros(size + 2 * units, dtype=torch.float32, device=q.device)
     return Sums(room[:size].view(-1, q.shape[3]), room[size:].view(torch.int32), lag, slots, rows)
-
-
-FUSED_FROM = 1024
-RED = True
 
 
 def backward(
@@ -256,7 +262,7 @@ def backward(
 
     spec, D, DV = call.spec, q.shape[3], v.shape[3]
     # dQ in the same pass saves two of seven products, for a sum in fp32 whose adds come in any order.
-    fused = D == DV and (D < 256 or RED) and not spec.deterministic and (D == 64 or k.shape[1] > FUSED_FROM)
+    fused = D == DV and D < 256 and not spec.deterministic
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     planes = qp, kp, vp, gp = plane(q), plane(k), plane(v), plane(grad)
     dqp, dkp, dvp = plane(dq), plane(dk), plane(dv)
@@ -269,25 +275,26 @@ def backward(
         "GROUP": q.shape[2] // k.shape[2], "D": D, "DV": DV, "CAUSAL": spec.causal, "WINDOW": spec.window is not None,
         "PACKED": call.packed is not None, "CAP": cap is not None, "ALIBI": 0 if alibi is None else alibi.dim(),
     }  # fmt: skip
-    plain = cap is not None or alibi is not None
+    score = None if cap is not None or alibi is not None else call.variant.score
+    traced = score is not None or functions.mask is not None
 
     kernel: Any = _hopper_backward_keys.backward_keys
-    for want_dk, want_dv, bm, q_ring, grad_ring in _passes(D, DV, fused):
+    for want_dk, want_dv, bm, q_ring, grad_ring in _passes(D, DV, traced):
         grid, pointers, strides, listed = _triton.layout(call, q, k, Tiling(bm, ROWS, 4, q_ring), True)
         programs = (math.prod(grid),)
         if programs[0] == 0:
             continue
         room = (dq, delta, delta, 0, 0, 0)
         sums = dqp
-        if fused and want_dk:
+        if fused:
             ring = _sums(q, k, grid[0], call)
             room = (dq, *ring)
             sums = Plane(ring.tensor, (ring.tensor.shape[0], D), D, 0, 0, 0)
             programs = (programs[0] + ring.lag * grid[0],)
         template = Template(
-            **constants, BM=bm, ST=q_ring, SO=grad_ring, WANT_DK=want_dk, WANT_DV=want_dv, VALUES=want_dk or D != DV, FUSED=fused and want_dk,
-            LATE=fused and D == 128, LISTED=listed, SCORE=None if plain else functions.score_t,
-            GRAD=None if plain or call.variant.adds else functions.score_grad_t, MASK=functions.mask_t,
+            **constants, BM=bm, ST=q_ring, SO=grad_ring, WANT_DK=want_dk, WANT_DV=want_dv, VALUES=want_dk or D != DV, FUSED=fused,
+            LATE=fused and D == 128, LISTED=listed, SCORE=None if score is None else functions.score_t,
+            GRAD=None if score is None or call.variant.adds else functions.score_grad_t, MASK=functions.mask_t,
         )  # fmt: skip
         (launch(kernel, programs) if launch else kernel[programs])(
             descriptor(qp, bm, D), descriptor(kp, 64, D), descriptor(vp, 64, DV), descriptor(gp, bm, DV),
@@ -299,14 +306,14 @@ def backward(
     if fused:
         return dq, dk, dv
 
-    bn, (key_ring, value_ring) = 64, _query_ring(D, DV)
+    bn, key_ring, value_ring = _key_tile(D, DV, traced)
     grid, pointers, strides, listed = _triton.layout(call, q, k, Tiling(ROWS, bn, 4, key_ring), False)
     kernel = _hopper_backward_queries.backward_queries
     programs = (math.prod(grid),)
     if programs[0]:
         template = Template(
-            **constants, BM=ROWS, BN=bn, ST=key_ring, SV=value_ring, LISTED=listed, SCORE=None if plain else functions.score,
-            GRAD=None if plain or call.variant.adds else functions.score_grad, MASK=functions.mask,
+            **constants, BM=ROWS, BN=bn, ST=key_ring, SV=value_ring, LISTED=listed, SCORE=None if score is None else functions.score,
+            GRAD=None if score is None or call.variant.adds else functions.score_grad, MASK=functions.mask,
         )  # fmt: skip
         (launch(kernel, programs) if launch else kernel[programs])(
             descriptor(qp, 64, D), descriptor(kp, bn, D), descriptor(vp, bn, DV), descriptor(gp, 64, DV),

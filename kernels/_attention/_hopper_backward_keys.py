@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from trainkit.kernels._attention._hopper_gradients import put, row_stats, score_gradient, slope_of, weigh
-from trainkit.kernels._attention._hopper_ring import enter, leave
+from trainkit.kernels._attention._hopper_ring import announce, enter, leave
 from trainkit.kernels._attention._hopper_tiles import barriers, block_at, locate, opaque_zero, query_blocks
 
 
@@ -41,7 +41,7 @@ def keys_producer(task, starts, stats, count, c: gl.constexpr):
     q_d, k_d, v_d, do_d, _, _, _ = descs
     BLOCKS, COUNTS, _, row, row_head, NB, live = lists
     first, _, _, _ = walk
-    qs, dos, ks, vs, lses, deltas, _, _, _ = memory
+    qs, dos, ks, vs, lses, deltas, _, _ = memory
     kv_ready, q_ready, q_free, do_ready, do_free, _, _ = bars
     qr, qc, q_head, q_col, kr, kc, vr, vc, dr, dc, do_head, do_col = starts
     LSE, DELTA, head0, total_q, Sq = stats
@@ -111,19 +111,6 @@ def issue_dq(n, memory, bars, W: gl.constexpr, c: gl.constexpr):
 @gluon.jit
 def add_dq(dq, n, row, dq_d, memory, bars, W: gl.constexpr, c: gl.constexpr):
     """Give block n's dS back, and add its dQ to the sums."""
-    if c.D == 256:
-        # No room for a tile of it in shared memory: from the registers.
-        mbarrier.arrive(bars[6].index((n + 2) % 2))
-        LQ: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
-        rows = row + gl.arange(0, 64, gl.SliceLayout(1, LQ))
-        cols = 128 * W + gl.arange(0, 128, gl.SliceLayout(0, LQ))
-        gl.atomic_add(memory[8] + rows[:, None].to(gl.int64) * c.D + cols[None, :], dq, sem="relaxed")
-    else:
-        send_dq(dq, n, row, dq_d, memory, bars, W, c)
-
-
-@gluon.jit
-def send_dq(dq, n, row, dq_d, memory, bars, W: gl.constexpr, c: gl.constexpr):
     dqs = memory[7]
     tma.store_wait(0)
     gl.thread_barrier()
@@ -151,7 +138,7 @@ def keys_step(
     LK: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, c.D, 16])
     LV: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, c.DV, 16])
     Sq, Sk = problem[2], problem[3]
-    qs, dos, ks, vs, lses, deltas, dss, _dqs, _ = memory
+    qs, dos, ks, vs, lses, deltas, dss, _dqs = memory
     _, q_ready, q_free, do_ready, do_free, s_ready, s_free = bars
     s = n % c.ST
     o = n % c.SO + opaque_zero(n)
@@ -235,7 +222,7 @@ def keys_consumer(task, problem, places, ring, n0, count, W: gl.constexpr, c: gl
     dk_d, dv_d, dq_d = descs[4], descs[5], descs[6]
     BLOCKS, COUNTS, FULL, row, row_head, NB, live = lists
     first, n1, n2, dq_rows = walk
-    _qs, _dos, ks, vs, _lses, _deltas, _dss, _dqs, _ = memory
+    _qs, _dos, ks, vs, _lses, _deltas, _dss, _dqs = memory
     kv_ready, s_free = bars[0], bars[6]
     DK, DV_OUT, dk_stride, dv_stride, out_row, kv_head = places
     b, h, Sq, Sk, off, w, scale, cap, score_args, mask_args = problem
@@ -268,6 +255,9 @@ def keys_consumer(task, problem, places, ring, n0, count, W: gl.constexpr, c: gl
                 dk, dv, cols, alibi, base + i, at, before, here, dq_d, dq_row, memory, bars, True, W, L, c
             )
             before = dq_row + at
+        if c.FUSED:
+            if g == 0:
+                announce(ring)
         for i in range(n1, n2):
             at = block_at(blocks, first, i, 1, c.LISTED) * c.BM
             dk, dv = keys_step(
@@ -286,8 +276,6 @@ def keys_consumer(task, problem, places, ring, n0, count, W: gl.constexpr, c: gl
         if base > 0:
             dq = warpgroup_mma_wait(0, deps=[issue_dq(base - 1, memory, bars, W, c)])
             add_dq(dq, base - 1, before, dq_d, memory, bars, W, c)
-    if c.FUSED:
-        leave(ring)
     if c.WANT_DK:
         if c.FUSED:
             # The other warpgroup's last dQ may still read this half of K, over which dK is about to be written.
@@ -310,6 +298,9 @@ def keys_consumer(task, problem, places, ring, n0, count, W: gl.constexpr, c: gl
             c.DV,
             LV,
         )
+    tma.store_wait(0)
+    if c.FUSED:
+        leave(ring)
 
 
 @gluon.jit(do_not_specialize=["Hq", "Hkv", "Sq", "Sk", "w", "tiles", "lag", "slots", "rows"])
@@ -367,9 +358,8 @@ def backward_keys(
         vs = gl.allocate_shared_memory(v_d.dtype, [2, 64, c.DV], v_d.layout)
     if c.FUSED:
         dss = gl.allocate_shared_memory(q_d.dtype, [4, 64, c.BM], half)
-        if c.D < 256:
-            dqs = gl.allocate_shared_memory(gl.float32, [2, 64, c.D * c.BM // 128], dq_d.layout)
-    memory = (qs, dos, ks, vs, lses, deltas, dss, dqs, SUMS)
+        dqs = gl.allocate_shared_memory(gl.float32, [2, 64, c.D * c.BM // 128], dq_d.layout)
+    memory = (qs, dos, ks, vs, lses, deltas, dss, dqs)
     # Ready ones complete after two arrivals: the row statistics, and the bytes of the tile.
     bars = (
         barriers(1, 1), barriers(c.ST, 2), barriers(c.ST, 2), barriers(c.SO, 2), barriers(c.SO, 2), barriers(2, 2),

@@ -107,6 +107,7 @@ def queries_consumer(task, problem, stats, places, m0, BLOCKS, walk, W: gl.const
         dq = warpgroup_mma(dS, ks.index((count - 1) % c.ST), dq, is_async=True)
         dq = warpgroup_mma_wait(0, deps=[dq])
     put(descs[4], DQ, (dq * scale).to(qs.dtype), qs.index(W), out_row, m0, out_col, dq_stride, Sq, W, c.D, LO)
+    tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["Hq", "Sq", "Sk", "w", "tiles"])

@@ -75,13 +75,12 @@ def score_gradient(weight, dp, S, qv, kv, problem, c: gl.constexpr):
 
 @gluon.jit
 def put(desc, OUT, x, buffer, row, row0, col, stride, count, W: gl.constexpr, D: gl.constexpr, LO: gl.constexpr):
-    """Write 64 rows of a result, row0 + 64 W on, through `buffer` by TMA, or row by row at the end of a sequence."""
+    """Write 64 rows of a result, row0 + 64 W on, through `buffer` by TMA (not waited for), at a sequence's end row by row."""
     first = row0 + 64 * W
     if first + 64 <= count:
         buffer.store(x)
         fence_async_shared()
         tma.async_copy_shared_to_global(desc, [row + first, col], buffer)
-        tma.store_wait(0)
     else:
         at = first + gl.arange(0, 64, gl.SliceLayout(1, LO))
         cols = gl.arange(0, D, gl.SliceLayout(0, LO))

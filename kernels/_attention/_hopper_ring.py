@@ -31,20 +31,20 @@ def count_up(mark):
 
 
 @gluon.jit
-def until(mark, target):
-    """Wait for a count."""
-    while gl.load(mark, volatile=True) < target:
-        pass
-    settle()
-
-
-@gluon.jit
 def enter(ring, W: gl.constexpr, c: gl.constexpr):
-    """Before a warpgroup's first add: its share of an earlier unit is rounded, written and cleared; its own slot is free."""
+    """Before a warpgroup's first add: its own slot is free, and its share of an earlier unit is rounded and cleared."""
     SUMS, DQ, MARKS, unit, units, lag, slots, tile, tiles, Hkv, Sq, rows, scale = ring
     done = unit - lag
+    summed = MARKS + gl.maximum(done, 0)
+    cleared = MARKS + units + gl.maximum(unit - slots, 0)
+    # Both are asked for at once: mostly both are long since complete.
+    missing = (done >= 0) & (gl.load(summed, volatile=True) < 2 * tiles)
+    taken = (unit >= slots) & (unit < units) & (gl.load(cleared, volatile=True) < 2 * tiles)
+    while missing | taken:
+        missing = (done >= 0) & (gl.load(summed, volatile=True) < 2 * tiles)
+        taken = (unit >= slots) & (unit < units) & (gl.load(cleared, volatile=True) < 2 * tiles)
+    settle()
     if done >= 0:
-        until(MARKS + done, 2 * tiles)
         lanes: gl.constexpr = min(c.D // 4, 32)
         B: gl.constexpr = gl.BlockedLayout([1, 4], [32 // lanes, lanes], [4, 1], [1, 0])
         cols = gl.arange(0, c.D, gl.SliceLayout(0, B))[None, :]
@@ -62,9 +62,14 @@ def enter(ring, W: gl.constexpr, c: gl.constexpr):
                 gl.store(sums + at * c.D + cols, gl.zeros([64, c.D], gl.float32, B), mask=inside)
                 row = at.to(gl.int64) * (Hkv * c.GROUP * c.D)
                 gl.store(dq + row + cols, (x * scale).to(DQ.dtype.element_ty), mask=inside)
-        count_up(MARKS + units + done)
-    if (unit >= slots) & (unit < units):
-        until(MARKS + units + unit - slots, 2 * tiles)
+
+
+@gluon.jit
+def announce(ring):
+    """Some time after `enter`, when its writes have arrived: the slot that it cleared is free."""
+    MARKS, unit, units, lag = ring[2], ring[3], ring[4], ring[5]
+    if unit >= lag:
+        count_up(MARKS + units + unit - lag)
 
 
 @gluon.jit
