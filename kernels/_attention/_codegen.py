@@ -18,7 +18,10 @@ HEADER = {
     ),
 }
 FUNCTIONS = ("score", "score_t", "score_grad", "score_grad_t", "mask", "mask_t", "hook", "by_x", "by_pair")
-HELPERS = "from trainkit.kernels._attention._elementwise_{dialect} import floor_divide, floor_mod, {read}sigmoid, tanh\n\n"
+HELPERS = {
+    "triton": "from trainkit.kernels._attention._elementwise_triton import floor_divide, floor_mod, sigmoid, tanh\n\n",
+    "gluon": "from trainkit.kernels._attention._elementwise_gluon import floor_divide, floor_mod, read, sigmoid, tanh\n\n",
+}
 
 
 def layout(program: Program) -> list[int]:
@@ -156,7 +159,7 @@ def source(
         score: its operations up to `split` compute the score, the rest its derivative.
         gradient: what `differentiate` returned for it.
     """
-    text = HEADER[dialect] + HELPERS.format(dialect=dialect, read="read, " if dialect == "gluon" else "")
+    text = HEADER[dialect] + HELPERS[dialect]
     for suffix, form in (("", TILES),) if dialect == "triton" else (("", ROWS), ("_t", COLUMNS)):
         if score is not None and gradient is not None and score.result is not None:
             forward = Program(score.ops[:split], score.tables, score.result)
@@ -182,7 +185,7 @@ def source(
 
 def hook_source(programs: list[tuple[str, Program]]) -> str:
     """The functions `hook`, `by_x` and `by_pair` of a hook, in Triton."""
-    text = HEADER["triton"] + HELPERS.format(dialect="triton", read="")
+    text = HEADER["triton"] + HELPERS["triton"]
     for name, program in programs:
         assert program.result is not None
         g = "" if name == "hook" else "g, "

@@ -275,8 +275,9 @@ def backward(
         "GROUP": q.shape[2] // k.shape[2], "D": D, "DV": DV, "CAUSAL": spec.causal, "WINDOW": spec.window is not None,
         "PACKED": call.packed is not None, "CAP": cap is not None, "ALIBI": 0 if alibi is None else alibi.dim(),
     }  # fmt: skip
-    score = None if cap is not None or alibi is not None else call.variant.score
-    traced = score is not None or functions.mask is not None
+    scored = call.variant.score is not None and cap is None and alibi is None
+    derived = scored and not call.variant.adds
+    traced = scored or functions.mask is not None
 
     kernel: Any = _hopper_backward_keys.backward_keys
     for want_dk, want_dv, bm, q_ring, grad_ring in _passes(D, DV, traced):
@@ -292,9 +293,9 @@ def backward(
             sums = Plane(ring.tensor, (ring.tensor.shape[0], D), D, 0, 0, 0)
             programs = (programs[0] + ring.lag * grid[0],)
         template = Template(
-            **constants, BM=bm, ST=q_ring, SO=grad_ring, WANT_DK=want_dk, WANT_DV=want_dv, VALUES=want_dk or D != DV, FUSED=fused,
-            LATE=fused and D == 128, LISTED=listed, SCORE=None if score is None else functions.score_t,
-            GRAD=None if score is None or call.variant.adds else functions.score_grad_t, MASK=functions.mask_t,
+            **constants, BM=bm, ST=q_ring, SO=grad_ring, WANT_DK=want_dk, WANT_DV=want_dv, VALUES=want_dk or D != DV,
+            FUSED=fused, LATE=fused and D == 128, LISTED=listed, SCORE=functions.score_t if scored else None,
+            GRAD=functions.score_grad_t if derived else None, MASK=functions.mask_t,
         )  # fmt: skip
         (launch(kernel, programs) if launch else kernel[programs])(
             descriptor(qp, bm, D), descriptor(kp, 64, D), descriptor(vp, 64, DV), descriptor(gp, bm, DV),
@@ -312,8 +313,8 @@ def backward(
     programs = (math.prod(grid),)
     if programs[0]:
         template = Template(
-            **constants, BM=ROWS, BN=bn, ST=key_ring, SV=value_ring, LISTED=listed, SCORE=None if score is None else functions.score,
-            GRAD=None if score is None or call.variant.adds else functions.score_grad, MASK=functions.mask,
+            **constants, BM=ROWS, BN=bn, ST=key_ring, SV=value_ring, LISTED=listed, SCORE=functions.score if scored else None,
+            GRAD=functions.score_grad if derived else None, MASK=functions.mask,
         )  # fmt: skip
         (launch(kernel, programs) if launch else kernel[programs])(
             descriptor(qp, 64, D), descriptor(kp, bn, D), descriptor(vp, bn, DV), descriptor(gp, 64, DV),

@@ -49,12 +49,13 @@ def queries_step(
     _, k_ready, k_free, v_ready, v_free = bars
     s = n % c.ST
     t = gl.maximum(n - 1, 0) % c.ST
+    mine = W + opaque_zero(n)
     v = n % c.SV + opaque_zero(n)
     zero = gl.zeros([64, c.BN], gl.float32, L)
     mbarrier.wait(k_ready.index(s), (n // c.ST) & 1)
-    S = warpgroup_mma(qs.index(W + opaque_zero(n)), ks.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
+    S = warpgroup_mma(qs.index(mine), ks.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
     mbarrier.wait(v_ready.index(v), (n // c.SV) & 1)
-    dP = warpgroup_mma(dos.index(W + opaque_zero(n)), vs.index(v).permute((1, 0)), zero, use_acc=False, is_async=True)
+    dP = warpgroup_mma(dos.index(mine), vs.index(v).permute((1, 0)), zero, use_acc=False, is_async=True)
     dq = warpgroup_mma(dS, ks.index(t), dq, is_async=True)
     S = warpgroup_mma_wait(2, deps=[S])
     cols = at + gl.arange(0, c.BN, gl.SliceLayout(0, L))
