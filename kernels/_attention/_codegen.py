@@ -18,10 +18,7 @@ HEADER = {
     ),
 }
 FUNCTIONS = ("score", "score_t", "score_grad", "score_grad_t", "mask", "mask_t", "hook", "by_x", "by_pair")
-HELPERS = {
-    "triton": "from trainkit.kernels._attention._elementwise_triton import floor_divide, floor_mod, sigmoid, tanh\n\n",
-    "gluon": "from trainkit.kernels._attention._elementwise_gluon import floor_divide, floor_mod, read, sigmoid, tanh\n\n",
-}
+HELPERS = "from trainkit.kernels._attention._elementwise_{dialect} import floor_divide, floor_mod, sigmoid, tanh\n\n"
 
 
 def layout(program: Program) -> list[int]:
@@ -106,8 +103,6 @@ def _body(program: Program, form: _Form) -> list[str]:
         other = 'float("nan")' if op.out.kind == "f" else "0"
         guard = f", mask={inside}, other={other}" if inside else ""
         read = f"tl.load(args[{start}] + {offset}{guard})"
-        if form.vectors and inside and len(op.out.deps & {"q", "k"}) == 1 and "s" not in op.out.deps:
-            read = f"read(args[{start}], {offset}, {inside}, {other})"
         convert = {"f": f"{read}.to(tl.float32)", "b": f"{read} != 0", "i": read}
         lines.append(f"{op.out.name} = {convert[op.out.kind]}")
     return lines
@@ -159,7 +154,7 @@ def source(
         score: its operations up to `split` compute the score, the rest its derivative.
         gradient: what `differentiate` returned for it.
     """
-    text = HEADER[dialect] + HELPERS[dialect]
+    text = HEADER[dialect] + HELPERS.format(dialect=dialect)
     for suffix, form in (("", TILES),) if dialect == "triton" else (("", ROWS), ("_t", COLUMNS)):
         if score is not None and gradient is not None and score.result is not None:
             forward = Program(score.ops[:split], score.tables, score.result)
@@ -185,7 +180,7 @@ def source(
 
 def hook_source(programs: list[tuple[str, Program]]) -> str:
     """The functions `hook`, `by_x` and `by_pair` of a hook, in Triton."""
-    text = HEADER["triton"] + HELPERS["triton"]
+    text = HEADER["triton"] + HELPERS.format(dialect="triton")
     for name, program in programs:
         assert program.result is not None
         g = "" if name == "hook" else "g, "

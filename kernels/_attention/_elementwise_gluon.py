@@ -13,14 +13,6 @@ def tanh(x):
 
 
 @gluon.jit
-def read(table, offset, inside, other):
-    """Elements of a table by a vector of offsets: one a thread, then spread as the offsets were (they repeat in threads)."""
-    LINE: tl.constexpr = tl.BlockedLayout([1], [32], [4], [0])
-    at = tl.convert_layout(tl.where(inside, offset, -1), LINE)
-    return tl.convert_layout(tl.load(table + at, mask=at >= 0, other=other), offset.type.layout)
-
-
-@gluon.jit
 def sigmoid(x):
     """1 / (1 + exp(-x))."""
     return 1.0 / (1.0 + tl.exp(-x))
