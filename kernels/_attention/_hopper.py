@@ -285,7 +285,7 @@ def backward(
         programs = (math.prod(grid),)
         if programs[0] == 0:
             continue
-        room = (dq, delta, delta, 0, 0, 0)
+        room: tuple[Any, ...] = (dq, delta, delta, 0, 0, 0)
         sums = dqp
         if fused:
             ring = _sums(q, k, grid[0], call)
