@@ -276,3 +276,33 @@ def test_long_sequences_take_other_tiles(D):
         results.append((out, *torch.autograd.grad(out.float().sin().sum(), leaves)))
     for got, want in zip(*results, strict=True):
         assert (got - want).norm() <= 2e-2 * want.norm()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_with_sums_of_dq(name, monkeypatch):
+    """At 64 columns dQ is summed over programs at any length, under every mask."""
+    options = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in VARIANTS[name].items()}
+    monkeypatch.setitem(globals(), "DOC", DOC.cuda())
+    monkeypatch.setitem(globals(), "BIAS", BIAS.cuda())
+    if "cu_seqlens" in options:
+        options["cu_seqlens"] = torch.tensor(options["cu_seqlens"], dtype=torch.int32, device="cuda")
+    check("hopper", 1 if "cu_seqlens" in options else 2, 1000, 1000, 8, 2, 64, **options)
+
+
+@pytest.mark.parametrize(
+    ("B", "Sq", "Sk", "Hq", "Hkv", "D"),
+    [(16, 1100, 1100, 8, 8, 64), (4, 2100, 2100, 16, 8, 128), (2, 300, 5000, 32, 16, 128)],
+    ids=str,
+)
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "window": 300}], ids=str)
+def test_sums_of_dq_take_turns(B, Sq, Sk, Hq, Hkv, D, options):
+    """More heads than the ring of fp32 sums has room for: each slot serves several."""
+    available("hopper")
+    leaves = [x.requires_grad_() for x in inputs(B, Sq, Sk, Hq, Hkv, D, D, torch.bfloat16)]
+    grad = torch.randn(B, Sq, Hq, D, device="cuda", dtype=torch.bfloat16)
+    exact = torch.autograd.grad(attention(*leaves, backend="hopper", deterministic=True, **options), leaves, grad)
+    out = attention(*leaves, backend="hopper", **options)
+    for _ in range(5):
+        for got, want in zip(torch.autograd.grad(out, leaves, grad, retain_graph=True), exact, strict=True):
+            assert got.isfinite().all()
+            assert (got.float() - want.float()).norm() <= 5e-3 * want.float().norm()

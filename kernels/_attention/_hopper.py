@@ -191,14 +191,60 @@ def forward(
     return out, lse
 
 
-def _backward_tiles(d: int, dv: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(queries a block, ring) of the key kernel and (keys a block, ring) of the query kernel."""
-    wide = max(d, dv)
-    return ((128, 2), (64, 4)) if wide == 64 else ((64, 2), (64, 4)) if wide == 128 else ((32, 2), (32, 2))
+class Pass(NamedTuple):
+    """One launch of the key kernel: what it computes, queries a block, buffers of q and of the output's gradient."""
+
+    dk: bool
+    dv: bool
+    queries: int
+    q_ring: int
+    grad_ring: int
 
 
-WIDE_DV = 64
-"""Queries a block where dV of 256 columns gets a pass of its own, and the values' room."""
+def _passes(d: int, dv: int, functions: bool) -> tuple[Pass, ...]:
+    """The launches whose accumulators fit in the registers: two of 256 columns do not, beside a tile of scores.
+
+    Args:
+        functions: whether a traced score or mask needs registers and shared memory of its own.
+    """
+    if max(d, dv) < 256:
+        return (Pass(True, True, 128 if max(d, dv) == 64 else 64, 2, 2),)
+    # dV alone needs no values: their room goes to a second buffer.
+    return (
+        Pass(True, False, 32, 2, 2) if functions else Pass(True, False, 64, 2, 1),
+        Pass(False, True, 64, 2, 2) if d == dv else Pass(False, True, 32, 2, 2),
+    )
+
+
+def _key_tile(d: int, dv: int, functions: bool) -> tuple[int, int, int]:
+    """Keys a block of the query kernel, buffers of k and of v; see `_passes`."""
+    if max(d, dv) < 256:
+        return 64, 4, 4
+    return (32, 2, 2) if functions else (64, 2, 1)
+
+
+class Sums(NamedTuple):
+    """Room for dQ in fp32 while it is summed: see `_hopper_ring`."""
+
+    tensor: Tensor
+    marks: Tensor
+    lag: int
+    slots: int
+    rows: int
+
+
+def _sums(q: Tensor, k: Tensor, tiles: int, call: Call) -> Sums:
+    units = k.shape[2] * q.shape[0]
+    # A box may reach over the last token, in packed sequences from any row on.
+    rows = (-(-q.shape[1] // ROWS) + (call.packed is not None)) * ROWS
+    # Under a causal mask a head's longest program outlasts those on all processors twice.
+    processors = _processors(q.device.index) if q.is_cuda else 132
+    lag = min(units, max(2, math.ceil(2 * processors / tiles - 0.1)))
+    # The last of a head's programs announce some microseconds after the first of the next head have started.
+    slots = min(units, lag + 1 + min(lag, 400 // tiles**2))
+    size = slots * q.shape[2] // k.shape[2] * rows * q.shape[3]
+    room = torch.zeros(size + 2 * units, dtype=torch.float32, device=q.device)
+    return Sums(room[:size].view(-1, q.shape[3]), room[size:].view(torch.int32), lag, slots, rows)
 
 
 def backward(
@@ -216,54 +262,59 @@ def backward(
 
     spec, D, DV = call.spec, q.shape[3], v.shape[3]
     # dQ in the same pass saves two of seven products, for a sum in fp32 whose adds come in any order.
-    fused = D == DV and D < 256 and not spec.deterministic and (D == 64 or k.shape[1] > 1024)
-    dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
-    dq = (torch.zeros if fused else torch.empty)(q.shape, dtype=torch.float32 if fused else q.dtype, device=q.device)
+    fused = D == DV and D < 256 and not spec.deterministic
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     planes = qp, kp, vp, gp = plane(q), plane(k), plane(v), plane(grad)
     dqp, dkp, dvp = plane(dq), plane(dk), plane(dv)
     steps = tuple(n for p in planes for n in p[3:])
     cap = _cap(spec)
+    alibi = spec.alibi_slopes if spec.causal and spec.softcap is None and spec.score_mod is None else None
     functions = call.variant.functions("gluon")
     captured = tuple(() if x is None else arguments(x) for x in (call.variant.score, call.variant.mask))
     constants = {
         "GROUP": q.shape[2] // k.shape[2], "D": D, "DV": DV, "CAUSAL": spec.causal, "WINDOW": spec.window is not None,
-        "PACKED": call.packed is not None, "CAP": cap is not None,
+        "PACKED": call.packed is not None, "CAP": cap is not None, "ALIBI": 0 if alibi is None else alibi.dim(),
     }  # fmt: skip
-    plain = cap is not None
-    (bm, ring), (bn, key_ring) = _backward_tiles(D, DV)
+    scored = call.variant.score is not None and cap is None and alibi is None
+    derived = scored and not call.variant.adds
+    traced = scored or functions.mask is not None
 
     kernel: Any = _hopper_backward_keys.backward_keys
-    # Two accumulators of 256 columns do not fit beside a tile of scores: each gets a pass of its own.
-    passes = (
-        ((True, False, bm), (False, True, WIDE_DV if D == DV else bm)) if max(D, DV) == 256 else ((True, True, bm),)
-    )
-    for want_dk, want_dv, bm in passes:
-        grid, pointers, strides, listed = _triton.layout(call, q, k, Tiling(bm, ROWS, 4, ring), True)
+    for want_dk, want_dv, bm, q_ring, grad_ring in _passes(D, DV, traced):
+        grid, pointers, strides, listed = _triton.layout(call, q, k, Tiling(bm, ROWS, 4, q_ring), True)
         programs = (math.prod(grid),)
         if programs[0] == 0:
             continue
+        room: tuple[Any, ...] = (dq, delta, delta, 0, 0, 0)
+        sums = dqp
+        if fused:
+            ring = _sums(q, k, grid[0], call)
+            room = (dq, *ring)
+            sums = Plane(ring.tensor, (ring.tensor.shape[0], D), D, 0, 0, 0)
+            programs = (programs[0] + ring.lag * grid[0],)
         template = Template(
-            **constants, BM=bm, ST=ring, WANT_DK=want_dk, WANT_DV=want_dv, VALUES=want_dk or D != DV, FUSED=fused,
-            LATE=fused and D == 128, LISTED=listed, SCORE=None if plain else functions.score_t,
-            GRAD=None if plain else functions.score_grad_t, MASK=functions.mask_t,
+            **constants, BM=bm, ST=q_ring, SO=grad_ring, WANT_DK=want_dk, WANT_DV=want_dv, VALUES=want_dk or D != DV,
+            FUSED=fused, LATE=fused and D == 128, LISTED=listed, SCORE=functions.score_t if scored else None,
+            GRAD=functions.score_grad_t if derived else None, MASK=functions.mask_t,
         )  # fmt: skip
         (launch(kernel, programs) if launch else kernel[programs])(
             descriptor(qp, bm, D), descriptor(kp, 64, D), descriptor(vp, 64, DV), descriptor(gp, bm, DV),
-            descriptor(dkp, 64, D), descriptor(dvp, 64, DV), descriptor(dqp, 64, max(D * bm // 128, 32)), dk, dv, lse, delta,
+            descriptor(dkp, 64, D), descriptor(dvp, 64, DV), descriptor(sums, 64, D * bm // 128), *room, dk, dv, lse, delta,
             *(delta if p is None else p for p in pointers), *strides, *steps, k.shape[2] * D, k.shape[2] * DV, q.shape[2],
             *k.shape[2:3], q.shape[1], k.shape[1], spec.window or 0, spec.scale, cap or 1.0, *captured, grid[0], template,
             num_warps=4,
         )  # fmt: skip
     if fused:
-        return dq.to(q.dtype), dk, dv
+        return dq, dk, dv
 
+    bn, key_ring, value_ring = _key_tile(D, DV, traced)
     grid, pointers, strides, listed = _triton.layout(call, q, k, Tiling(ROWS, bn, 4, key_ring), False)
     kernel = _hopper_backward_queries.backward_queries
     programs = (math.prod(grid),)
     if programs[0]:
         template = Template(
-            **constants, BM=ROWS, BN=bn, ST=key_ring, LISTED=listed, SCORE=None if plain else functions.score,
-            GRAD=None if plain else functions.score_grad, MASK=functions.mask,
+            **constants, BM=ROWS, BN=bn, ST=key_ring, SV=value_ring, LISTED=listed, SCORE=functions.score if scored else None,
+            GRAD=functions.score_grad if derived else None, MASK=functions.mask,
         )  # fmt: skip
         (launch(kernel, programs) if launch else kernel[programs])(
             descriptor(qp, 64, D), descriptor(kp, bn, D), descriptor(vp, bn, DV), descriptor(gp, 64, DV),

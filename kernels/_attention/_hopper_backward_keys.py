@@ -19,8 +19,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from trainkit.kernels._attention._hopper_gradients import put, row_stats, score_gradient, weigh
-from trainkit.kernels._attention._hopper_tiles import barriers, block_at, locate, query_blocks
+from trainkit.kernels._attention._hopper_gradients import put, row_stats, score_gradient, slope_of, weigh
+from trainkit.kernels._attention._hopper_ring import announce, enter, leave
+from trainkit.kernels._attention._hopper_tiles import barriers, block_at, locate, opaque_zero, query_blocks
 
 
 @builtin
@@ -38,7 +39,7 @@ def keys_producer(task, starts, stats, count, c: gl.constexpr):
     """Bring the tile's keys and values once, then each query head's blocks of queries and output gradients."""
     descs, lists, walk, memory, bars = task
     q_d, k_d, v_d, do_d, _, _, _ = descs
-    BLOCKS, COUNTS, _, row, row_head, NB = lists
+    BLOCKS, COUNTS, _, row, row_head, NB, live = lists
     first, _, _, _ = walk
     qs, dos, ks, vs, lses, deltas, _, _ = memory
     kv_ready, q_ready, q_free, do_ready, do_free, _, _ = bars
@@ -46,37 +47,38 @@ def keys_producer(task, starts, stats, count, c: gl.constexpr):
     LSE, DELTA, head0, total_q, Sq = stats
     # The weights alone need no values: dV by itself leaves their room to longer blocks.
     values: gl.constexpr = 2 if c.VALUES else 0
-    mbarrier.expect(kv_ready.index(0), 2 * k_d.block_type.nbytes + values * v_d.block_type.nbytes)
-    for j in gl.static_range(2):
-        tma.async_copy_global_to_shared(k_d, [kr + 64 * j, kc], kv_ready.index(0), ks.index(j))
-    for j in gl.static_range(values):
-        tma.async_copy_global_to_shared(v_d, [vr + 64 * j, vc], kv_ready.index(0), vs.index(j))
+    if live:
+        mbarrier.expect(kv_ready.index(0), 2 * k_d.block_type.nbytes + values * v_d.block_type.nbytes)
+        for j in gl.static_range(2):
+            tma.async_copy_global_to_shared(k_d, [kr + 64 * j, kc], kv_ready.index(0), ks.index(j))
+        for j in gl.static_range(values):
+            tma.async_copy_global_to_shared(v_d, [vr + 64 * j, vc], kv_ready.index(0), vs.index(j))
     base = 0
     lanes = gl.arange(0, c.BM, gl.BlockedLayout([1], [32], [1], [0]))
     for g in range(c.GROUP):
         blocks = BLOCKS
         if c.LISTED:
             blocks = BLOCKS + (row + g * row_head).to(gl.int64) * NB
-            count = gl.load(COUNTS + row + g * row_head)
+            count = gl.load(COUNTS + row + g * row_head) * live
         for i in range(0, count):
             at = block_at(blocks, first, i, 1, c.LISTED) * c.BM
             here = (head0 + g) * total_q
             lse, delta = row_stats(LSE + here, DELTA + here, at + lanes, Sq)
             n = base + i
             s = n % c.ST
-            phase = (n // c.ST) & 1
+            o = n % c.SO
             # Row statistics travel with their tiles: lse with q, delta with the output's gradient.
-            mbarrier.wait(q_free.index(s), phase ^ 1)
+            mbarrier.wait(q_free.index(s), ((n // c.ST) & 1) ^ 1)
             lses.index(s).store(lse)
             mbarrier.arrive(q_ready.index(s))
             mbarrier.expect(q_ready.index(s), q_d.block_type.nbytes)
             tma.async_copy_global_to_shared(q_d, [qr + g * q_head + at, qc + g * q_col], q_ready.index(s), qs.index(s))
-            mbarrier.wait(do_free.index(s), phase ^ 1)
-            deltas.index(s).store(delta)
-            mbarrier.arrive(do_ready.index(s))
-            mbarrier.expect(do_ready.index(s), do_d.block_type.nbytes)
+            mbarrier.wait(do_free.index(o), ((n // c.SO) & 1) ^ 1)
+            deltas.index(o).store(delta)
+            mbarrier.arrive(do_ready.index(o))
+            mbarrier.expect(do_ready.index(o), do_d.block_type.nbytes)
             tma.async_copy_global_to_shared(
-                do_d, [dr + g * do_head + at, dc + g * do_col], do_ready.index(s), dos.index(s)
+                do_d, [dr + g * do_head + at, dc + g * do_col], do_ready.index(o), dos.index(o)
             )
         base += count
 
@@ -90,8 +92,9 @@ def issue_dq(n, memory, bars, W: gl.constexpr, c: gl.constexpr):
     u = (n + 2) % 2
     if n >= 0:
         mbarrier.wait(bars[5].index(u), (n // 2) & 1)
-    near = ks.index(0)
-    far = ks.index(1)
+    zero = opaque_zero(n + 1)
+    near = ks.index(zero)
+    far = ks.index(1 + zero)
     near_dS = dss.index(u * 2)
     far_dS = dss.index(u * 2 + 1)
     if c.BM == 64:
@@ -106,8 +109,8 @@ def issue_dq(n, memory, bars, W: gl.constexpr, c: gl.constexpr):
 
 
 @gluon.jit
-def add_dq(dq, n, row, col, dq_d, memory, bars, W: gl.constexpr, c: gl.constexpr):
-    """Give block n's dS back, and add its dQ to global memory."""
+def add_dq(dq, n, row, dq_d, memory, bars, W: gl.constexpr, c: gl.constexpr):
+    """Give block n's dS back, and add its dQ to the sums."""
     dqs = memory[7]
     tma.store_wait(0)
     gl.thread_barrier()
@@ -116,14 +119,14 @@ def add_dq(dq, n, row, col, dq_d, memory, bars, W: gl.constexpr, c: gl.constexpr
     if n >= 0:
         mbarrier.arrive(bars[6].index((n + 2) % 2))
         if c.BM == 64:
-            reduce_add(dq_d, [row, col + c.D // 2 * W], dqs.index(W))
+            reduce_add(dq_d, [row, c.D // 2 * W], dqs.index(W))
         else:
-            reduce_add(dq_d, [row + 64 * W, col], dqs.index(W))
+            reduce_add(dq_d, [row + 64 * W, 0], dqs.index(W))
 
 
 @gluon.jit
 def keys_step(
-    dk, dv, cols, n, at, before, problem, dq_d, dq_row, memory, bars, MASKED: gl.constexpr, W: gl.constexpr,
+    dk, dv, cols, alibi, n, at, before, problem, dq_d, dq_row, memory, bars, MASKED: gl.constexpr, W: gl.constexpr,
     L: gl.constexpr, c: gl.constexpr,
 ):  # fmt: skip
     """Block n of the ring, queries from `at` on; `before` is where dQ of block n - 1 goes.
@@ -134,46 +137,55 @@ def keys_step(
     """
     LK: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, c.D, 16])
     LV: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, c.DV, 16])
-    _, h, Sq, Sk, _, _, scale, _, _, _ = problem
+    Sq, Sk = problem[2], problem[3]
     qs, dos, ks, vs, lses, deltas, dss, _dqs = memory
     _, q_ready, q_free, do_ready, do_free, s_ready, s_free = bars
     s = n % c.ST
+    mine = W + opaque_zero(n)
+    o = n % c.SO + opaque_zero(n)
     u = n % 2
-    phase = (n // c.ST) & 1
+    o_phase = (n // c.SO) & 1
     rows = at + gl.arange(0, c.BM, gl.SliceLayout(0, L))
-    qv = gl.minimum(rows, Sq - 1)
+    # Whole blocks have no query over the end.
+    qv = gl.minimum(rows, Sq - 1) if MASKED else rows
     kv = gl.minimum(cols, Sk - 1)
     zero = gl.zeros([64, c.BM], gl.float32, L)
-    mbarrier.wait(q_ready.index(s), phase)
-    S = warpgroup_mma(ks.index(W), qs.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
+    mbarrier.wait(q_ready.index(s), (n // c.ST) & 1)
+    S = warpgroup_mma(ks.index(mine), qs.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
     if c.LATE:
         dq = issue_dq(n - 1, memory, bars, W, c)
         S = warpgroup_mma_wait(2, deps=[S])
     else:
-        mbarrier.wait(do_ready.index(s), phase)
+        mbarrier.wait(do_ready.index(o), o_phase)
         if c.WANT_DK:
-            dP = warpgroup_mma(vs.index(W), dos.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
+            dP = warpgroup_mma(vs.index(mine), dos.index(o).permute((1, 0)), zero, use_acc=False, is_async=True)
             S = warpgroup_mma_wait(1, deps=[S])
         else:
             S = warpgroup_mma_wait(0, deps=[S])
     lse = lses.index(s).load(gl.SliceLayout(0, L))
-    p, weight = weigh(S, lse[None, :], qv[None, :], cols[:, None], qv, kv, problem, MASKED, c)
+    slope, shift, first_key = alibi
+    if c.ALIBI:
+        lse += slope * (rows + (Sk - Sq - first_key)).to(gl.float32)
+    p, weight = weigh(S, lse[None, :], shift, qv[None, :], cols[:, None], qv, kv, problem, MASKED, c)
     if c.WANT_DV:
         P = gl.convert_layout(p.to(dos.dtype), gl.DotOperandLayout(0, LV, 2))
     if c.LATE:
         dq = warpgroup_mma_wait(0, deps=[dq])
-        mbarrier.wait(do_ready.index(s), phase)
-        add_dq(dq * scale, n - 1, before[0], before[1], dq_d, memory, bars, W, c)
-        dP = warpgroup_mma(vs.index(W), dos.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
-        dv = warpgroup_mma(P, dos.index(s), dv, is_async=True)
+        mbarrier.wait(do_ready.index(o), o_phase)
+        add_dq(dq, n - 1, before, dq_d, memory, bars, W, c)
+        dP = warpgroup_mma(vs.index(mine), dos.index(o).permute((1, 0)), zero, use_acc=False, is_async=True)
+        dv = warpgroup_mma(P, dos.index(o), dv, is_async=True)
         dP = warpgroup_mma_wait(1, deps=[dP])
     else:
         if c.WANT_DK:
             dP = warpgroup_mma_wait(0, deps=[dP])
         if c.WANT_DV:
-            dv = warpgroup_mma(P, dos.index(s), dv, is_async=True)
+            dv = warpgroup_mma(P, dos.index(o), dv, is_async=True)
     if c.WANT_DK:
-        ds = score_gradient(weight, dP - deltas.index(s).load(gl.SliceLayout(0, L))[None, :], S, qv, kv, problem, c)
+        delta = deltas.index(o).load(gl.SliceLayout(0, L))
+        if not c.WANT_DV:
+            mbarrier.arrive(do_free.index(o))
+        ds = score_gradient(weight, dP - delta[None, :], S, qv, kv, problem, c)
         dS = gl.convert_layout(ds.to(qs.dtype), gl.DotOperandLayout(0, LK, 2))
         if c.LATE:
             dk = warpgroup_mma(dS, qs.index(s), dk, is_async=True)
@@ -188,29 +200,29 @@ def keys_step(
             dk = warpgroup_mma(dS, qs.index(s), dk, is_async=True)
         if c.WANT_DV:
             dv = warpgroup_mma_wait(3 if c.FUSED and not c.LATE else 1, deps=[dv])
-        mbarrier.arrive(do_free.index(s))
+            mbarrier.arrive(do_free.index(o))
         if c.FUSED and not c.LATE:
             # dK is still being multiplied while dQ leaves.
             dq = warpgroup_mma_wait(1, deps=[dq])
-            add_dq(dq * scale, n, dq_row + at, h * c.D, dq_d, memory, bars, W, c)
+            add_dq(dq, n, dq_row + at, dq_d, memory, bars, W, c)
         dk = warpgroup_mma_wait(0, deps=[dk])
     else:
         dv = warpgroup_mma_wait(0, deps=[dv])
-        mbarrier.arrive(do_free.index(s))
+        mbarrier.arrive(do_free.index(o))
     mbarrier.arrive(q_free.index(s))
     return dk, dv
 
 
 @gluon.jit
-def keys_consumer(task, problem, places, n0, count, W: gl.constexpr, c: gl.constexpr):
+def keys_consumer(task, problem, places, ring, n0, count, W: gl.constexpr, c: gl.constexpr):
     """Keys [n0 + 64 W, n0 + 64 W + 64): what every query of the group's heads brings them."""
     L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, c.BM, 16])
     LK: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, c.D, 16])
     LV: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, c.DV, 16])
     descs, lists, walk, memory, bars = task
     dk_d, dv_d, dq_d = descs[4], descs[5], descs[6]
-    BLOCKS, COUNTS, FULL, row, row_head, NB = lists
-    first, n1, n2, dq_base = walk
+    BLOCKS, COUNTS, FULL, row, row_head, NB, live = lists
+    first, n1, n2, dq_rows = walk
     _qs, _dos, ks, vs, _lses, _deltas, _dss, _dqs = memory
     kv_ready, s_free = bars[0], bars[6]
     DK, DV_OUT, dk_stride, dv_stride, out_row, kv_head = places
@@ -218,47 +230,53 @@ def keys_consumer(task, problem, places, n0, count, W: gl.constexpr, c: gl.const
     cols = n0 + 64 * W + gl.arange(0, 64, gl.SliceLayout(1, L))
     dk = gl.zeros([64, c.D if c.WANT_DK else 16], gl.float32, LK)
     dv = gl.zeros([64, c.DV if c.WANT_DV else 16], gl.float32, LV)
-    mbarrier.wait(kv_ready.index(0), 0)
+    if c.FUSED:
+        enter(ring, W, c)
+    mbarrier.wait(kv_ready.index(0), 0, pred=live > 0)
     base = 0
-    before = dq_base
-    col = kv_head * c.D
+    before = dq_rows
     for g in range(c.GROUP):
         h = kv_head * c.GROUP + g
         here = (b, h, Sq, Sk, off, w, scale, cap, score_args, mask_args)
         blocks = BLOCKS
         if c.LISTED:
             blocks = BLOCKS + (row + g * row_head).to(gl.int64) * NB
-            n2 = gl.load(FULL + row + g * row_head)
-            count = gl.load(COUNTS + row + g * row_head)
+            n2 = gl.load(FULL + row + g * row_head) * live
+            count = gl.load(COUNTS + row + g * row_head) * live
+        alibi = (0.0, 0.0, n0)
+        if c.ALIBI:
+            slope = slope_of(here, c)
+            alibi = (slope, slope * (cols - n0).to(gl.float32)[:, None], n0)
+        dq_row = dq_rows
+        if c.FUSED:
+            dq_row += g * ring[11]
         for i in range(0, n1):
             at = block_at(blocks, first, i, 1, c.LISTED) * c.BM
             dk, dv = keys_step(
-                dk, dv, cols, base + i, at, (before, col), here, dq_d, dq_base, memory, bars, True, W, L, c
+                dk, dv, cols, alibi, base + i, at, before, here, dq_d, dq_row, memory, bars, True, W, L, c
             )
-            before = dq_base + at
-            col = h * c.D
+            before = dq_row + at
+        if c.FUSED:  # noqa: SIM102 (one is known when compiling, the other is not)
+            if g == 0:
+                announce(ring)
         for i in range(n1, n2):
             at = block_at(blocks, first, i, 1, c.LISTED) * c.BM
             dk, dv = keys_step(
-                dk, dv, cols, base + i, at, (before, col), here, dq_d, dq_base, memory, bars, False, W, L, c
+                dk, dv, cols, alibi, base + i, at, before, here, dq_d, dq_row, memory, bars, False, W, L, c
             )
-            before = dq_base + at
-            col = h * c.D
+            before = dq_row + at
         # Blocks after the whole ones: a window's far edge, listed ones, the ragged end of the queries.
         for i in range(n2, count):
             at = block_at(blocks, first, i, 1, c.LISTED) * c.BM
             dk, dv = keys_step(
-                dk, dv, cols, base + i, at, (before, col), here, dq_d, dq_base, memory, bars, True, W, L, c
+                dk, dv, cols, alibi, base + i, at, before, here, dq_d, dq_row, memory, bars, True, W, L, c
             )
-            before = dq_base + at
-            col = h * c.D
+            before = dq_row + at
         base += count
     if c.LATE:  # noqa: SIM102 (one is known when compiling, the other is not)
         if base > 0:
             dq = warpgroup_mma_wait(0, deps=[issue_dq(base - 1, memory, bars, W, c)])
-            add_dq(dq * scale, base - 1, before, col, dq_d, memory, bars, W, c)
-    if c.FUSED:
-        tma.store_wait(0)
+            add_dq(dq, base - 1, before, dq_d, memory, bars, W, c)
     if c.WANT_DK:
         if c.FUSED:
             # The other warpgroup's last dQ may still read this half of K, over which dK is about to be written.
@@ -281,20 +299,33 @@ def keys_consumer(task, problem, places, n0, count, W: gl.constexpr, c: gl.const
             c.DV,
             LV,
         )
+    tma.store_wait(0)
+    if c.FUSED:
+        leave(ring)
 
 
-@gluon.jit(do_not_specialize=["Hq", "Hkv", "Sq", "Sk", "w", "tiles"])
+@gluon.jit(do_not_specialize=["Hq", "Hkv", "Sq", "Sk", "w", "tiles", "lag", "slots", "rows"])
 def backward_keys(
-    q_d, k_d, v_d, do_d, dk_d, dv_d, dq_d, DK, DV_OUT, LSE, DELTA, TILES, CU_Q, CU_K, BLOCKS, COUNTS, FULL, sbb, sbh, NB,
-    q_batch, q_head, q_col, k_batch, k_head, k_col, v_batch, v_head, v_col, do_batch, do_head, do_col, dk_stride, dv_stride,
-    Hq, Hkv, Sq, Sk, w, scale, cap, score_args, mask_args, tiles, c: gl.constexpr,
+    q_d, k_d, v_d, do_d, dk_d, dv_d, dq_d, DQ, SUMS, MARKS, lag, slots, rows, DK, DV_OUT, LSE, DELTA, TILES, CU_Q, CU_K,
+    BLOCKS, COUNTS, FULL, sbb, sbh, NB, q_batch, q_head, q_col, k_batch, k_head, k_col, v_batch, v_head, v_col, do_batch,
+    do_head, do_col, dk_stride, dv_stride, Hq, Hkv, Sq, Sk, w, scale, cap, score_args, mask_args, tiles, c: gl.constexpr,
 ):  # fmt: skip
-    """Compute dK, dV, or both, of 128 keys of one key head."""
+    """Compute dK, dV, or both, of 128 keys of one key head.
+
+    FUSED: dQ too; the last programs, `lag` times a head's tiles, have no keys and see the last heads' dQ out.
+    """
     total_q = Sq
     total_k = Sk
-    tile, b, g, zb, q0, k0, _, Sq, Sk = locate(
-        gl.program_id(0), (TILES, CU_Q, CU_K), (Hkv, Sq, Sk, tiles), False, c.PACKED
-    )
+    t = gl.program_id(0)
+    live = 1
+    if c.FUSED:
+        units = gl.num_programs(0) // tiles - lag
+        unit = t // tiles
+        live = (unit < units).to(gl.int32)
+        t -= gl.maximum(unit - units + 1, 0) * tiles
+    tile, b, g, zb, q0, k0, _, Sq, Sk = locate(t, (TILES, CU_Q, CU_K), (Hkv, Sq, Sk, tiles), False, c.PACKED)
+    if c.FUSED:
+        Sk *= live
     n0 = tile * 128
     off = Sk - Sq
     h0 = g * c.GROUP
@@ -310,26 +341,29 @@ def backward_keys(
         if c.FUSED:  # noqa: SIM102 (one is known when compiling, the other is not)
             # dQ sums over the tile's keys: those beyond the end must weigh nothing.
             if n0 + 128 > Sk:
+                count *= live
                 n1 = count
                 n2 = count
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    # Without the fused dQ its buffers are never touched: a few rows stand for them.
     half: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, c.BM], q_d.dtype)
-    memory = (
-        gl.allocate_shared_memory(q_d.dtype, [c.ST, c.BM, c.D], q_d.layout),
-        gl.allocate_shared_memory(do_d.dtype, [c.ST, c.BM, c.DV], do_d.layout),
-        gl.allocate_shared_memory(k_d.dtype, [2, 64, c.D], k_d.layout),
-        gl.allocate_shared_memory(v_d.dtype, [2 if c.VALUES else 1, 64 if c.VALUES else 8, c.DV], v_d.layout),
-        gl.allocate_shared_memory(gl.float32, [c.ST, c.BM], flat),
-        gl.allocate_shared_memory(gl.float32, [c.ST, c.BM], flat),
-        gl.allocate_shared_memory(q_d.dtype, [4 if c.FUSED else 1, 64 if c.FUSED else 8, c.BM], half),
-        gl.allocate_shared_memory(
-            gl.float32, [2 if c.FUSED else 1, 64 if c.FUSED else 8, c.D * c.BM // 128], dq_d.layout
-        ),
-    )
+    qs = gl.allocate_shared_memory(q_d.dtype, [c.ST, c.BM, c.D], q_d.layout)
+    dos = gl.allocate_shared_memory(do_d.dtype, [c.SO, c.BM, c.DV], do_d.layout)
+    ks = gl.allocate_shared_memory(k_d.dtype, [2, 64, c.D], k_d.layout)
+    lses = gl.allocate_shared_memory(gl.float32, [c.ST, c.BM], flat)
+    deltas = gl.allocate_shared_memory(gl.float32, [c.SO, c.BM], flat)
+    # What is not wanted has no room of its own: another's stands for it, and is not touched by that name.
+    vs = ks
+    dss = qs
+    dqs = qs
+    if c.VALUES:
+        vs = gl.allocate_shared_memory(v_d.dtype, [2, 64, c.DV], v_d.layout)
+    if c.FUSED:
+        dss = gl.allocate_shared_memory(q_d.dtype, [4, 64, c.BM], half)
+        dqs = gl.allocate_shared_memory(gl.float32, [2, 64, c.D * c.BM // 128], dq_d.layout)
+    memory = (qs, dos, ks, vs, lses, deltas, dss, dqs)
     # Ready ones complete after two arrivals: the row statistics, and the bytes of the tile.
     bars = (
-        barriers(1, 1), barriers(c.ST, 2), barriers(c.ST, 2), barriers(c.ST, 2), barriers(c.ST, 2), barriers(2, 2),
+        barriers(1, 1), barriers(c.ST, 2), barriers(c.ST, 2), barriers(c.SO, 2), barriers(c.SO, 2), barriers(2, 2),
         barriers(2, 2),
     )  # fmt: skip
     starts = (
@@ -340,12 +374,17 @@ def backward_keys(
     # Rows of lse and delta lie by query head: [B, Hq, Sq].
     stats = (LSE + zb * Hq * total_q + q0, DELTA + zb * Hq * total_q + q0, h0, total_q, Sq)
     descs = (q_d, k_d, v_d, do_d, dk_d, dv_d, dq_d)
-    lists = (BLOCKS, COUNTS, FULL, row, sbh, NB)
-    task = (descs, lists, (first, n1, n2, zb * total_q + q0), memory, bars)
+    lists = (BLOCKS, COUNTS, FULL, row, sbh, NB, live)
+    ring = ()
+    dq_rows = 0
+    if c.FUSED:
+        ring = (SUMS, DQ, MARKS, unit, units, lag, slots, gl.program_id(0) % tiles, tiles, Hkv, total_q, rows, scale)
+        dq_rows = unit % slots * c.GROUP * rows + q0
+    task = (descs, lists, (first, n1, n2, dq_rows), memory, bars)
     problem = (b, h0, Sq, Sk, off, w, scale, cap, score_args, mask_args)
     places = (DK, DV_OUT, dk_stride, dv_stride, zb * total_k + k0, g)
     gl.warp_specialize([
-        (keys_consumer, (task, problem, places, n0, count, 0, c)),
-        (keys_consumer, (task, problem, places, n0, count, 1, c)),
+        (keys_consumer, (task, problem, places, ring, n0, count, 0, c)),
+        (keys_consumer, (task, problem, places, ring, n0, count, 1, c)),
         (keys_producer, (task, starts, stats, count, c)),
     ], [4, 1], [240, 24])  # fmt: skip

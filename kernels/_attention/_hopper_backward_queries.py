@@ -11,8 +11,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from trainkit.kernels._attention._hopper_gradients import put, row_stats, score_gradient, weigh
-from trainkit.kernels._attention._hopper_tiles import barriers, block_at, key_list, locate
+from trainkit.kernels._attention._hopper_gradients import put, row_stats, score_gradient, slope_of, weigh
+from trainkit.kernels._attention._hopper_tiles import barriers, block_at, key_list, locate, opaque_zero
 
 
 @gluon.jit
@@ -30,18 +30,18 @@ def queries_producer(task, starts, BLOCKS, last, count, c: gl.constexpr):
     for n in range(0, count):
         at = block_at(BLOCKS, last, n, -1, c.LISTED) * c.BN
         s = n % c.ST
-        phase = (n // c.ST) & 1
-        mbarrier.wait(k_free.index(s), phase ^ 1)
+        v = n % c.SV
+        mbarrier.wait(k_free.index(s), ((n // c.ST) & 1) ^ 1)
         mbarrier.expect(k_ready.index(s), k_d.block_type.nbytes)
         tma.async_copy_global_to_shared(k_d, [kr + at, kc], k_ready.index(s), ks.index(s))
-        mbarrier.wait(v_free.index(s), phase ^ 1)
-        mbarrier.expect(v_ready.index(s), v_d.block_type.nbytes)
-        tma.async_copy_global_to_shared(v_d, [vr + at, vc], v_ready.index(s), vs.index(s))
+        mbarrier.wait(v_free.index(v), ((n // c.SV) & 1) ^ 1)
+        mbarrier.expect(v_ready.index(v), v_d.block_type.nbytes)
+        tma.async_copy_global_to_shared(v_d, [vr + at, vc], v_ready.index(v), vs.index(v))
 
 
 @gluon.jit
 def queries_step(
-    dq, dS, lse, delta, rows, n, at, problem, memory, bars, MASKED: gl.constexpr, W: gl.constexpr, L: gl.constexpr,
+    dq, dS, lse, delta, slope, rows, n, at, problem, memory, bars, MASKED: gl.constexpr, W: gl.constexpr, L: gl.constexpr,
     LO: gl.constexpr, c: gl.constexpr,
 ):  # fmt: skip
     """Block n's dS, while that of block n - 1 (0 before the first) meets its keys."""
@@ -49,18 +49,23 @@ def queries_step(
     _, k_ready, k_free, v_ready, v_free = bars
     s = n % c.ST
     t = gl.maximum(n - 1, 0) % c.ST
+    mine = W + opaque_zero(n)
+    v = n % c.SV + opaque_zero(n)
     zero = gl.zeros([64, c.BN], gl.float32, L)
     mbarrier.wait(k_ready.index(s), (n // c.ST) & 1)
-    S = warpgroup_mma(qs.index(W), ks.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
-    mbarrier.wait(v_ready.index(s), (n // c.ST) & 1)
-    dP = warpgroup_mma(dos.index(W), vs.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
+    S = warpgroup_mma(qs.index(mine), ks.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
+    mbarrier.wait(v_ready.index(v), (n // c.SV) & 1)
+    dP = warpgroup_mma(dos.index(mine), vs.index(v).permute((1, 0)), zero, use_acc=False, is_async=True)
     dq = warpgroup_mma(dS, ks.index(t), dq, is_async=True)
     S = warpgroup_mma_wait(2, deps=[S])
     cols = at + gl.arange(0, c.BN, gl.SliceLayout(0, L))
-    kv = gl.minimum(cols, problem[3] - 1)
-    _p, weight = weigh(S, lse[:, None], rows[:, None], cols[None, :], rows, kv, problem, MASKED, c)
+    kv = gl.minimum(cols, problem[3] - 1) if MASKED else cols
+    shift = 0.0
+    if c.ALIBI:
+        shift = slope[0] * (cols - slope[1]).to(gl.float32)[None, :]
+    _p, weight = weigh(S, lse[:, None], shift, rows[:, None], cols[None, :], rows, kv, problem, MASKED, c)
     dP = warpgroup_mma_wait(1, deps=[dP])
-    mbarrier.arrive(v_free.index(s))
+    mbarrier.arrive(v_free.index(v))
     ds = score_gradient(weight, dP - delta[:, None], S, rows, kv, problem, c)
     dq = warpgroup_mma_wait(0, deps=[dq])
     if n > 0:
@@ -81,24 +86,29 @@ def queries_consumer(task, problem, stats, places, m0, BLOCKS, walk, W: gl.const
     Sq, scale = problem[2], problem[6]
     offsets = m0 + 64 * W + gl.arange(0, 64, gl.SliceLayout(1, L))
     lse, delta = row_stats(LSE, DELTA, offsets, Sq)
+    slope = (0.0, m0)
+    if c.ALIBI:
+        slope = (slope_of(problem, c), m0 + problem[4])
+        lse += slope[0] * (offsets - m0).to(gl.float32)
     rows = gl.minimum(offsets, Sq - 1)
     dq = gl.zeros([64, c.D], gl.float32, LO)
     dS = gl.zeros([64, c.BN], qs.dtype, gl.DotOperandLayout(0, LO, 2))
     mbarrier.wait(bars[0].index(0), 0)
     for n in range(0, n1):
         at = block_at(BLOCKS, last, n, -1, c.LISTED) * c.BN
-        dq, dS = queries_step(dq, dS, lse, delta, rows, n, at, problem, memory, bars, True, W, L, LO, c)
+        dq, dS = queries_step(dq, dS, lse, delta, slope, rows, n, at, problem, memory, bars, True, W, L, LO, c)
     for n in range(n1, n2):
         at = block_at(BLOCKS, last, n, -1, c.LISTED) * c.BN
-        dq, dS = queries_step(dq, dS, lse, delta, rows, n, at, problem, memory, bars, False, W, L, LO, c)
+        dq, dS = queries_step(dq, dS, lse, delta, slope, rows, n, at, problem, memory, bars, False, W, L, LO, c)
     if c.WINDOW or c.LISTED:
         for n in range(n2, count):
             at = block_at(BLOCKS, last, n, -1, c.LISTED) * c.BN
-            dq, dS = queries_step(dq, dS, lse, delta, rows, n, at, problem, memory, bars, True, W, L, LO, c)
+            dq, dS = queries_step(dq, dS, lse, delta, slope, rows, n, at, problem, memory, bars, True, W, L, LO, c)
     if count > 0:
         dq = warpgroup_mma(dS, ks.index((count - 1) % c.ST), dq, is_async=True)
         dq = warpgroup_mma_wait(0, deps=[dq])
     put(descs[4], DQ, (dq * scale).to(qs.dtype), qs.index(W), out_row, m0, out_col, dq_stride, Sq, W, c.D, LO)
+    tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["Hq", "Sq", "Sk", "w", "tiles"])
@@ -120,9 +130,9 @@ def backward_queries(
         gl.allocate_shared_memory(q_d.dtype, [2, 64, c.D], q_d.layout),
         gl.allocate_shared_memory(do_d.dtype, [2, 64, c.DV], do_d.layout),
         gl.allocate_shared_memory(k_d.dtype, [c.ST, c.BN, c.D], k_d.layout),
-        gl.allocate_shared_memory(v_d.dtype, [c.ST, c.BN, c.DV], v_d.layout),
+        gl.allocate_shared_memory(v_d.dtype, [c.SV, c.BN, c.DV], v_d.layout),
     )
-    bars = (barriers(1, 1), barriers(c.ST, 1), barriers(c.ST, 2), barriers(c.ST, 1), barriers(c.ST, 2))
+    bars = (barriers(1, 1), barriers(c.ST, 1), barriers(c.ST, 2), barriers(c.SV, 1), barriers(c.SV, 2))
     starts = (
         zb * q_batch + h * q_head + q0 + m0, h * q_col, zb * k_batch + g * k_head + k0, g * k_col,
         zb * v_batch + g * v_head + k0, g * v_col, zb * do_batch + h * do_head + q0 + m0, h * do_col,

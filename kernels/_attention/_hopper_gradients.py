@@ -19,10 +19,26 @@ def row_stats(LSE, DELTA, rows, Sq):
 
 
 @gluon.jit
-def weigh(S, lse, q, k, qv, kv, problem, MASKED: gl.constexpr, c: gl.constexpr):
+def slope_of(problem, c: gl.constexpr):
+    """ALiBi's slope of the head, in base 2.
+
+    Under a causal mask the distance needs no absolute value: slope * (q - k) is one term of the query, which joins its lse,
+    and one of the key. Both count from a token of the tile, so that they are small where weights are not.
+    """
+    b, h, args = problem[0], problem[1], problem[8]
+    if c.ALIBI == 1:
+        at = h * args[2]
+    else:
+        at = b * args[2] + h * args[4]
+    return gl.load(args[0] + at).to(gl.float32) * LOG2E
+
+
+@gluon.jit
+def weigh(S, lse, shift, q, k, qv, kv, problem, MASKED: gl.constexpr, c: gl.constexpr):
     """Of a tile of raw scores, `qv` and `kv` being its indices, kept inside: (probabilities, what they are in the gradient).
 
-    The second is the first times the derivative of the soft cap, where that is all that was done to the scores.
+    The second is the first times the derivative of the soft cap, where that is all that was done to the scores. `shift` is
+    added to the scores in base 2 where there is ALiBi.
     """
     b, h, _, _, off, _, scale, cap, score_args, _ = problem
     factor = scale * LOG2E
@@ -35,7 +51,10 @@ def weigh(S, lse, q, k, qv, kv, problem, MASKED: gl.constexpr, c: gl.constexpr):
         factor = LOG2E
     if MASKED:
         T = masked(T, q, k, qv, kv, problem, c)
-    p = gl.exp2(T * factor - lse)
+    T = T * factor
+    if c.ALIBI:
+        T = T + shift
+    p = gl.exp2(T - lse)
     weight = p
     if c.CAP:
         weight = p * (1.0 - S * S)
@@ -56,13 +75,12 @@ def score_gradient(weight, dp, S, qv, kv, problem, c: gl.constexpr):
 
 @gluon.jit
 def put(desc, OUT, x, buffer, row, row0, col, stride, count, W: gl.constexpr, D: gl.constexpr, LO: gl.constexpr):
-    """Write 64 rows of a result, row0 + 64 W on, through `buffer` by TMA, or row by row at the end of a sequence."""
+    """Write 64 rows of a result, row0 + 64 W on, through `buffer` by TMA (not waited for), at a sequence's end row by row."""
     first = row0 + 64 * W
     if first + 64 <= count:
         buffer.store(x)
         fence_async_shared()
         tma.async_copy_shared_to_global(desc, [row + first, col], buffer)
-        tma.store_wait(0)
     else:
         at = first + gl.arange(0, 64, gl.SliceLayout(1, LO))
         cols = gl.arange(0, D, gl.SliceLayout(0, LO))

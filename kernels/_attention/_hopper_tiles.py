@@ -20,6 +20,12 @@ def barriers(n: gl.constexpr, count: gl.constexpr):
 
 
 @gluon.jit
+def opaque_zero(n):
+    """0 for a loop's counter, which the compiler cannot know: what it enters is computed anew, not kept in registers."""
+    return n >> 30
+
+
+@gluon.jit
 def locate(t, tables, sizes, LAST_FIRST: gl.constexpr, PACKED: gl.constexpr):
     """Find tile number t.
 

@@ -84,7 +84,13 @@ class Program:
         operands = tuple(a if isinstance(a, Value) else literal(a) for a in args)
         if name in FOLD and all(a.literal is not None for a in operands):
             return literal(FOLD[name](*(a.literal for a in operands)))
+        if name == "float" and self._gap(operands[0]):
+            # Between floats a difference of indices takes one instruction an element: its sides are vectors.
+            op = next(op for op in self.ops if op.out is operands[0])
+            return self.value(op.name, *(self.value("float", a) for a in op.args))
         kinds = {a.kind for a in (operands[1:] if name == "where" else operands)}
+        if name in ("add", "sub", "mul") and kinds == {"i", "f"}:
+            operands = tuple(self.value("float", a) if a.kind == "i" else a for a in operands)
         if name in COMPARISONS or (name in ("and", "or", "xor") and kinds == {"b"}):
             kind = "b"
         elif name != "int" and (name in FLOATS or "f" in kinds):
@@ -112,6 +118,15 @@ class Program:
         out = Value(f"v{len(self.ops)}", kind, deps)
         self.ops.append(Op(name, operands, out))
         return out
+
+    def _gap(self, x: Value) -> bool:
+        """Whether x varies with q and k as sums of indices do: exactly in floats too, below 2**24 tokens."""
+        if x.literal is not None or x.name in INPUTS:
+            return False
+        op = next(op for op in self.ops if op.out is x)
+        return op.name in ("add", "sub", "neg", "abs") and all(
+            a.literal is not None or a.name in INPUTS or self._gap(a) for a in op.args
+        )
 
     def load(self, table: Tensor, indices: tuple[Value, ...]) -> Value:
         """Append a read of one element of a captured tensor."""

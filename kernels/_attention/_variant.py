@@ -40,6 +40,11 @@ class Variant:
         return sorted({g.table for g in self.gradient[1]}) if self.gradient else []
 
     @property
+    def adds(self) -> bool:
+        """Whether the score is only added to: its gradient passes as it is."""
+        return self.gradient is not None and self.gradient[0].name == "g"
+
+    @property
     def mask_varies_with(self) -> frozenset[str]:
         """Which of b, h, q, k the mask_mod reads."""
         return self.mask.result.deps if self.mask is not None and self.mask.result is not None else frozenset()
