@@ -133,8 +133,8 @@ def _forward_tile(d: int, dv: int, seen: float) -> dict[str, Any]:
     wide = max(d, dv)
     if wide == 64:
         # A third warpgroup hides more of the exponentials, and wastes more at the edge of a mask.
-        return {"BM": 192 if seen >= 4096 else 128, "BN": 128, "ST": 3, "STAGED": True}
-    return {"BM": 128, "BN": 128 if wide == 128 else 64, "ST": 2, "STAGED": wide == 128}
+        return {"BM": 192 if seen >= 4096 else 128, "BN": 128, "ST": 3, "QS": 2}
+    return {"BM": 128, "BN": 128 if wide == 128 else 64, "ST": 2, "QS": 2 if wide == 128 else 1}
 
 
 def _seen(k: Tensor, spec: Spec, listed: bool) -> float:
@@ -163,7 +163,9 @@ def forward(
     spec, D, DV = call.spec, q.shape[3], v.shape[3]
     out = torch.empty(*q.shape[:3], DV, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
-    tile = _forward_tile(D, DV, _seen(k, spec, call.variant.mask is not None or call.packed is not None))
+    import os
+    tile = {"LATE": 0, "PP": False, "SETTLE": True} | _forward_tile(D, DV, _seen(k, spec, call.variant.mask is not None or call.packed is not None))
+    tile |= eval(os.environ.get("TKV", "{}"))
     bm, bn = tile["BM"], tile["BN"]
     grid, pointers, strides, listed = _triton.layout(call, q, k, Tiling(bm, bn, 4, tile["ST"]), False)
     total = math.prod(grid)
@@ -176,7 +178,7 @@ def forward(
         GROUP=q.shape[2] // k.shape[2], D=D, DV=DV, CAUSAL=spec.causal, WINDOW=spec.window is not None,
         SINK=sinks is not None, PACKED=call.packed is not None, LISTED=listed, CAP=cap is not None,
         BOUNDED=cap is not None and cap <= UNBOUNDED_CAP and q.dtype == torch.bfloat16,
-        SCORE=None if cap is not None else functions.score, MASK=functions.mask, **tile,
+        SCORE=None if cap is not None else functions.score, MASK=functions.mask, BF16=q.dtype == torch.bfloat16, **tile,
     )  # fmt: skip
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     programs = min(total, _processors(q.device.index) if q.is_cuda else 132)

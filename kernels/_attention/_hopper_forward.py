@@ -30,18 +30,21 @@ def producer(task, planes, COUNTER, c: gl.constexpr):
     qs, ks, vs, _, box = memory
     q_ready, q_free, k_ready, k_free, v_ready, v_free, t_ready, t_free = bars
     lanes: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    groups: gl.constexpr = c.BM // 64
     t = gl.program_id(0)
     done = 0
     ring = 0
     while t < total:
         tile, b, h, zb, q0, k0, _stats, Sq, Sk = locate(t, tables, sizes, c.CAUSAL, c.PACKED)
         BLOCKS, last, _n1, _n2, count = key_list(tile, b, h, Sq, Sk, scalars[0], lists, c)
+        count = gl.maximum(count, 1)
         g = h // c.GROUP
         row = zb * q_batch + h * q_head + q0 + tile * c.BM
-        for i in gl.static_range(c.BM // 64):
-            mbarrier.wait(q_free.index(i), (done & 1) ^ 1)
-            mbarrier.expect(q_ready.index(i), q_d.block_type.nbytes)
-            tma.async_copy_global_to_shared(q_d, [row + 64 * i, h * q_col], q_ready.index(i), qs.index(i))
+        slot = (done % c.QS) * groups
+        for i in gl.static_range(groups):
+            mbarrier.wait(q_free.index(slot + i), ((done // c.QS) & 1) ^ 1)
+            mbarrier.expect(q_ready.index(slot + i), q_d.block_type.nbytes)
+            tma.async_copy_global_to_shared(q_d, [row + 64 * i, h * q_col], q_ready.index(slot + i), qs.index(slot + i))
         kr = zb * k_batch + g * k_head + k0
         vr = zb * v_batch + g * v_head + k0
         for n in range(0, count):
@@ -64,9 +67,109 @@ def producer(task, planes, COUNTER, c: gl.constexpr):
 
 
 @gluon.jit
+def halves(x, BN: gl.constexpr):
+    """Even and odd columns: two neighbours share a register once they have 16 bits."""
+    return x.reshape([64, BN // 2, 2]).split()
+
+
+@gluon.jit
+def pack(even, odd, BF16: gl.constexpr):
+    """Two columns as 16-bit numbers in one word: what a loop carries as words stays in whole registers."""
+    if BF16:
+        return gl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [even, odd], dtype=gl.int32,
+                                         is_pure=True, pack=1)  # fmt: skip
+    else:
+        return gl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [even, odd], dtype=gl.int32,
+                                         is_pure=True, pack=1)  # fmt: skip
+
+
+@gluon.jit
+def settled(x):
+    """x, known before whatever follows: an instruction that never runs stands between them.
+
+    ptxas else moves the wait for a product up before the exponentials that were to be taken meanwhile.
+    """
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .f32 t; add.f32 t, $2, $3; setp.eq.f32 p, t, 0fBF800000; @p nanosleep.u32 0;"
+        " mov.b32 $0, $2; mov.b32 $1, $3; }", "=f,=f,f,f", [x], dtype=gl.float32, is_pure=False, pack=2)  # fmt: skip
+
+
+@gluon.jit
+def unpack(words, BF16: gl.constexpr, BN: gl.constexpr, LO: gl.constexpr):
+    """The packed weights as wgmma's first operand."""
+    if BF16:
+        even, odd = gl.inline_asm_elementwise("mov.b32 {$0, $1}, $2;", "=h,=h,r", [words],
+                                              dtype=(gl.bfloat16, gl.bfloat16), is_pure=True, pack=1)  # fmt: skip
+    else:
+        even, odd = gl.inline_asm_elementwise("mov.b32 {$0, $1}, $2;", "=h,=h,r", [words],
+                                              dtype=(gl.float16, gl.float16), is_pure=True, pack=1)  # fmt: skip
+    return gl.convert_layout(gl.join(even, odd).reshape([64, BN]), gl.DotOperandLayout(0, LO, 2))
+
+
+@gluon.jit
+def my_turn(W: gl.constexpr, c: gl.constexpr):
+    if c.PP:
+        x = gl.full([128], 0, gl.int32, gl.BlockedLayout([1], [32], [4], [0]))
+        if W == 0:
+            gl.inline_asm_elementwise("bar.sync 10, 256; mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+        elif W == 1:
+            gl.inline_asm_elementwise("bar.sync 11, 256; mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+        else:
+            gl.inline_asm_elementwise("bar.sync 12, 256; mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def your_turn(W: gl.constexpr, c: gl.constexpr):
+    if c.PP:
+        x = gl.full([128], 0, gl.int32, gl.BlockedLayout([1], [32], [4], [0]))
+        n: gl.constexpr = (W + 1) % (c.BM // 64)
+        if n == 0:
+            gl.inline_asm_elementwise("bar.arrive 10, 256; mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+        elif n == 1:
+            gl.inline_asm_elementwise("bar.arrive 11, 256; mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+        else:
+            gl.inline_asm_elementwise("bar.arrive 12, 256; mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def times_values(acc, P, fade, values, LO: gl.constexpr, c: gl.constexpr):
+    """Start the product of a block's weights with its values, on top of what the sums so far have faded to."""
+    if c.LATE >= 1 and not c.BOUNDED:
+        acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, LO))[:, None]
+    if c.LATE == 2:
+        P = pack(P[0], P[1], c.BF16)
+    return warpgroup_mma(unpack(P, c.BF16, c.BN, LO), values, acc, is_async=True)
+
+
+@gluon.jit
+def clipped(S, rows, n0, Sk, off, w, L: gl.constexpr, c: gl.constexpr):
+    """Scores of keys from n0 on, -inf outside each query's range.
+
+    Columns are told apart as (eights, lanes, neighbours), so that all of a column's number but the lane's part is known
+    when the kernel is compiled: one comparison a side and element.
+    """
+    x = S.reshape([64, c.BN // 8, 4, 2])
+    X: gl.constexpr = x.type.layout
+    eights = gl.arange(0, c.BN // 8, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, X))))
+    lanes = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, X))))
+    pair = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, X))))
+    k = 8 * eights[None, :, None, None] + pair[None, None, None, :]
+    at = gl.convert_layout(rows, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, X)))) + (off - n0)
+    end = at + 1
+    if not c.CAUSAL:
+        end = at * 0 + (Sk - n0)
+        if c.WINDOW:
+            end = gl.minimum(end, at + w)
+    seen = k < end[:, None, None, None] - 2 * lanes[None, None, :, None]
+    if c.WINDOW:
+        seen = seen & (k > (at - w)[:, None, None, None] - 2 * lanes[None, None, :, None])
+    return gl.convert_layout(gl.where(seen, x, -float("inf")).reshape([64, c.BN]), L)
+
+
+@gluon.jit
 def fold(S, m, den, n0, rows, problem, MASKED: gl.constexpr, L: gl.constexpr, c: gl.constexpr):
     """One online-softmax step on a tile of raw scores: (weights, new maximum, new denominator, factor of the old)."""
-    b, h, _, Sk, off, _, scale, cap, score_args, _ = problem
+    b, h, _, Sk, off, w, scale, cap, score_args, _ = problem
     factor = scale * LOG2E
     cols = n0 + gl.arange(0, c.BN, gl.SliceLayout(0, L))
     inside = gl.minimum(cols, Sk - 1)
@@ -77,156 +180,205 @@ def fold(S, m, den, n0, rows, problem, MASKED: gl.constexpr, L: gl.constexpr, c:
         S = c.SCORE(S * scale, b, h, rows, inside, off, score_args)
         factor = LOG2E
     if MASKED:
-        S = masked(S, rows[:, None], cols[None, :], rows, inside, problem, c)
+        if c.MASK is None:
+            S = clipped(S, rows, n0, Sk, off, w, L, c)
+        else:
+            S = masked(S, rows[:, None], cols[None, :], rows, inside, problem, c)
+    even, odd = halves(S, c.BN)
     if c.BOUNDED:
         # Capped scores are small enough for exponentials as they are.
-        p = gl.exp2(S * factor)
-        den = den + gl.sum(p, 1)
+        even = gl.exp2(even * factor)
+        odd = gl.exp2(odd * factor)
+        den = den + gl.sum(even + odd, 1)
         fade = den
     else:
         # `factor` is positive (the host sees to it), so it may follow the maximum.
-        m_new = gl.maximum(m, gl.max(S, 1) * factor)
+        m_new = gl.maximum(m, gl.max(gl.maximum(even, odd), 1) * factor)
         top = m_new
         if MASKED or c.SCORE is not None:
             top = gl.where(m_new == -float("inf"), 0.0, m_new)
-        p = gl.exp2(S * factor - top[:, None])
+        even = gl.exp2(even * factor - top[:, None])
+        odd = gl.exp2(odd * factor - top[:, None])
         fade = gl.exp2(m - top)
-        den = den * fade + gl.sum(p, 1)
+        den = den * fade + gl.sum(even + odd, 1)
         m = m_new
-    return p, m, den, fade
+    return even, odd, m, den, fade
 
 
 @gluon.jit
 def step(
-    acc, P, m, den, qt, memory, bars, BLOCKS, last, n, count, ring, rows, problem, MASKED: gl.constexpr,
-    W: gl.constexpr, L: gl.constexpr, LO: gl.constexpr, c: gl.constexpr,
+    acc, P, fade, m, den, qt, memory, bars, BLOCKS, last, n, ring, rows, problem, MASKED: gl.constexpr, W: gl.constexpr,
+    L: gl.constexpr, LO: gl.constexpr, c: gl.constexpr,
 ):  # fmt: skip
     """Block n's scores and softmax, while block n - 1's weights meet their values."""
     _, ks, vs, _, _ = memory
-    _, q_free, k_ready, k_free, v_ready, v_free, _, _ = bars
+    _, _, k_ready, k_free, v_ready, v_free, _, _ = bars
     s = (ring + n) % c.ST
     t = (ring + n - 1) % c.ST
     mbarrier.wait(k_ready.index(s), ((ring + n) // c.ST) & 1)
     zero = gl.zeros([64, c.BN], gl.float32, L)
+    my_turn(W, c)
     S = warpgroup_mma(qt, ks.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
     mbarrier.wait(v_ready.index(t), ((ring + n - 1) // c.ST) & 1)
-    acc = warpgroup_mma(P, vs.index(t), acc, is_async=True)
+    acc = times_values(acc, P, fade, vs.index(t), LO, c)
+    your_turn(W, c)
     S = warpgroup_mma_wait(1, deps=[S])
     mbarrier.arrive(k_free.index(s))
-    if c.STAGED:
-        mbarrier.arrive(q_free.index(W), pred=n == count - 1)
     n0 = block_at(BLOCKS, last, n, -1, c.LISTED) * c.BN
-    p, m, den, fade = fold(S, m, den, n0, rows, problem, MASKED, L, c)
-    acc = warpgroup_mma_wait(0, deps=[acc])
+    even, odd, m, den, fade = fold(S, m, den, n0, rows, problem, MASKED, L, c)
+    # Packed after the product that still reads the last weights, which may then keep their registers.
+    if c.SETTLE:
+        den = settled(den)
+    acc, even, odd = warpgroup_mma_wait(0, deps=[acc, even, odd])
     mbarrier.arrive(v_free.index(t))
-    if not c.BOUNDED:
-        acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, LO))[:, None]
-    P = gl.convert_layout(p.to(vs.dtype), gl.DotOperandLayout(0, LO, 2))
-    return acc, P, m, den
+    if c.LATE == 2:
+        P = (even, odd)
+    else:
+        P = pack(even, odd, c.BF16)
+        if c.LATE == 0 and not c.BOUNDED:
+            acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, LO))[:, None]
+    return acc, P, fade, m, den
+
+
+@gluon.jit
+def finish(acc, m, den, place, results, o_d, stage, LO: gl.constexpr, c: gl.constexpr):
+    """Divide by the denominators and write 64 rows of the output and of lse."""
+    OUT, LSE, SINKS, o_stride = results
+    row0, orow, h, stats, Sq = place
+    RO: gl.constexpr = gl.SliceLayout(1, LO)
+    # Not by the maximum, which passes over NaN: a NaN in the scores must come out.
+    empty = den == 0.0
+    top = gl.where(empty, 0.0, m)
+    whole = gl.where(empty, 1.0, den)
+    fade = gl.where(empty, 0.0, 1.0)
+    if c.SINK:
+        sink = gl.load(SINKS + h).to(gl.float32) * LOG2E
+        raised = gl.maximum(top, sink)
+        fade = fade * gl.exp2(top - raised)
+        whole = gl.where(empty, 1.0, whole * gl.exp2(top - raised) + gl.exp2(sink - raised))
+        top = raised
+    out = (acc * gl.convert_layout(fade / whole, RO)[:, None]).to(OUT.dtype.element_ty)
+    lse = gl.where(empty, -float("inf"), (top + gl.log2(whole)) * LN2)
+    offsets = row0 + gl.arange(0, 64, RO)
+    gl.store(LSE + stats + offsets, gl.convert_layout(lse, RO), mask=offsets < Sq)
+    if c.D == c.DV and row0 + 64 <= Sq:
+        # The last tile's output may still be leaving.
+        tma.store_wait(0)
+        gl.thread_barrier()
+        stage.store(out)
+        fence_async_shared()
+        tma.async_copy_shared_to_global(o_d, [orow + row0, h * c.DV], stage)
+    else:
+        cols = gl.arange(0, c.DV, gl.SliceLayout(0, LO))
+        to = OUT + (orow + offsets[:, None]).to(gl.int64) * o_stride + (h * c.DV + cols[None, :])
+        gl.store(to, out, mask=(offsets < Sq)[:, None] & (cols >= 0)[None, :])
 
 
 @gluon.jit
 def consumer(task, results, W: gl.constexpr, c: gl.constexpr):
-    """Queries [64 W, 64 W + 64) of each tile: all of their blocks, then the output."""
+    """Queries [64 W, 64 W + 64) of each tile; a tile's first scores are computed with the last one's last product."""
     L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, c.BN, 16])
     LO: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, c.DV, 16])
-    R: gl.constexpr = gl.SliceLayout(1, L)
-    RO: gl.constexpr = gl.SliceLayout(1, LO)
+    groups: gl.constexpr = c.BM // 64
     descs, tables, lists, sizes, scalars, memory, bars, total = task
-    OUT, LSE, SINKS, o_stride = results
     o_d = descs[3]
     qs, ks, vs, outs, box = memory
     q_ready, q_free, k_ready, k_free, v_ready, v_free, t_ready, t_free = bars
     w, scale, cap, score_args, mask_args = scalars
-    qt = qs.index(W)
-    if c.STAGED:
-        stage = outs.index(W)
-    else:
-        stage = qt
+    zero = gl.zeros([64, c.BN], gl.float32, L)
+    even, odd = halves(zero, c.BN)
+    R: gl.constexpr = gl.SliceLayout(1, even.type.layout)
     t = gl.program_id(0)
+    if W == c.BM // 64 - 1:
+        your_turn(W, c)
     done = 0
     ring = 0
+    # Before the first tile: a product of zeros, whose result is dropped.
+    m = gl.full([64], 0.0, gl.float32, R)
+    den = m
+    fade = m
+    if c.LATE == 2:
+        P = (even, odd)
+    else:
+        P = pack(even, odd, c.BF16)
+    acc = gl.zeros([64, c.DV], gl.float32, LO)
+    place = (0, 0, 0, 0, 0)
     while t < total:
         tile, b, h, zb, q0, _k0, stats, Sq, Sk = locate(t, tables, sizes, c.CAUSAL, c.PACKED)
         BLOCKS, last, n1, n2, count = key_list(tile, b, h, Sq, Sk, w, lists, c)
+        # A tile that sees nothing takes one block, all of it masked.
+        count = gl.maximum(count, 1)
         problem = (b, h, Sq, Sk, Sk - Sq, w, scale, cap, score_args, mask_args)
         row0 = tile * c.BM + 64 * W
-        offsets = row0 + gl.arange(0, 64, R)
-        rows = gl.minimum(offsets, Sq - 1)
-        m = gl.full([64], 0.0 if c.BOUNDED else -float("inf"), gl.float32, R)
-        den = gl.full([64], 0.0, gl.float32, R)
-        acc = gl.zeros([64, c.DV], gl.float32, LO)
-        mbarrier.wait(q_ready.index(W), done & 1)
-        if count > 0:
-            s = ring % c.ST
-            mbarrier.wait(k_ready.index(s), (ring // c.ST) & 1)
-            zero = gl.zeros([64, c.BN], gl.float32, L)
-            S = warpgroup_mma(qt, ks.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
+        rows = gl.minimum(row0 + gl.arange(0, 64, gl.SliceLayout(1, L)), Sq - 1)
+        slot = (done % c.QS) * groups + W
+        qt = qs.index(slot)
+        u = (ring + c.ST - 1) % c.ST
+        if c.QS == 1:
+            if done > 0:
+                mbarrier.wait(v_ready.index(u), ((ring - 1) // c.ST) & 1)
+                acc = times_values(acc, P, fade, vs.index(u), LO, c)
+                acc = warpgroup_mma_wait(0, deps=[acc])
+                mbarrier.arrive(v_free.index(u))
+                finish(acc, m, den, place, results, o_d, qt, LO, c)
+                tma.store_wait(0)
+                gl.thread_barrier()
+                mbarrier.arrive(q_free.index(W))
+        s = ring % c.ST
+        mbarrier.wait(q_ready.index(slot), (done // c.QS) & 1)
+        mbarrier.wait(k_ready.index(s), (ring // c.ST) & 1)
+        my_turn(W, c)
+        S = warpgroup_mma(qt, ks.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
+        if c.QS == 2:
+            mbarrier.wait(v_ready.index(u), ((ring - 1) // c.ST) & 1, pred=done > 0)
+            acc = times_values(acc, P, fade, vs.index(u), LO, c)
+            your_turn(W, c)
+            S = warpgroup_mma_wait(1, deps=[S])
+        else:
+            your_turn(W, c)
             S = warpgroup_mma_wait(0, deps=[S])
-            mbarrier.arrive(k_free.index(s))
-            if c.STAGED:
-                mbarrier.arrive(q_free.index(W), pred=count == 1)
-            n0 = block_at(BLOCKS, last, 0, -1, c.LISTED) * c.BN
-            # The first block is whole only if no partly seen one comes before, and whole ones exist.
-            if (n1 > 0) | (n2 == 0):
-                p, m, den, fade = fold(S, m, den, n0, rows, problem, True, L, c)
-            else:
-                p, m, den, fade = fold(S, m, den, n0, rows, problem, False, L, c)
-            P = gl.convert_layout(p.to(vs.dtype), gl.DotOperandLayout(0, LO, 2))
-            for n in range(1, n1):
-                acc, P, m, den = step(acc, P, m, den, qt, memory, bars, BLOCKS, last, n, count, ring, rows, problem, True,
-                                      W, L, LO, c)  # fmt: skip
-            for n in range(gl.maximum(n1, 1), n2):
-                acc, P, m, den = step(acc, P, m, den, qt, memory, bars, BLOCKS, last, n, count, ring, rows, problem,
-                                      False, W, L, LO, c)  # fmt: skip
-            if c.WINDOW or c.LISTED:
-                for n in range(gl.maximum(n2, 1), count):
-                    acc, P, m, den = step(acc, P, m, den, qt, memory, bars, BLOCKS, last, n, count, ring, rows, problem,
-                                          True, W, L, LO, c)  # fmt: skip
-            ring += count
-            s = (ring - 1) % c.ST
-            mbarrier.wait(v_ready.index(s), ((ring - 1) // c.ST) & 1)
-            acc = warpgroup_mma(P, vs.index(s), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=[acc])
-            mbarrier.arrive(v_free.index(s))
-        elif c.STAGED:
-            mbarrier.arrive(q_free.index(W))
+        mbarrier.arrive(k_free.index(s))
+        n0 = block_at(BLOCKS, last, 0, -1, c.LISTED) * c.BN
+        m_first = gl.full([64], 0.0 if c.BOUNDED else -float("inf"), gl.float32, R)
+        even, odd, m_first, den_first, _ = fold(S, m_first, gl.zeros([64], gl.float32, R), n0, rows, problem, True, L, c)
+        if c.QS == 2:
+            if c.SETTLE:
+                den_first = settled(den_first)
+            acc, even, odd = warpgroup_mma_wait(0, deps=[acc, even, odd])
+            mbarrier.arrive(v_free.index(u), pred=done > 0)
+            if done > 0:
+                finish(acc, m, den, place, results, o_d, outs.index(W), LO, c)
+        if c.LATE == 2:
+            P = (even, odd)
+        else:
+            P = pack(even, odd, c.BF16)
+        m = m_first
+        den = den_first
+        fade = den
+        acc = gl.zeros([64, c.DV], gl.float32, LO)
+        place = (row0, zb * sizes[1] + q0, h, stats, Sq)
+        for n in range(1, n1):
+            acc, P, fade, m, den = step(acc, P, fade, m, den, qt, memory, bars, BLOCKS, last, n, ring, rows, problem, True, W, L, LO,
+                                  c)  # fmt: skip
+        for n in range(gl.maximum(n1, 1), n2):
+            acc, P, fade, m, den = step(acc, P, fade, m, den, qt, memory, bars, BLOCKS, last, n, ring, rows, problem, False, W, L,
+                                  LO, c)  # fmt: skip
+        if c.WINDOW or c.LISTED:
+            for n in range(gl.maximum(n2, 1), count):
+                acc, P, fade, m, den = step(acc, P, fade, m, den, qt, memory, bars, BLOCKS, last, n, ring, rows, problem, True, W, L,
+                                      LO, c)  # fmt: skip
+        ring += count
+        if c.QS == 2:
+            mbarrier.arrive(q_free.index(slot))
         mbarrier.wait(t_ready.index(0), done & 1)
         t = gl.max(box.index(0).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
         mbarrier.arrive(t_free.index(0))
-        # Not by the maximum, which passes over NaN: a NaN in the scores must come out.
-        empty = den == 0.0
-        top = gl.where(empty, 0.0, m)
-        whole = gl.where(empty, 1.0, den)
-        fade = gl.where(empty, 0.0, 1.0)
-        if c.SINK:
-            sink = gl.load(SINKS + h).to(gl.float32) * LOG2E
-            raised = gl.maximum(top, sink)
-            fade = fade * gl.exp2(top - raised)
-            whole = gl.where(empty, 1.0, whole * gl.exp2(top - raised) + gl.exp2(sink - raised))
-            top = raised
-        out = (acc * gl.convert_layout(fade / whole, RO)[:, None]).to(vs.dtype)
-        lse = gl.where(empty, -float("inf"), (top + gl.log2(whole)) * LN2)
-        gl.store(LSE + stats + offsets, lse, mask=offsets < Sq)
-        orow = zb * sizes[1] + q0
-        if c.D == c.DV and row0 + 64 <= Sq:
-            # The last tile's output may still be leaving.
-            tma.store_wait(0)
-            gl.thread_barrier()
-            stage.store(out)
-            fence_async_shared()
-            tma.async_copy_shared_to_global(o_d, [orow + row0, h * c.DV], stage)
-            if not c.STAGED:
-                tma.store_wait(0)
-                gl.thread_barrier()
-        else:
-            at = row0 + gl.arange(0, 64, RO)
-            cols = gl.arange(0, c.DV, gl.SliceLayout(0, LO))
-            to = OUT + (orow + at[:, None]).to(gl.int64) * o_stride + (h * c.DV + cols[None, :])
-            gl.store(to, out, mask=(at < Sq)[:, None] & (cols >= 0)[None, :])
-        if not c.STAGED:
-            mbarrier.arrive(q_free.index(W))
         done += 1
+    u = (ring + c.ST - 1) % c.ST
+    mbarrier.wait(v_ready.index(u), ((ring - 1) // c.ST) & 1)
+    acc = times_values(acc, P, fade, vs.index(u), LO, c)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    finish(acc, m, den, place, results, o_d, outs.index(W) if c.QS == 2 else qs.index(W), LO, c)
     tma.store_wait(0)
 
 
@@ -242,13 +394,13 @@ def forward(
     `h * col` on.
     """
     groups: gl.constexpr = c.BM // 64
-    qs = gl.allocate_shared_memory(q_d.dtype, [groups, 64, c.D], q_d.layout)
+    qs = gl.allocate_shared_memory(q_d.dtype, [c.QS * groups, 64, c.D], q_d.layout)
     ks = gl.allocate_shared_memory(k_d.dtype, [c.ST, c.BN, c.D], k_d.layout)
     vs = gl.allocate_shared_memory(v_d.dtype, [c.ST, c.BN, c.DV], v_d.layout)
-    outs = gl.allocate_shared_memory(q_d.dtype, [groups if c.STAGED else 1, 64 if c.STAGED else 8, c.DV], o_d.layout)
+    outs = gl.allocate_shared_memory(q_d.dtype, [groups if c.QS == 2 else 1, 64 if c.QS == 2 else 8, c.DV], o_d.layout)
     box = gl.allocate_shared_memory(gl.int32, [1, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     bars = (
-        barriers(groups, 1), barriers(groups, 1), barriers(c.ST, 1), barriers(c.ST, groups), barriers(c.ST, 1),
+        barriers(c.QS * groups, 1), barriers(c.QS * groups, 1), barriers(c.ST, 1), barriers(c.ST, groups), barriers(c.ST, 1),
         barriers(c.ST, groups), barriers(1, 1), barriers(1, groups),
     )  # fmt: skip
     memory = (qs, ks, vs, outs, box)
