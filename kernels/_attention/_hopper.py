@@ -164,7 +164,7 @@ def forward(
     out = torch.empty(*q.shape[:3], DV, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
     import os
-    tile = {"LATE": 0, "PP": False, "SETTLE": True} | _forward_tile(D, DV, _seen(k, spec, call.variant.mask is not None or call.packed is not None))
+    tile = {"LATE": 0, "AHEAD": 2, "PP": False, "SETTLE": True} | _forward_tile(D, DV, _seen(k, spec, call.variant.mask is not None or call.packed is not None))
     tile |= eval(os.environ.get("TKV", "{}"))
     bm, bn = tile["BM"], tile["BN"]
     grid, pointers, strides, listed = _triton.layout(call, q, k, Tiling(bm, bn, 4, tile["ST"]), False)

@@ -35,9 +35,14 @@ def producer(task, planes, COUNTER, c: gl.constexpr):
     done = 0
     ring = 0
     while t < total:
-        tile, b, h, zb, q0, k0, _stats, Sq, Sk = locate(t, tables, sizes, c.CAUSAL, c.PACKED)
-        BLOCKS, last, _n1, _n2, count = key_list(tile, b, h, Sq, Sk, scalars[0], lists, c)
+        tile, b, h, zb, q0, k0, stats, Sq, Sk = locate(t, tables, sizes, c.CAUSAL, c.PACKED)
+        BLOCKS, last, n1, n2, count = key_list(tile, b, h, Sq, Sk, scalars[0], lists, c)
+        # A tile that sees nothing takes one block, all of it masked.
         count = gl.maximum(count, 1)
+        page = done & 1
+        mbarrier.wait(t_free.index(page), ((done >> 1) & 1) ^ 1)
+        post(box, page, (t, tile, b, h, zb * sizes[1] + q0, stats, Sq, Sk, last, n1, n2, count), lanes)
+        mbarrier.arrive(t_ready.index(page))
         g = h // c.GROUP
         row = zb * q_batch + h * q_head + q0 + tile * c.BM
         slot = (done % c.QS) * groups
@@ -47,7 +52,13 @@ def producer(task, planes, COUNTER, c: gl.constexpr):
             tma.async_copy_global_to_shared(q_d, [row + 64 * i, h * q_col], q_ready.index(slot + i), qs.index(slot + i))
         kr = zb * k_batch + g * k_head + k0
         vr = zb * v_batch + g * v_head + k0
+        # The next tile is fetched two blocks before this one's last: soon enough to hide the wait, and no sooner, since
+        # what is promised early balances the load worse at the end.
+        fetch = gl.maximum(count - c.AHEAD, 0)
+        mine = 0
         for n in range(0, count):
+            if n == fetch:
+                mine = gl.atomic_add(COUNTER, 1)
             at = block_at(BLOCKS, last, n, -1, c.LISTED) * c.BN
             s = (ring + n) % c.ST
             phase = ((ring + n) // c.ST) & 1
@@ -58,12 +69,27 @@ def producer(task, planes, COUNTER, c: gl.constexpr):
             mbarrier.expect(v_ready.index(s), v_d.block_type.nbytes)
             tma.async_copy_global_to_shared(v_d, [vr + at, g * v_col], v_ready.index(s), vs.index(s))
         ring += count
-        # Fetched no earlier than needed: the sooner it is promised, the worse the load is balanced at the end.
-        t = gl.atomic_add(COUNTER, 1) + gl.num_programs(0)
-        mbarrier.wait(t_free.index(0), (done & 1) ^ 1)
-        box.index(0).store(gl.full([1], t, gl.int32, lanes))
-        mbarrier.arrive(t_ready.index(0))
+        if mine == total - 1:
+            # The last of all fetches: the counter is ready for the next launch.
+            gl.store(COUNTER, 0)
+        t = mine + gl.num_programs(0)
         done += 1
+    page = done & 1
+    mbarrier.wait(t_free.index(page), ((done >> 1) & 1) ^ 1)
+    post(box, page, (t,), lanes)
+    mbarrier.arrive(t_ready.index(page))
+
+
+@gluon.jit
+def post(box, page, numbers, lanes: gl.constexpr):
+    """Write a tile's numbers where the consumers read them."""
+    for i in gl.static_range(len(numbers)):
+        box.index(16 * page + i).store(gl.full([1], numbers[i], gl.int32, lanes))
+
+
+@gluon.jit
+def posted(box, page, i: gl.constexpr):
+    return gl.max(box.index(16 * page + i).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
 
 
 @gluon.jit
@@ -280,7 +306,7 @@ def consumer(task, results, W: gl.constexpr, c: gl.constexpr):
     L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, c.BN, 16])
     LO: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, c.DV, 16])
     groups: gl.constexpr = c.BM // 64
-    descs, tables, lists, sizes, scalars, memory, bars, total = task
+    descs, _tables, lists, _sizes, scalars, memory, bars, total = task
     o_d = descs[3]
     qs, ks, vs, outs, box = memory
     q_ready, q_free, k_ready, k_free, v_ready, v_free, t_ready, t_free = bars
@@ -288,7 +314,6 @@ def consumer(task, results, W: gl.constexpr, c: gl.constexpr):
     zero = gl.zeros([64, c.BN], gl.float32, L)
     even, odd = halves(zero, c.BN)
     R: gl.constexpr = gl.SliceLayout(1, even.type.layout)
-    t = gl.program_id(0)
     if W == c.BM // 64 - 1:
         your_turn(W, c)
     done = 0
@@ -303,11 +328,24 @@ def consumer(task, results, W: gl.constexpr, c: gl.constexpr):
         P = pack(even, odd, c.BF16)
     acc = gl.zeros([64, c.DV], gl.float32, LO)
     place = (0, 0, 0, 0, 0)
-    while t < total:
-        tile, b, h, zb, q0, _k0, stats, Sq, Sk = locate(t, tables, sizes, c.CAUSAL, c.PACKED)
-        BLOCKS, last, n1, n2, count = key_list(tile, b, h, Sq, Sk, w, lists, c)
-        # A tile that sees nothing takes one block, all of it masked.
-        count = gl.maximum(count, 1)
+    mbarrier.wait(t_ready.index(0), 0)
+    while posted(box, done & 1, 0) < total:
+        page = done & 1
+        tile = posted(box, page, 1)
+        b = posted(box, page, 2)
+        h = posted(box, page, 3)
+        orow = posted(box, page, 4)
+        stats = posted(box, page, 5)
+        Sq = posted(box, page, 6)
+        Sk = posted(box, page, 7)
+        last = posted(box, page, 8)
+        n1 = posted(box, page, 9)
+        n2 = posted(box, page, 10)
+        count = posted(box, page, 11)
+        mbarrier.arrive(t_free.index(page))
+        BLOCKS = lists[0]
+        if c.LISTED:
+            BLOCKS += (b * lists[3] + h * lists[4] + tile).to(gl.int64) * lists[5]
         problem = (b, h, Sq, Sk, Sk - Sq, w, scale, cap, score_args, mask_args)
         row0 = tile * c.BM + 64 * W
         rows = gl.minimum(row0 + gl.arange(0, 64, gl.SliceLayout(1, L)), Sq - 1)
@@ -340,7 +378,7 @@ def consumer(task, results, W: gl.constexpr, c: gl.constexpr):
         mbarrier.arrive(k_free.index(s))
         n0 = block_at(BLOCKS, last, 0, -1, c.LISTED) * c.BN
         m_first = gl.full([64], 0.0 if c.BOUNDED else -float("inf"), gl.float32, R)
-        even, odd, m_first, den_first, _ = fold(S, m_first, gl.zeros([64], gl.float32, R), n0, rows, problem, True, L, c)
+        even, odd, m_first, den_first, _fade = fold(S, m_first, gl.zeros([64], gl.float32, R), n0, rows, problem, True, L, c)
         if c.QS == 2:
             if c.SETTLE:
                 den_first = settled(den_first)
@@ -356,7 +394,7 @@ def consumer(task, results, W: gl.constexpr, c: gl.constexpr):
         den = den_first
         fade = den
         acc = gl.zeros([64, c.DV], gl.float32, LO)
-        place = (row0, zb * sizes[1] + q0, h, stats, Sq)
+        place = (row0, orow, h, stats, Sq)
         for n in range(1, n1):
             acc, P, fade, m, den = step(acc, P, fade, m, den, qt, memory, bars, BLOCKS, last, n, ring, rows, problem, True, W, L, LO,
                                   c)  # fmt: skip
@@ -370,10 +408,8 @@ def consumer(task, results, W: gl.constexpr, c: gl.constexpr):
         ring += count
         if c.QS == 2:
             mbarrier.arrive(q_free.index(slot))
-        mbarrier.wait(t_ready.index(0), done & 1)
-        t = gl.max(box.index(0).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
-        mbarrier.arrive(t_free.index(0))
         done += 1
+        mbarrier.wait(t_ready.index(done & 1), (done >> 1) & 1)
     u = (ring + c.ST - 1) % c.ST
     mbarrier.wait(v_ready.index(u), ((ring - 1) // c.ST) & 1)
     acc = times_values(acc, P, fade, vs.index(u), LO, c)
@@ -398,10 +434,10 @@ def forward(
     ks = gl.allocate_shared_memory(k_d.dtype, [c.ST, c.BN, c.D], k_d.layout)
     vs = gl.allocate_shared_memory(v_d.dtype, [c.ST, c.BN, c.DV], v_d.layout)
     outs = gl.allocate_shared_memory(q_d.dtype, [groups if c.QS == 2 else 1, 64 if c.QS == 2 else 8, c.DV], o_d.layout)
-    box = gl.allocate_shared_memory(gl.int32, [1, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    box = gl.allocate_shared_memory(gl.int32, [32, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     bars = (
         barriers(c.QS * groups, 1), barriers(c.QS * groups, 1), barriers(c.ST, 1), barriers(c.ST, groups), barriers(c.ST, 1),
-        barriers(c.ST, groups), barriers(1, 1), barriers(1, groups),
+        barriers(c.ST, groups), barriers(2, 1), barriers(2, groups),
     )  # fmt: skip
     memory = (qs, ks, vs, outs, box)
     descs = (q_d, k_d, v_d, o_d)
