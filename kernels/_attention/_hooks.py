@@ -89,6 +89,9 @@ def rope_offset(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None) 
 
 def rope_formula(x: Tensor, rope: Rope, offset: int | Tensor, cu: Tensor | None) -> Tensor:
     """What `rope_hook` does, as plain PyTorch for a compiler to fuse."""
+    if cu is None and isinstance(offset, int):
+        cos, sin = (t[offset : offset + x.shape[1]] for t in rope)
+        return rotate(x, cos, sin)
     sequence, index = rows_of(x, cu)
     at = index + (offset[sequence] if isinstance(offset, Tensor) else offset)
     cos, sin = (t[at].view(*x.shape[:2], -1) for t in rope)
@@ -165,6 +168,14 @@ class _Transform(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         x, cu = ctx.saved_tensors
         return _run(ctx.compiled, x, grads[0], cu), None, None
+
+
+def turn_queries(
+    q: Tensor, k: Tensor, rope: Rope, packed: Packed | None, grad: Tensor | None = None
+) -> Tensor:
+    """The queries turned as the Hopper forward turns them in its load; with `grad`, theirs before they were turned."""
+    cu_q, cu_k = (None, None) if packed is None else (packed.cu_q, packed.cu_k)
+    return _run(trace(rope_hook(rope, rope_offset(q, k, cu_q, cu_k)), q.device), q, grad, cu_q)
 
 
 def reference(x: Tensor, hook: Hook, cu: Tensor | None) -> Tensor:

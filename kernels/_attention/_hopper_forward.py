@@ -233,12 +233,12 @@ def fold(S, m, den, n0, rows, problem, MASKED: gl.constexpr, L: gl.constexpr, c:
 
 @gluon.jit
 def step(
-    acc, P, fade, m, den, qt, memory, bars, BLOCKS, last, n, ring, rows, problem, MASKED: gl.constexpr, W: gl.constexpr,
+    acc, P, fade, m, den, qt, memory, bars, BLOCKS, last, n, count, ring, rows, problem, MASKED: gl.constexpr, W: gl.constexpr,
     L: gl.constexpr, LO: gl.constexpr, c: gl.constexpr,
 ):  # fmt: skip
     """Block n's scores and softmax, while block n - 1's weights meet their values."""
     _, ks, vs, _, _ = memory
-    _, _, k_ready, k_free, v_ready, v_free, _, _ = bars
+    _, q_free, k_ready, k_free, v_ready, v_free, _, _ = bars
     s = (ring + n) % c.ST
     t = (ring + n - 1) % c.ST
     mbarrier.wait(k_ready.index(s), ((ring + n) // c.ST) & 1)
@@ -250,6 +250,8 @@ def step(
     your_turn(W, c)
     S = warpgroup_mma_wait(1, deps=[S])
     mbarrier.arrive(k_free.index(s))
+    if c.QS == 1:
+        mbarrier.arrive(q_free.index(W), pred=n == count - 1)
     n0 = block_at(BLOCKS, last, n, -1, c.LISTED) * c.BN
     even, odd, m, den, fade = fold(S, m, den, n0, rows, problem, MASKED, L, c)
     # Packed after the product that still reads the last weights, which may then keep their registers.
@@ -267,11 +269,40 @@ def step(
 
 
 @gluon.jit
+def turn(qt, first, Sq, off, COS, SIN, c: gl.constexpr):
+    """Rotate 64 queries by their positions where they lie, before they are multiplied (Su et al., RoFormer, 3.2)."""
+    half: gl.constexpr = c.D // 2
+    # A thread holds the same columns of both halves.
+    B: gl.constexpr = gl.BlockedLayout([1, 8], [512 // c.D, c.D // 16], [4, 1], [1, 0])
+    low, high = qt.load(B).to(gl.float32).reshape([64, 2, half]).permute((0, 2, 1)).split()
+    P: gl.constexpr = low.type.layout
+    at = gl.minimum(first + gl.arange(0, 64, gl.SliceLayout(1, P)), Sq - 1) + off
+    to = at[:, None] * half + gl.arange(0, half, gl.SliceLayout(0, P))[None, :]
+    cos = gl.load(COS + to)
+    sin = gl.load(SIN + to)
+    turned = gl.join(low * cos - high * sin, high * cos + low * sin).permute((0, 2, 1)).reshape([64, c.D])
+    qt.store(gl.convert_layout(turned, B).to(qt.dtype))
+    fence_async_shared()
+    gl.thread_barrier()
+
+
+@gluon.jit
+def send(o_d, out, row, column, stage, L: gl.constexpr):
+    """Write a tile of the output by TMA, from shared memory that an earlier one may still be leaving."""
+    tma.store_wait(0)
+    gl.thread_barrier()
+    stage.store(gl.convert_layout(out, L))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(o_d, [row, column], stage)
+
+
+@gluon.jit
 def finish(acc, m, den, place, results, o_d, stage, LO: gl.constexpr, c: gl.constexpr):
     """Divide by the denominators and write 64 rows of the output and of lse."""
-    OUT, LSE, SINKS, o_stride = results
+    OUT, LSE, SINKS, _COS, _SIN, o_stride = results
     row0, orow, h, stats, Sq = place
     RO: gl.constexpr = gl.SliceLayout(1, LO)
+    LH: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
     # Not by the maximum, which passes over NaN: a NaN in the scores must come out.
     empty = den == 0.0
     top = gl.where(empty, 0.0, m)
@@ -288,12 +319,12 @@ def finish(acc, m, den, place, results, o_d, stage, LO: gl.constexpr, c: gl.cons
     offsets = row0 + gl.arange(0, 64, RO)
     gl.store(LSE + stats + offsets, gl.convert_layout(lse, RO), mask=offsets < Sq)
     if c.D == c.DV and row0 + 64 <= Sq:
-        # The last tile's output may still be leaving.
-        tma.store_wait(0)
-        gl.thread_barrier()
-        stage.store(out)
-        fence_async_shared()
-        tma.async_copy_shared_to_global(o_d, [orow + row0, h * c.DV], stage)
+        if c.DV == 256:
+            left, right = out.reshape([64, 2, 128]).permute((0, 2, 1)).split()
+            send(o_d, left, orow + row0, h * c.DV, stage, LH)
+            send(o_d, right, orow + row0, h * c.DV + 128, stage, LH)
+        else:
+            send(o_d, out, orow + row0, h * c.DV, stage, LO)
     else:
         cols = gl.arange(0, c.DV, gl.SliceLayout(0, LO))
         to = OUT + (orow + offsets[:, None]).to(gl.int64) * o_stride + (h * c.DV + cols[None, :])
@@ -308,6 +339,7 @@ def consumer(task, results, W: gl.constexpr, c: gl.constexpr):
     groups: gl.constexpr = c.BM // 64
     descs, _tables, lists, _sizes, scalars, memory, bars, total = task
     o_d = descs[3]
+    _OUT, _LSE, _SINKS, COS, SIN, _stride = results
     qs, ks, vs, outs, box = memory
     q_ready, q_free, k_ready, k_free, v_ready, v_free, t_ready, t_free = bars
     w, scale, cap, score_args, mask_args = scalars
@@ -352,40 +384,27 @@ def consumer(task, results, W: gl.constexpr, c: gl.constexpr):
         slot = (done % c.QS) * groups + W
         qt = qs.index(slot)
         u = (ring + c.ST - 1) % c.ST
-        if c.QS == 1:
-            if done > 0:
-                mbarrier.wait(v_ready.index(u), ((ring - 1) // c.ST) & 1)
-                acc = times_values(acc, P, fade, vs.index(u), LO, c)
-                acc = warpgroup_mma_wait(0, deps=[acc])
-                mbarrier.arrive(v_free.index(u))
-                finish(acc, m, den, place, results, o_d, qt, LO, c)
-                tma.store_wait(0)
-                gl.thread_barrier()
-                mbarrier.arrive(q_free.index(W))
         s = ring % c.ST
         mbarrier.wait(q_ready.index(slot), (done // c.QS) & 1)
+        if c.ROPE:
+            turn(qt, row0, Sq, Sk - Sq, COS, SIN, c)
         mbarrier.wait(k_ready.index(s), (ring // c.ST) & 1)
         my_turn(W, c)
         S = warpgroup_mma(qt, ks.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
-        if c.QS == 2:
-            mbarrier.wait(v_ready.index(u), ((ring - 1) // c.ST) & 1, pred=done > 0)
-            acc = times_values(acc, P, fade, vs.index(u), LO, c)
-            your_turn(W, c)
-            S = warpgroup_mma_wait(1, deps=[S])
-        else:
-            your_turn(W, c)
-            S = warpgroup_mma_wait(0, deps=[S])
+        mbarrier.wait(v_ready.index(u), ((ring - 1) // c.ST) & 1, pred=done > 0)
+        acc = times_values(acc, P, fade, vs.index(u), LO, c)
+        your_turn(W, c)
+        S = warpgroup_mma_wait(1, deps=[S])
+        if c.QS == 1:
+            mbarrier.arrive(q_free.index(W), pred=count == 1)
         mbarrier.arrive(k_free.index(s))
         n0 = block_at(BLOCKS, last, 0, -1, c.LISTED) * c.BN
         m_first = gl.full([64], 0.0 if c.BOUNDED else -float("inf"), gl.float32, R)
         even, odd, m_first, den_first, _fade = fold(S, m_first, gl.zeros([64], gl.float32, R), n0, rows, problem, True, L, c)
-        if c.QS == 2:
-            if c.SETTLE:
-                den_first = settled(den_first)
-            acc, even, odd = warpgroup_mma_wait(0, deps=[acc, even, odd])
-            mbarrier.arrive(v_free.index(u), pred=done > 0)
-            if done > 0:
-                finish(acc, m, den, place, results, o_d, outs.index(W), LO, c)
+        acc, even, odd = warpgroup_mma_wait(0, deps=[acc, even, odd])
+        mbarrier.arrive(v_free.index(u), pred=done > 0)
+        if done > 0:
+            finish(acc, m, den, place, results, o_d, outs.index(W), LO, c)
         if c.LATE == 2:
             P = (even, odd)
         else:
@@ -396,14 +415,14 @@ def consumer(task, results, W: gl.constexpr, c: gl.constexpr):
         acc = gl.zeros([64, c.DV], gl.float32, LO)
         place = (row0, orow, h, stats, Sq)
         for n in range(1, n1):
-            acc, P, fade, m, den = step(acc, P, fade, m, den, qt, memory, bars, BLOCKS, last, n, ring, rows, problem, True, W, L, LO,
+            acc, P, fade, m, den = step(acc, P, fade, m, den, qt, memory, bars, BLOCKS, last, n, count, ring, rows, problem, True, W, L, LO,
                                   c)  # fmt: skip
         for n in range(gl.maximum(n1, 1), n2):
-            acc, P, fade, m, den = step(acc, P, fade, m, den, qt, memory, bars, BLOCKS, last, n, ring, rows, problem, False, W, L,
+            acc, P, fade, m, den = step(acc, P, fade, m, den, qt, memory, bars, BLOCKS, last, n, count, ring, rows, problem, False, W, L,
                                   LO, c)  # fmt: skip
         if c.WINDOW or c.LISTED:
             for n in range(gl.maximum(n2, 1), count):
-                acc, P, fade, m, den = step(acc, P, fade, m, den, qt, memory, bars, BLOCKS, last, n, ring, rows, problem, True, W, L,
+                acc, P, fade, m, den = step(acc, P, fade, m, den, qt, memory, bars, BLOCKS, last, n, count, ring, rows, problem, True, W, L,
                                       LO, c)  # fmt: skip
         ring += count
         if c.QS == 2:
@@ -414,13 +433,13 @@ def consumer(task, results, W: gl.constexpr, c: gl.constexpr):
     mbarrier.wait(v_ready.index(u), ((ring - 1) // c.ST) & 1)
     acc = times_values(acc, P, fade, vs.index(u), LO, c)
     acc = warpgroup_mma_wait(0, deps=[acc])
-    finish(acc, m, den, place, results, o_d, outs.index(W) if c.QS == 2 else qs.index(W), LO, c)
+    finish(acc, m, den, place, results, o_d, outs.index(W), LO, c)
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["Hq", "Sq", "Sk", "w", "tiles", "total"])
 def forward(
-    q_d, k_d, v_d, o_d, OUT, LSE, SINKS, COUNTER, TILES, CU_Q, CU_K, BLOCKS, COUNTS, FULL, sbb, sbh, NB, q_batch, q_head,
+    q_d, k_d, v_d, o_d, OUT, LSE, SINKS, COS, SIN, COUNTER, TILES, CU_Q, CU_K, BLOCKS, COUNTS, FULL, sbb, sbh, NB, q_batch, q_head,
     q_col, k_batch, k_head, k_col, v_batch, v_head, v_col, o_stride, Hq, Sq, Sk, w, scale, cap, score_args, mask_args,
     tiles, total, c: gl.constexpr,
 ):  # fmt: skip
@@ -433,7 +452,7 @@ def forward(
     qs = gl.allocate_shared_memory(q_d.dtype, [c.QS * groups, 64, c.D], q_d.layout)
     ks = gl.allocate_shared_memory(k_d.dtype, [c.ST, c.BN, c.D], k_d.layout)
     vs = gl.allocate_shared_memory(v_d.dtype, [c.ST, c.BN, c.DV], v_d.layout)
-    outs = gl.allocate_shared_memory(q_d.dtype, [groups if c.QS == 2 else 1, 64 if c.QS == 2 else 8, c.DV], o_d.layout)
+    outs = gl.allocate_shared_memory(q_d.dtype, [groups, 64, 128 if c.DV == 256 else c.DV], o_d.layout)
     box = gl.allocate_shared_memory(gl.int32, [32, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     bars = (
         barriers(c.QS * groups, 1), barriers(c.QS * groups, 1), barriers(c.ST, 1), barriers(c.ST, groups), barriers(c.ST, 1),
@@ -447,7 +466,7 @@ def forward(
     sizes = (Hq, Sq, Sk, tiles)
     scalars = (w, scale, cap, score_args, mask_args)
     task = (descs, tables, lists, sizes, scalars, memory, bars, total)
-    results = (OUT, LSE, SINKS, o_stride)
+    results = (OUT, LSE, SINKS, COS, SIN, o_stride)
     if groups == 2:
         gl.warp_specialize([
             (consumer, (task, results, 0, c)), (consumer, (task, results, 1, c)), (producer, (task, planes, COUNTER, c)),
