@@ -60,8 +60,9 @@ class _Attention(torch.autograd.Function):
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, spec: Spec, packed: Packed | None, hopper: bool = False, rope: _hooks.Rope | None = None
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, spec: Spec, packed: Packed | None, hopper: bool = False,
+    rope: _hooks.Rope | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Differentiable attention through the kernels.
 
     Args:

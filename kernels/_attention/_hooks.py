@@ -170,9 +170,7 @@ class _Transform(torch.autograd.Function):
         return _run(ctx.compiled, x, grads[0], cu), None, None
 
 
-def turn_queries(
-    q: Tensor, k: Tensor, rope: Rope, packed: Packed | None, grad: Tensor | None = None
-) -> Tensor:
+def turn_queries(q: Tensor, k: Tensor, rope: Rope, packed: Packed | None, grad: Tensor | None = None) -> Tensor:
     """The queries turned as the Hopper forward turns them in its load; with `grad`, theirs before they were turned."""
     cu_q, cu_k = (None, None) if packed is None else (packed.cu_q, packed.cu_k)
     return _run(trace(rope_hook(rope, rope_offset(q, k, cu_q, cu_k)), q.device), q, grad, cu_q)

@@ -137,17 +137,21 @@ class Template:
         return f"Template{self._known}"
 
 
-def _forward_tile(d: int, dv: int, seen: float) -> dict[str, Any]:
-    """Queries and keys a block, buffers in the ring: what 227 KB of shared memory and the registers hold.
+def _forward_tile(d: int, dv: int, seen: float, causal: bool) -> dict[str, Any]:
+    """Queries and keys a block, buffers in the ring and of queries: what 227 KB of shared memory and the registers hold.
 
     Args:
         seen: keys that a query sees on average.
+        causal: whether blocks at an edge are seen in part.
     """
     wide = max(d, dv)
     if wide == 64:
         # A third warpgroup hides more of the exponentials, and wastes more at the edge of a mask.
-        return {"BM": 192 if seen >= 4096 else 128, "BN": 128, "ST": 3, "QS": 2}
-    return {"BM": 128, "BN": 128 if wide == 128 else 64, "ST": 2, "QS": 2 if wide == 128 else 1}
+        three = seen >= (2048 if causal else 1024)
+        return {"BM": 192 if three else 128, "BN": 128, "ST": 3, "QS": 2, "TURNS": True, "LATE": three}
+    return {
+        "BM": 128, "BN": 128 if wide == 128 else 64, "ST": 2, "QS": 2 if wide == 128 else 1, "TURNS": False, "LATE": False,
+    }  # fmt: skip
 
 
 def _seen(k: Tensor, spec: Spec, listed: bool) -> float:
@@ -169,14 +173,15 @@ _KEPT: dict[Any, tuple[Kept, Plane, Plane, Plane, Plane]] = {}
 def _key(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: Call) -> Any:
     """What a plain call's launch depends on but the addresses; None where there is more to it."""
     spec, variant = call.spec, call.variant
-    if variant.mask is not None or call.packed is not None or not q.is_cuda or (variant.score is not None and _cap(spec) is None):
+    scored = variant.score is not None and _cap(spec) is None
+    if scored or variant.mask is not None or call.packed is not None or not q.is_cuda:
         return None
     tensors = (q, k, v, *(() if sinks is None else (sinks,)), *(call.rope or ()))
     if any(x.data_ptr() % 16 for x in tensors):
         return None
     return (
         q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype, q.device.index, spec.causal, spec.window,
-        spec.softcap, spec.scale, None if sinks is None else sinks.dtype, call.rope is None, __import__("os").environ.get("TKV"),
+        spec.softcap, spec.scale, None if sinks is None else sinks.dtype, call.rope is None,
     )  # fmt: skip
 
 
@@ -203,9 +208,8 @@ def forward(
     from trainkit.kernels._attention import _hopper_forward
 
     spec, D, DV = call.spec, q.shape[3], v.shape[3]
-    import os
-    tile = {"LATE": 0, "AHEAD": 2, "PP": False, "SETTLE": False} | _forward_tile(D, DV, _seen(k, spec, call.variant.mask is not None or call.packed is not None))
-    tile |= eval(os.environ.get("TKV", "{}"))
+    irregular = call.variant.mask is not None or call.packed is not None
+    tile = _forward_tile(D, DV, _seen(k, spec, irregular), spec.causal)
     bm, bn = tile["BM"], tile["BN"]
     grid, pointers, strides, listed = _triton.layout(call, q, k, Tiling(bm, bn, 4, tile["ST"]), False)
     total = math.prod(grid)

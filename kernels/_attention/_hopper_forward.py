@@ -3,8 +3,9 @@
 """Forward on Hopper: one warp brings tiles by TMA, two or three warpgroups of 64 queries each multiply by wgmma.
 
 The next block's QK^T is issued before this block's softmax, so that the tensor cores work while exponentials are taken
-(Shah et al., FlashAttention-3, section 3.2; making the warpgroups take turns, section 3.1, gained nothing here). Programs
-stay and fetch their next tile from a counter: its first keys arrive while the last tile's output leaves.
+(Shah et al., FlashAttention-3, section 3.2); at head_dim 64 the warpgroups also take turns (section 3.1). Programs stay
+and take their next tile from a counter; its first scores are computed beside the last tile's last product, and what
+describes it comes from the bringing warp through shared memory.
 """
 
 import triton.experimental.gluon.language as gl
@@ -54,7 +55,7 @@ def producer(task, planes, COUNTER, c: gl.constexpr):
         vr = zb * v_batch + g * v_head + k0
         # The next tile is fetched two blocks before this one's last: soon enough to hide the wait, and no sooner, since
         # what is promised early balances the load worse at the end.
-        fetch = gl.maximum(count - c.AHEAD, 0)
+        fetch = gl.maximum(count - 2, 0)
         mine = 0
         for n in range(0, count):
             if n == fetch:
@@ -110,17 +111,6 @@ def pack(even, odd, BF16: gl.constexpr):
 
 
 @gluon.jit
-def settled(x):
-    """x, known before whatever follows: an instruction that never runs stands between them.
-
-    ptxas else moves the wait for a product up before the exponentials that were to be taken meanwhile.
-    """
-    return gl.inline_asm_elementwise(
-        "{ .reg .pred p; .reg .f32 t; add.f32 t, $2, $3; setp.eq.f32 p, t, 0fBF800000; @p nanosleep.u32 0;"
-        " mov.b32 $0, $2; mov.b32 $1, $3; }", "=f,=f,f,f", [x], dtype=gl.float32, is_pure=False, pack=2)  # fmt: skip
-
-
-@gluon.jit
 def unpack(words, BF16: gl.constexpr, BN: gl.constexpr, LO: gl.constexpr):
     """The packed weights as wgmma's first operand."""
     if BF16:
@@ -133,37 +123,43 @@ def unpack(words, BF16: gl.constexpr, BN: gl.constexpr, LO: gl.constexpr):
 
 
 @gluon.jit
-def my_turn(W: gl.constexpr, c: gl.constexpr):
-    if c.PP:
-        x = gl.full([128], 0, gl.int32, gl.BlockedLayout([1], [32], [4], [0]))
-        if W == 0:
-            gl.inline_asm_elementwise("bar.sync 10, 256; mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
-        elif W == 1:
-            gl.inline_asm_elementwise("bar.sync 11, 256; mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
-        else:
-            gl.inline_asm_elementwise("bar.sync 12, 256; mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+def await_turn(W: gl.constexpr, c: gl.constexpr):
+    """Wait until the warpgroup before this one has issued its products: one's exponentials then meet another's products."""
+    if c.TURNS:
+        at_barrier("bar.sync", W)
 
 
 @gluon.jit
-def your_turn(W: gl.constexpr, c: gl.constexpr):
-    if c.PP:
-        x = gl.full([128], 0, gl.int32, gl.BlockedLayout([1], [32], [4], [0]))
-        n: gl.constexpr = (W + 1) % (c.BM // 64)
-        if n == 0:
-            gl.inline_asm_elementwise("bar.arrive 10, 256; mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
-        elif n == 1:
-            gl.inline_asm_elementwise("bar.arrive 11, 256; mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
-        else:
-            gl.inline_asm_elementwise("bar.arrive 12, 256; mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+def pass_turn(W: gl.constexpr, c: gl.constexpr):
+    if c.TURNS:
+        at_barrier("bar.arrive", (W + 1) % (c.BM // 64))
+
+
+@gluon.jit
+def at_barrier(verb: gl.constexpr, W: gl.constexpr):
+    """A hardware barrier (10, 11 or 12; Triton takes them from 0 on) of this warpgroup and one other, 256 threads."""
+    x = gl.full([128], 0, gl.int32, gl.BlockedLayout([1], [32], [4], [0]))
+    which: gl.constexpr = " 10" if W == 0 else " 11" if W == 1 else " 12"
+    code: gl.constexpr = verb + which + ", 256; mov.b32 $0, $1;"
+    gl.inline_asm_elementwise(code, "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def faded(acc, fade, LO: gl.constexpr, c: gl.constexpr):
+    """The sums so far, under the new maximum."""
+    if c.BOUNDED:
+        return acc
+    else:
+        return acc * gl.convert_layout(fade, gl.SliceLayout(1, LO))[:, None]
 
 
 @gluon.jit
 def times_values(acc, P, fade, values, LO: gl.constexpr, c: gl.constexpr):
-    """Start the product of a block's weights with its values, on top of what the sums so far have faded to."""
-    if c.LATE >= 1 and not c.BOUNDED:
-        acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, LO))[:, None]
-    if c.LATE == 2:
-        P = pack(P[0], P[1], c.BF16)
+    """Start the product of a block's weights with its values, on top of the sums so far; LATE: which fade only now,
+    while the next block's scores are multiplied.
+    """
+    if c.LATE:
+        acc = faded(acc, fade, LO, c)
     return warpgroup_mma(unpack(P, c.BF16, c.BN, LO), values, acc, is_async=True)
 
 
@@ -243,28 +239,23 @@ def step(
     t = (ring + n - 1) % c.ST
     mbarrier.wait(k_ready.index(s), ((ring + n) // c.ST) & 1)
     zero = gl.zeros([64, c.BN], gl.float32, L)
-    my_turn(W, c)
+    await_turn(W, c)
     S = warpgroup_mma(qt, ks.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
     mbarrier.wait(v_ready.index(t), ((ring + n - 1) // c.ST) & 1)
     acc = times_values(acc, P, fade, vs.index(t), LO, c)
-    your_turn(W, c)
+    pass_turn(W, c)
     S = warpgroup_mma_wait(1, deps=[S])
     mbarrier.arrive(k_free.index(s))
     if c.QS == 1:
         mbarrier.arrive(q_free.index(W), pred=n == count - 1)
     n0 = block_at(BLOCKS, last, n, -1, c.LISTED) * c.BN
     even, odd, m, den, fade = fold(S, m, den, n0, rows, problem, MASKED, L, c)
-    # Packed after the product that still reads the last weights, which may then keep their registers.
-    if c.SETTLE:
-        den = settled(den)
+    # Packed after the product that still reads the last weights: then all weights can have the same registers.
     acc, even, odd = warpgroup_mma_wait(0, deps=[acc, even, odd])
     mbarrier.arrive(v_free.index(t))
-    if c.LATE == 2:
-        P = (even, odd)
-    else:
-        P = pack(even, odd, c.BF16)
-        if c.LATE == 0 and not c.BOUNDED:
-            acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, LO))[:, None]
+    P = pack(even, odd, c.BF16)
+    if not c.LATE:
+        acc = faded(acc, fade, LO, c)
     return acc, P, fade, m, den
 
 
@@ -318,7 +309,7 @@ def finish(acc, m, den, place, results, o_d, stage, LO: gl.constexpr, c: gl.cons
     lse = gl.where(empty, -float("inf"), (top + gl.log2(whole)) * LN2)
     offsets = row0 + gl.arange(0, 64, RO)
     gl.store(LSE + stats + offsets, gl.convert_layout(lse, RO), mask=offsets < Sq)
-    if c.D == c.DV and row0 + 64 <= Sq:
+    if row0 + 64 <= Sq:
         if c.DV == 256:
             left, right = out.reshape([64, 2, 128]).permute((0, 2, 1)).split()
             send(o_d, left, orow + row0, h * c.DV, stage, LH)
@@ -347,17 +338,14 @@ def consumer(task, results, W: gl.constexpr, c: gl.constexpr):
     even, odd = halves(zero, c.BN)
     R: gl.constexpr = gl.SliceLayout(1, even.type.layout)
     if W == c.BM // 64 - 1:
-        your_turn(W, c)
+        pass_turn(W, c)
     done = 0
     ring = 0
     # Before the first tile: a product of zeros, whose result is dropped.
     m = gl.full([64], 0.0, gl.float32, R)
     den = m
     fade = m
-    if c.LATE == 2:
-        P = (even, odd)
-    else:
-        P = pack(even, odd, c.BF16)
+    P = pack(even, odd, c.BF16)
     acc = gl.zeros([64, c.DV], gl.float32, LO)
     place = (0, 0, 0, 0, 0)
     mbarrier.wait(t_ready.index(0), 0)
@@ -389,41 +377,40 @@ def consumer(task, results, W: gl.constexpr, c: gl.constexpr):
         if c.ROPE:
             turn(qt, row0, Sq, Sk - Sq, COS, SIN, c)
         mbarrier.wait(k_ready.index(s), (ring // c.ST) & 1)
-        my_turn(W, c)
+        await_turn(W, c)
         S = warpgroup_mma(qt, ks.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
         mbarrier.wait(v_ready.index(u), ((ring - 1) // c.ST) & 1, pred=done > 0)
         acc = times_values(acc, P, fade, vs.index(u), LO, c)
-        your_turn(W, c)
+        pass_turn(W, c)
         S = warpgroup_mma_wait(1, deps=[S])
         if c.QS == 1:
             mbarrier.arrive(q_free.index(W), pred=count == 1)
         mbarrier.arrive(k_free.index(s))
         n0 = block_at(BLOCKS, last, 0, -1, c.LISTED) * c.BN
         m_first = gl.full([64], 0.0 if c.BOUNDED else -float("inf"), gl.float32, R)
-        even, odd, m_first, den_first, _fade = fold(S, m_first, gl.zeros([64], gl.float32, R), n0, rows, problem, True, L, c)
+        even, odd, m_first, den_first, _fade = fold(
+            S, m_first, gl.zeros([64], gl.float32, R), n0, rows, problem, True, L, c
+        )
         acc, even, odd = warpgroup_mma_wait(0, deps=[acc, even, odd])
         mbarrier.arrive(v_free.index(u), pred=done > 0)
         if done > 0:
             finish(acc, m, den, place, results, o_d, outs.index(W), LO, c)
-        if c.LATE == 2:
-            P = (even, odd)
-        else:
-            P = pack(even, odd, c.BF16)
+        P = pack(even, odd, c.BF16)
         m = m_first
         den = den_first
         fade = den
         acc = gl.zeros([64, c.DV], gl.float32, LO)
         place = (row0, orow, h, stats, Sq)
         for n in range(1, n1):
-            acc, P, fade, m, den = step(acc, P, fade, m, den, qt, memory, bars, BLOCKS, last, n, count, ring, rows, problem, True, W, L, LO,
-                                  c)  # fmt: skip
+            acc, P, fade, m, den = step(acc, P, fade, m, den, qt, memory, bars, BLOCKS, last, n, count, ring, rows,
+                                        problem, True, W, L, LO, c)  # fmt: skip
         for n in range(gl.maximum(n1, 1), n2):
-            acc, P, fade, m, den = step(acc, P, fade, m, den, qt, memory, bars, BLOCKS, last, n, count, ring, rows, problem, False, W, L,
-                                  LO, c)  # fmt: skip
+            acc, P, fade, m, den = step(acc, P, fade, m, den, qt, memory, bars, BLOCKS, last, n, count, ring, rows,
+                                        problem, False, W, L, LO, c)  # fmt: skip
         if c.WINDOW or c.LISTED:
             for n in range(gl.maximum(n2, 1), count):
-                acc, P, fade, m, den = step(acc, P, fade, m, den, qt, memory, bars, BLOCKS, last, n, count, ring, rows, problem, True, W, L,
-                                      LO, c)  # fmt: skip
+                acc, P, fade, m, den = step(acc, P, fade, m, den, qt, memory, bars, BLOCKS, last, n, count, ring, rows,
+                                        problem, True, W, L, LO, c)  # fmt: skip
         ring += count
         if c.QS == 2:
             mbarrier.arrive(q_free.index(slot))
@@ -439,9 +426,9 @@ def consumer(task, results, W: gl.constexpr, c: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["Hq", "Sq", "Sk", "w", "tiles", "total"])
 def forward(
-    q_d, k_d, v_d, o_d, OUT, LSE, SINKS, COS, SIN, COUNTER, TILES, CU_Q, CU_K, BLOCKS, COUNTS, FULL, sbb, sbh, NB, q_batch, q_head,
-    q_col, k_batch, k_head, k_col, v_batch, v_head, v_col, o_stride, Hq, Sq, Sk, w, scale, cap, score_args, mask_args,
-    tiles, total, c: gl.constexpr,
+    q_d, k_d, v_d, o_d, OUT, LSE, SINKS, COS, SIN, COUNTER, TILES, CU_Q, CU_K, BLOCKS, COUNTS, FULL, sbb, sbh, NB,
+    q_batch, q_head, q_col, k_batch, k_head, k_col, v_batch, v_head, v_col, o_stride, Hq, Sq, Sk, w, scale, cap,
+    score_args, mask_args, tiles, total, c: gl.constexpr,
 ):  # fmt: skip
     """Tiles of BM queries of one head each: this program's first, and then whichever the counter names.
 

@@ -36,14 +36,13 @@ def _loss_and_gradients(
     dx = torch.empty_like(x) if needs_x else x.new_empty(0)
     dweight = torch.zeros(weight.shape if needs_weight else 0, dtype=torch.float32, device=x.device)
     target = target.contiguous()
-    # Wide programs: so few rows are under way that the second look at them finds them in the cache.
-    block = min(16384, 1 << (vocabulary - 1).bit_length()) if x.is_cuda else 64
+    block = min(4096, 1 << (vocabulary - 1).bit_length()) if x.is_cuda else 64
     for start in range(0, tokens, chunk):
         rows = slice(start, start + chunk)
         logits = x[rows] @ weight.T
         kernels.cross_entropy[(logits.shape[0],)](
             logits, target[rows], losses[rows], vocabulary, ignore_index, 1.0, BLOCK=block,
-            num_warps=max(4, block // 512),
+            num_warps=max(1, block // 512),
         )  # fmt: skip
         if needs_x:
             torch.mm(logits, weight, out=dx[rows])
@@ -70,7 +69,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         given = _scaled(grads[0], *ctx.saved_tensors, ctx.dtype)
-        return (*(g if needed else None for g, needed in zip(given, ctx.needs_input_grad, strict=False)), None, None, None)
+        return (
+            *(g if needed else None for g, needed in zip(given, ctx.needs_input_grad, strict=False)),
+            None,
+            None,
+            None,
+        )
 
 
 @torch.library.custom_op("trainkit::linear_cross_entropy", mutates_args=())
@@ -139,11 +143,12 @@ def linear_cross_entropy(
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk counts rows and must be at least 1, got {chunk}")
     x, target = x.reshape(-1, x.shape[-1]), target.reshape(-1)
+    size = chunk or _chunk(x.shape[0], weight.shape[0])
+    if torch.compiler.is_compiling() and x.is_cuda and x.dtype != torch.float64:
+        # One operator in the graph; whether Triton is there would be a break in it, and Inductor needs it anyhow.
+        needs_x, needs_weight = (t.requires_grad and torch.is_grad_enabled() for t in (x, weight))
+        loss: Tensor = loss_op(x, weight, target, ignore_index, size, needs_x, needs_weight)[0]
+        return loss
     if fusible(x, weight):
-        size = chunk or _chunk(x.shape[0], weight.shape[0])
-        if torch.compiler.is_compiling():
-            needs = (t.requires_grad and torch.is_grad_enabled() for t in (x, weight))
-            loss: Tensor = loss_op(x, weight, target, ignore_index, size, *needs)[0]
-            return loss
         return _LinearCrossEntropy.apply(x, weight, target, ignore_index, size)  # type: ignore[no-untyped-call, no-any-return]
     return reference(x, weight, target, ignore_index)

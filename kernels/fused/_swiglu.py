@@ -26,6 +26,8 @@ def _rows(x: Tensor) -> Tensor:
 def _run(kernel: Any, *matrices: Tensor) -> None:
     """A kernel over matrices of one shape, each with its own distance between rows."""
     rows, columns = matrices[0].shape
+    if rows == 0:
+        return
     block = min(BLOCK, max(16, 1 << (columns - 1).bit_length()))
     kernel[(rows, -(-columns // block))](*matrices, *(x.stride(0) for x in matrices), columns, BLOCK=block)
 
@@ -101,7 +103,9 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     if up is None:
         if gate.dim() == 0 or gate.shape[-1] % 2:
             raise ValueError(f"gate and up side by side need an even last dimension, got {list(gate.shape)}")
-        if fusible(gate):
+        # In a compiled graph, asking whether Triton is there would be a break, and Inductor needs it anyhow.
+        traced = torch.compiler.is_compiling()
+        if gate.dtype != torch.float64 and gate.is_cuda if traced else fusible(gate):
             joint: Tensor = swiglu_op(gate)
             return joint
         return reference(*gate.chunk(2, -1))
