@@ -40,6 +40,7 @@ def producer(task, planes, COUNTER, c: gl.constexpr):
         BLOCKS, last, n1, n2, count = key_list(tile, b, h, Sq, Sk, scalars[0], lists, c)
         # A tile that sees nothing takes one block, all of it masked.
         count = gl.maximum(count, 1)
+        last = gl.maximum(last, 0)
         page = done & 1
         mbarrier.wait(t_free.index(page), ((done >> 1) & 1) ^ 1)
         post(box, page, (t, tile, b, h, zb * sizes[1] + q0, stats, Sq, Sk, last, n1, n2, count), lanes)
