@@ -160,8 +160,8 @@ def attention(
             q, k = _hooks.rope_formula(q, rope, offset, cu_q), _hooks.rope_formula(k, rope, 0, cu_k)
         else:
             if not in_load:
-                q = _hooks.apply(q, _hooks.rope_hook(rope, offset), cu_q, plain)
-            k = _hooks.apply(k, _hooks.rope_hook(rope, 0), cu_k, plain)
+                q = _hooks.apply_rope(q, rope, offset, cu_q, plain)
+            k = _hooks.apply_rope(k, rope, 0, cu_k, plain)
     q = q if query_mod is None else _hooks.apply(q, query_mod, cu_q, plain)
     k = k if key_mod is None else _hooks.apply(k, key_mod, cu_k, plain)
     if explanation is None:
