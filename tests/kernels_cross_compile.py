@@ -1,7 +1,7 @@
 """Compiles a Hopper attention kernel for sm_90 without a GPU and prints what the machine code holds, as JSON.
 
 Run as a program, since Triton must be imported without its interpreter:
-    python kernels_cross_compile.py forward|backward HEAD_DIM [causal] [deterministic] [long]
+    python kernels_cross_compile.py forward|backward HEAD_DIM [causal] [deterministic] [long] [rope]
 """
 
 import json
@@ -60,8 +60,9 @@ def main():
 
     which, width, *flags = sys.argv[1:]
     spec = Spec(scale=0.1, causal="causal" in flags, deterministic="deterministic" in flags)
-    call = Call(spec, None, build(spec, torch.device("cpu")))
     tokens = 8192 if "long" in flags else 256
+    rope = torch.empty(2, tokens, int(width) // 2).unbind() if "rope" in flags else None
+    call = Call(spec, None, build(spec, torch.device("cpu")), rope=rope)
     q, k, v = (torch.empty(1, tokens, h, int(width), dtype=torch.bfloat16) for h in (8, 4, 4))
     if which == "forward":
         _hopper.forward(q, k, v, None, call, launch)

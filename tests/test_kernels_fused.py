@@ -60,6 +60,13 @@ def test_swiglu(dtype):
     )
 
 
+def test_swiglu_of_one_tensor():
+    (x,) = leaves((3, 7, 22))
+    compare(swiglu, lambda x: _swiglu.reference(*x.chunk(2, -1)), [x], 1e-5)
+    torch.library.opcheck(torch.ops.trainkit.swiglu, (x,))
+    assert swiglu(torch.zeros(0, 4)).shape == (0, 2)
+
+
 @pytest.mark.parametrize("batched", [False, True])
 def test_rope(batched):
     angles = torch.rand(*((2,) if batched else ()), 5, 3) * 6
@@ -90,12 +97,23 @@ def test_loss_without_counted_targets_is_zero_and_wrong_ones_are_not_hidden():
     assert linear_cross_entropy(x, w, torch.full((4,), 6, device=x.device)).isnan()
 
 
+def test_the_loss_as_an_operator():
+    x, w = leaves((10, 9), (130, 9))
+    target = torch.randint(130, (10,), device=x.device)
+    operator = torch.ops.trainkit.linear_cross_entropy
+    formula = lambda x, w: _loss.reference(x, w, target, -100)  # noqa: E731
+    compare(lambda x, w: operator(x, w, target, -100, 4, True, True)[0], formula, [x, w], 1e-5)
+    torch.library.opcheck(operator, (x.detach(), w.detach(), target, -100, 4, True, False))
+
+
 def test_bad_input():
     x = torch.zeros(4, 8)
     with pytest.raises(ValueError, match=r"weight must be \[8\].*\[4\]"):
         rms_norm(x, torch.ones(4))
     with pytest.raises(ValueError, match=r"share shape and dtype.*\[4, 8\].*\[8\]"):
         swiglu(x, torch.ones(8))
+    with pytest.raises(ValueError, match=r"even last dimension.*\[4, 7\]"):
+        swiglu(torch.ones(4, 7))
     with pytest.raises(ValueError, match="even head_dim"):
         rope(torch.zeros(1, 2, 3, 5), x, x)
     with pytest.raises(ValueError, match=r"cos and sin must be \[2, 2\]"):

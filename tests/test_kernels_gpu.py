@@ -306,3 +306,83 @@ def test_sums_of_dq_take_turns(B, Sq, Sk, Hq, Hkv, D, options):
         for got, want in zip(torch.autograd.grad(out, leaves, grad, retain_graph=True), exact, strict=True):
             assert got.isfinite().all()
             assert (got.float() - want.float()).norm() <= 5e-3 * want.float().norm()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("D", [64, 128, 256])
+def test_rope_in_the_load(D, packed):
+    available("hopper")
+    ends = [0, 70, 71, 300]
+    sizes = (1, 300, 300) if packed else (2, 200, 300)
+    tensors = inputs(*sizes, 4, 2, D, D, torch.bfloat16)
+    options = {"rope": rope_tables(300, D), "causal": True}
+    if packed:
+        options["cu_seqlens"] = torch.tensor(ends, device="cuda", dtype=torch.int32)
+    results = []
+    for backend, dtype in (("hopper", torch.bfloat16), ("reference", torch.float32)):
+        leaves = [x.to(dtype).requires_grad_() for x in tensors]
+        out = attention(*leaves, backend=backend, **options)
+        results.append((out, *torch.autograd.grad(out.float().sin().sum(), leaves)))
+    for got, want in zip(*results, strict=True):
+        assert (got - want).norm() <= 2e-2 * want.norm()
+
+
+def test_a_launch_is_kept_for_calls_like_it_alone():
+    available("hopper")
+    sinks = torch.randn(4, device="cuda")
+    options = [
+        {},
+        {"causal": True},
+        {"window": 50},
+        {"scale": 0.3},
+        {"softcap": 20.0},
+        {"softcap": 9.0},
+        {"sinks": sinks},
+    ]
+    for D in (64, 128, 256):
+        for _ in range(2):
+            for kind in options:
+                q, k, v = inputs(2, 260, 260, 4, 2, D, D, torch.bfloat16)
+                q, k, v = (x + torch.randn_like(x) for x in (q, k, v))
+                # Not aligned, then laid out otherwise: neither is the launch before.
+                off = torch.cat([q.flatten()[:1], q.flatten()])[1:].view(q.shape)
+                want = attention(q, k, v, backend="triton", **kind)
+                for x in (q, off, q.transpose(1, 2).contiguous().transpose(1, 2)):
+                    got = attention(x, k, v, backend="hopper", **kind)
+                    assert (got - want).norm() <= 1e-2 * want.norm(), kind
+
+
+def test_a_cuda_graph_replays_on_new_contents():
+    available("hopper")
+    tensors = inputs(2, 520, 520, 4, 2, 128, 128, torch.bfloat16)
+    want = attention(*tensors, causal=True)
+    graph = torch.cuda.CUDAGraph()
+    still = [torch.zeros_like(x) for x in tensors]
+    with torch.cuda.graph(graph):
+        out = attention(*still, causal=True)
+    for _ in range(3):
+        for x, y in zip(still, tensors, strict=True):
+            x.copy_(y)
+        out.zero_()
+        graph.replay()
+        assert torch.equal(out, want)
+        assert torch.equal(attention(*tensors, causal=True), want)
+
+
+def test_a_compiled_loss_and_gate_are_one_graph():
+    from trainkit.kernels import linear_cross_entropy, swiglu
+
+    g = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(2, 60, 128, device="cuda", generator=g).bfloat16().requires_grad_()
+    up, head = (torch.randn(n, 128, device="cuda", generator=g).bfloat16().requires_grad_() for n in (256, 1000))
+    target = torch.randint(1000, (2, 60), device="cuda")
+
+    def call(x, up, head):
+        return linear_cross_entropy(swiglu(x @ up.T), head, target)
+
+    results = []
+    for run in (torch.compile(call, fullgraph=True), call):
+        loss = run(x, up, head)
+        results.append((loss, *torch.autograd.grad(loss, (x, up, head))))
+    for got, want in zip(*results, strict=True):
+        assert (got - want).norm() <= 1e-2 * want.norm()

@@ -41,7 +41,9 @@ def test_forward():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("width", "flags", "spills"), [(64, (), 0), (64, ("long",), 60), (256, (), 40)])
+@pytest.mark.parametrize(
+    ("width", "flags", "spills"), [(64, (), 0), (64, ("long",), 60), (256, (), 40), (128, ("rope",), 60)]
+)
 def test_other_forwards(width, flags, spills):
     check(compiled("forward", width, "causal", *flags), 1, spills)
 

@@ -3,14 +3,16 @@
     python benchmarks/kernels/attention.py plain variants --seconds 0.1
 
 TFLOP/s of forward and backward (4 and 10 times B * H * S^2 * D floating-point operations, half of it when causal;
-masks are not discounted further), medians; the ratio is ours over the peer's. cuDNN and FLASH get tensors laid out
-`[B, H, S, D]`, ours and FlashInfer `[B, S, H, D]`.
+masks are not discounted further), medians of turns that all arms take in one process; the ratio is ours over the
+peer's. cuDNN and FLASH get tensors laid out `[B, H, S, D]`, ours and FlashInfer `[B, S, H, D]`.
 """
 
 import argparse
 import importlib.util
+import itertools
 import json
 import math
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -25,18 +27,56 @@ from trainkit.kernels import attention
 TOKENS, HIDDEN = 16384, 2048
 
 
+ROUNDS = 3
+"""Turns that every arm takes: a hot GPU is a slow one, so nobody runs first or last alone."""
+
+
 def median_ms(run: Callable[[], Any], seconds: float) -> float:
     """Median of as many runs as fit."""
     return do_bench(run, warmup=int(seconds * 300), rep=int(seconds * 1000), return_mode="median")
 
 
-def both(forward: Callable[..., Tensor], leaves: list[Tensor], grad: Tensor, seconds: float) -> tuple[float, float]:
-    """(forward, backward) in milliseconds."""
+def replayed(run: Callable[[], Any]) -> Callable[[], Any]:
+    """The run as a CUDA graph of its own: its kernels, without the host's part."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def in_turns(runs: dict[str, Callable[[], Any]], seconds: float, graph: bool = False) -> dict[str, float]:
+    """Milliseconds of each: the median of its turns' medians."""
+    ready = {name: replayed(run) if graph else run for name, run in runs.items()}
+    turns = [{name: median_ms(run, seconds / ROUNDS) for name, run in ready.items()} for _ in range(ROUNDS)]
+    return {name: statistics.median(turn[name] for turn in turns) for name in runs}
+
+
+Case = tuple[Callable[..., Tensor], list[Tensor], Tensor]
+"""A forward, its inputs and the gradient of its output."""
+
+
+def both(
+    cases: dict[str, Case], seconds: float, graph: bool = False, ahead_only: dict[str, Callable[[], Any]] | None = None
+) -> dict[str, tuple[float, float]]:
+    """(forward, backward) of each in milliseconds; 0 for no backward: as a CUDA graph, and of peers without one."""
+
+    def ahead(run: Callable[..., Tensor], leaves: list[Tensor]) -> Callable[[], Tensor]:
+        return lambda: run(*leaves)
+
+    def behind(out: Tensor, leaves: list[Tensor], grad: Tensor) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
+
     with torch.no_grad():
-        ahead = median_ms(lambda: forward(*leaves), seconds)
-    out = forward(*leaves)
-    back = median_ms(lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True), seconds)
-    return ahead, back
+        runs = {name: ahead(run, leaves) for name, (run, leaves, _) in cases.items()}
+        forward = in_turns(runs | (ahead_only or {}), seconds, graph)
+    backward = {name: behind(run(*leaves), leaves, grad) for name, (run, leaves, grad) in cases.items()}
+    back = {} if graph else in_turns(backward, seconds)
+    return {name: (ms, back.get(name, 0.0)) for name, ms in forward.items()}
 
 
 def tensors(B: int, S: int, Hq: int, Hkv: int, D: int, heads_first: bool) -> tuple[list[Tensor], Tensor]:
@@ -57,7 +97,7 @@ def ours(**options: Any) -> Callable[..., Tensor]:
     return lambda q, k, v: attention(q, k, v, **options)
 
 
-def flashinfer_ms(B: int, S: int, Hq: int, Hkv: int, D: int, causal: bool, seconds: float) -> float | None:
+def flashinfer(B: int, S: int, Hq: int, Hkv: int, D: int, causal: bool) -> Callable[[], Any] | None:
     """Forward of FlashInfer's ragged prefill, fa3, where it is installed."""
     if importlib.util.find_spec("flashinfer") is None:
         return None
@@ -69,7 +109,7 @@ def flashinfer_ms(B: int, S: int, Hq: int, Hkv: int, D: int, causal: bool, secon
     ends = torch.arange(0, B + 1, dtype=torch.int32, device="cuda") * S
     wrapper.plan(ends, ends, Hq, Hkv, D, causal=causal, q_data_type=torch.bfloat16)
     q, k, v = (torch.randn(B * S, h, D, device="cuda", dtype=torch.bfloat16) for h in (Hq, Hkv, Hkv))
-    return median_ms(lambda: wrapper.run(q, k, v), seconds)
+    return lambda: wrapper.run(q, k, v)
 
 
 def row(name: str, flops: float, times: dict[str, tuple[float, float]]) -> dict[str, Any]:
@@ -86,12 +126,12 @@ def row(name: str, flops: float, times: dict[str, tuple[float, float]]) -> dict[
 
 def plain(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
-    cases = [(d, s, s, c) for d in args.dims for s in args.lengths for c in (True, False)]
-    for D, S, _, causal in cases:
+    for D, S, causal in itertools.product(args.dims, args.lengths, (True, False)):
         B, H = TOKENS // S, HIDDEN // D
-        times = {"ours": both(ours(causal=causal), *tensors(B, S, H, H, D, False), args.seconds)}
+        cases: dict[str, Case] = {"ours": (ours(causal=causal), *tensors(B, S, H, H, D, False))}
         for peer, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
-            times[peer] = both(sdpa(backend, causal), *tensors(B, S, H, H, D, True), args.seconds)
+            cases[peer] = (sdpa(backend, causal), *tensors(B, S, H, H, D, True))
+        times = both(cases, args.seconds, args.graph)
         rows.append(
             row(f"D{D} S{S} {'causal' if causal else 'full'}", B * H * S * S * D * (0.5 if causal else 1), times)
         )
@@ -102,11 +142,12 @@ def grouped(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for S in args.lengths:
         B, Hq, Hkv, D = TOKENS // S, 32, 8, 128
-        times = {"ours": both(ours(causal=True), *tensors(B, S, Hq, Hkv, D, False), args.seconds)}
-        times["cudnn"] = both(sdpa(SDPBackend.CUDNN_ATTENTION, True), *tensors(B, S, Hq, Hkv, D, True), args.seconds)
-        peer = flashinfer_ms(B, S, Hq, Hkv, D, True, args.seconds)
-        if peer:
-            times["flashinfer"] = (peer, 0.0)
+        cases: dict[str, Case] = {
+            "ours": (ours(causal=True), *tensors(B, S, Hq, Hkv, D, False)),
+            "cudnn": (sdpa(SDPBackend.CUDNN_ATTENTION, True), *tensors(B, S, Hq, Hkv, D, True)),
+        }
+        peer = flashinfer(B, S, Hq, Hkv, D, True)
+        times = both(cases, args.seconds, args.graph, {"flashinfer": peer} if peer else {})
         rows.append(row(f"GQA 32:8 D128 S{S} causal", B * Hq * S * S * D / 2, times))
     return rows
 
@@ -167,17 +208,18 @@ def variants(args: argparse.Namespace) -> list[dict[str, Any]]:
             return (out * torch.sigmoid(lse - sinks[:, None])[..., None]).to(out.dtype)  # type: ignore[no-any-return]
 
         memory = {}
-        times = {}
+        cases_run: dict[str, Case] = {}
         for who, run, leaves in (
             ("ours", ours(**options), tensors(B, S, H, H, D, False)),
             ("flex", peer, tensors(B, S, H, H, D, True)),
         ):
-            times[who] = both(run, *leaves, args.seconds)
+            cases_run[who] = (run, *leaves)
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             torch.autograd.grad(run(*leaves[0]), leaves[0], leaves[1])
             memory[who] = torch.cuda.max_memory_allocated() - before
+        times = both(cases_run, args.seconds)
         rows.append(row(f"{name} D{D} S{S}", B * H * S * S * D / 2, times) | {"memory": memory})
         ratios += rows[-1]["ratio"]["flex"]
         print(f"{'':34} peak memory, ours over flex: {memory['ours'] / memory['flex']:.3f}", flush=True)
@@ -190,6 +232,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=["plain", "grouped", "variants"])
     parser.add_argument("--seconds", type=float, default=0.2, help="of measuring a kernel")
+    parser.add_argument("--graph", action="store_true", help="time CUDA graphs of the forward: no host, no launches")
     parser.add_argument("--dims", type=int, nargs="*", default=[128, 64, 256])
     parser.add_argument("--lengths", type=int, nargs="*", default=[1024, 2048, 4096, 16384])
     parser.add_argument("--variant-length", type=int, default=16384)

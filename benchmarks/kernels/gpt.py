@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trainkit.demo import _model
 from trainkit.demo._config import SIZES
-from trainkit.kernels import attention, linear_cross_entropy
+from trainkit.kernels import attention, linear_cross_entropy, swiglu
 
 
 class Arm(NamedTuple):
@@ -27,7 +27,7 @@ class Arm(NamedTuple):
 
     attend: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
     norm: Callable[[nn.Module, Tensor], Tensor]
-    gate: Callable[[Tensor, Tensor], Tensor]
+    gate: Callable[[Tensor], Tensor]
     loss: Callable[[Tensor, Tensor, Tensor], Tensor]
     backend: SDPBackend | None = None
 
@@ -36,7 +36,8 @@ def plain_norm(module: Any, x: Tensor) -> Tensor:
     return F.rms_norm(x, module.normalized_shape, module.weight, module.eps)
 
 
-def plain_gate(gate: Tensor, up: Tensor) -> Tensor:
+def plain_gate(both: Tensor) -> Tensor:
+    gate, up = both.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
@@ -44,7 +45,6 @@ def plain_loss(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(x, weight).flatten(0, 1).float(), target.flatten())
 
 
-@torch.compiler.disable
 def chunked_loss(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return linear_cross_entropy(x.to(torch.bfloat16), weight.to(torch.bfloat16), target)
 
@@ -98,7 +98,7 @@ def liger() -> Arm:
     return Arm(
         attend,
         lambda module, x: LigerRMSNormFunction.apply(x, module.weight, module.eps, 0.0, "llama", True),
-        LigerSiLUMulFunction.apply,
+        lambda both: LigerSiLUMulFunction.apply(*both.chunk(2, dim=-1)),
         loss,
         SDPBackend.CUDNN_ATTENTION,
     )
@@ -110,7 +110,8 @@ def arm(name: str) -> Arm:
         return liger()
     attend: Callable[..., Tensor] = ours if name.startswith("ours") else flex() if name == "flex" else sdpa
     backends = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-    return Arm(attend, plain_norm, plain_gate, chunked_loss if name == "ours" else plain_loss, backends.get(name))
+    gate, loss = (swiglu, chunked_loss) if name == "ours" else (plain_gate, plain_loss)
+    return Arm(attend, plain_norm, gate, loss, backends.get(name))
 
 
 class Step:
@@ -134,8 +135,7 @@ class Step:
             q, k, v = heads.split((block.heads, block.kv_heads, block.kv_heads), dim=2)
             mixed = parts.attend(q, k, v, model.cos[:S], model.sin[:S])
             x = x + block.out(mixed.reshape(B, S, -1))
-            gate, up = block.gate_up(parts.norm(block.mlp_norm, x)).chunk(2, dim=-1)
-            x = x + block.down(parts.gate(gate, up))
+            x = x + block.down(parts.gate(block.gate_up(parts.norm(block.mlp_norm, x))))
         return parts.loss(parts.norm(model.norm, x), model.head.weight, target)
 
     def __call__(self, batch: Tensor) -> Tensor:

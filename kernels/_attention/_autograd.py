@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainkit.kernels._attention import _hopper, _triton
+from trainkit.kernels._attention import _hooks, _hopper, _triton
 from trainkit.kernels._attention._reference import reference
 from trainkit.kernels._attention._spec import Packed, Spec
 from trainkit.kernels._attention._triton import Call
@@ -16,6 +16,10 @@ from trainkit.kernels._attention._variant import build
 
 def run_forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
     """Compute out `[B, Sq, Hq, Dv]` and lse `[B, Hq, Sq]` by the call's kernels."""
+    if q.is_cuda and q.device.index != torch.cuda.current_device():
+        # Kernels run on the current device.
+        with torch.cuda.device(q.device):
+            return run_forward(q, k, v, sinks, call)
     return _hopper.forward(q, k, v, sinks, call) if call.hopper else _triton.forward(q, k, v, sinks, call)
 
 
@@ -47,14 +51,22 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         q, k, v, sinks, out, lse = ctx.saved_tensors
         grad = torch.zeros_like(out) if grads[0] is None else grads[0]
-        dq, dk, dv, dsinks, tables = run_backward(q, k, v, sinks, out, lse, grad, grads[1], ctx.call)
+        call = ctx.call
+        turned = q if call.rope is None else _hooks.turn_queries(q, k, call.rope, call.packed)
+        dq, dk, dv, dsinks, tables = run_backward(turned, k, v, sinks, out, lse, grad, grads[1], call)
+        if call.rope is not None:
+            dq = _hooks.turn_queries(q, k, call.rope, call.packed, dq)
         return None, dq, dk, dv, dsinks, *tables
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, spec: Spec, packed: Packed | None, hopper: bool = False
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, spec: Spec, packed: Packed | None, hopper: bool = False,
+    rope: _hooks.Rope | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Differentiable attention through the kernels.
+
+    Args:
+        rope: turns the queries (the keys are turned already); for the Hopper kernels alone.
 
     Raises:
         Untraceable: a score_mod or mask_mod that no kernel can be made of.
@@ -69,7 +81,8 @@ def attend(
         )
     if 0 in (q.shape[0], q.shape[1], k.shape[1]):
         return reference(q, k, v, spec, packed)
-    call = Call(spec, packed, variant, hopper)
+    tables = None if rope is None else (rope[0].float().contiguous(), rope[1].float().contiguous())
+    call = Call(spec, packed, variant, hopper, tables)
     out, lse = _Attention.apply(call, q, k, v, spec.sinks, *learned)  # type: ignore[no-untyped-call]
     return out, lse
 

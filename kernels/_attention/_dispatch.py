@@ -147,6 +147,11 @@ def attention(
         if hook is not None and not callable(hook):
             raise ValueError(f"{name} must be a function of an element, got {type(hook).__name__}")
     plain = backend == "reference"
+    compiled = traced and backend == "auto" and not explain
+    explanation = None if compiled else _choose(q, k, v, spec, packed, return_lse, backend)
+    # Queries are loaded once: the Hopper kernel turns them then. Keys are loaded for every tile of queries.
+    in_load = rope is not None and query_mod is None and explanation is not None and explanation.path == "hopper"
+    in_load = in_load and not torch.compiler.is_compiling()
     if rope is not None:
         if not traced or cu_q is None:
             _hooks.check_rope(rope, q, k, packed)
@@ -154,20 +159,20 @@ def attention(
         if torch.compiler.is_compiling():
             q, k = _hooks.rope_formula(q, rope, offset, cu_q), _hooks.rope_formula(k, rope, 0, cu_k)
         else:
-            q = _hooks.apply(q, _hooks.rope_hook(rope, offset), cu_q, plain)
-            k = _hooks.apply(k, _hooks.rope_hook(rope, 0), cu_k, plain)
+            if not in_load:
+                q = _hooks.apply_rope(q, rope, offset, cu_q, plain)
+            k = _hooks.apply_rope(k, rope, 0, cu_k, plain)
     q = q if query_mod is None else _hooks.apply(q, query_mod, cu_q, plain)
     k = k if key_mod is None else _hooks.apply(k, key_mod, cu_k, plain)
-    if traced and backend == "auto" and not explain:
+    if explanation is None:
         pair = _ops.compiled(q, k, v, spec, cu_q, cu_k)
         return pair if return_lse else pair[0]
-    explanation = _choose(q, k, v, spec, packed, return_lse, backend)
     lse: Tensor | None = None
     if explanation.path == "sdpa":
         out = _sdpa.sdpa(q, k, v, spec)
     elif explanation.path in ("hopper", "triton"):
         run = outside_graph() if torch.compiler.is_compiling() else attend
-        out, lse = run(q, k, v, spec, packed, hopper=explanation.path == "hopper")
+        out, lse = run(q, k, v, spec, packed, explanation.path == "hopper", rope if in_load else None)
     else:
         out, lse = reference(q, k, v, spec, packed)
     if output_mod is not None:

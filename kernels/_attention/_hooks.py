@@ -18,6 +18,8 @@ from trainkit.kernels._attention._spec import Packed
 from trainkit.kernels._attention._trace import Untraceable, append
 from trainkit.kernels._attention._variant import remembered
 from trainkit.kernels.fused._rope import reference as rotate
+from trainkit.kernels.fused._rope import rope as fused_rope
+from trainkit.kernels.fused._rope import rotated
 
 Hook = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 """`hook(x, pair, b, h, idx, d)`; `pair` is the element at `(d + D / 2) % D` of the same row."""
@@ -87,8 +89,23 @@ def rope_offset(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None) 
     return (cu_k[1:] - cu_k[:-1]) - (cu_q[1:] - cu_q[:-1])
 
 
+def rows_at(rope: Rope, offset: int, x: Tensor) -> Rope:
+    """The tables' rows for the tokens of a sequence that is not packed."""
+    rows = slice(offset, offset + x.shape[1])
+    return rope[0][rows], rope[1][rows]
+
+
+def apply_rope(x: Tensor, rope: Rope, offset: int | Tensor, cu: Tensor | None, plain: bool) -> Tensor:
+    """Turn `[B, S, H, D]`, in the rope kernel where sequences are not packed; differentiable in x."""
+    if cu is None and isinstance(offset, int) and not plain:
+        return fused_rope(x, *rows_at(rope, offset, x))
+    return apply(x, rope_hook(rope, offset), cu, plain)
+
+
 def rope_formula(x: Tensor, rope: Rope, offset: int | Tensor, cu: Tensor | None) -> Tensor:
     """What `rope_hook` does, as plain PyTorch for a compiler to fuse."""
+    if cu is None and isinstance(offset, int):
+        return rotate(x, *rows_at(rope, offset, x))
     sequence, index = rows_of(x, cu)
     at = index + (offset[sequence] if isinstance(offset, Tensor) else offset)
     cos, sin = (t[at].view(*x.shape[:2], -1) for t in rope)
@@ -165,6 +182,15 @@ class _Transform(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         x, cu = ctx.saved_tensors
         return _run(ctx.compiled, x, grads[0], cu), None, None
+
+
+def turn_queries(q: Tensor, k: Tensor, rope: Rope, packed: Packed | None, grad: Tensor | None = None) -> Tensor:
+    """The queries turned as the Hopper forward turns them in its load; with `grad`, theirs before they were turned."""
+    cu_q, cu_k = (None, None) if packed is None else (packed.cu_q, packed.cu_k)
+    if packed is None:
+        tables = rows_at(rope, k.shape[1] - q.shape[1], q)
+        return rotated(q, *tables, 1) if grad is None else rotated(grad, *tables, -1)
+    return _run(trace(rope_hook(rope, rope_offset(q, k, cu_q, cu_k)), q.device), q, grad, cu_q)
 
 
 def reference(x: Tensor, hook: Hook, cu: Tensor | None) -> Tensor:

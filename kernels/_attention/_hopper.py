@@ -1,14 +1,16 @@
 """The Hopper path: Gluon kernels for bf16 and fp16 on compute capability 9, head_dim 64, 128 and 256."""
 
 import math
+import operator
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from trainkit.kernels._attention import _triton
 from trainkit.kernels._attention._codegen import arguments
+from trainkit.kernels._attention._launch import Box, Kept, counter
 from trainkit.kernels._attention._spec import Spec
 from trainkit.kernels._attention._triton import Call, Tiling
 
@@ -104,14 +106,25 @@ def _swizzle(rows: int, width: int, dtype: torch.dtype) -> Any:
 
 
 class Template:
-    """What a kernel is compiled for: attributes that its code reads as constants."""
+    """What a kernel is compiled for: attributes that its code reads as constants. One object for equal constants."""
 
-    def __init__(self, **constants: Any) -> None:
-        import triton.experimental.gluon.language as gl
+    _made: ClassVar[dict[Any, "Template"]] = {}
+    _known: tuple[tuple[str, Any], ...]
 
-        self._known = tuple(constants.items())
-        for name, value in constants.items():
-            setattr(self, name, gl.constexpr(value))
+    def __new__(cls, **constants: Any) -> "Template":
+        known = tuple(constants.items())
+        made = cls._made.get(known)
+        if made is None:
+            import triton.experimental.gluon.language as gl
+
+            made = super().__new__(cls)
+            made._known = known
+            for name, value in known:
+                setattr(made, name, gl.constexpr(value))
+            if len(cls._made) >= 256:
+                cls._made.pop(next(iter(cls._made)))
+            cls._made[known] = made
+        return made
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Template) and self._known == other._known
@@ -124,17 +137,21 @@ class Template:
         return f"Template{self._known}"
 
 
-def _forward_tile(d: int, dv: int, seen: float) -> dict[str, Any]:
-    """Queries and keys a block, buffers in the ring: what 227 KB of shared memory and the registers hold.
+def _forward_tile(d: int, dv: int, seen: float, causal: bool) -> dict[str, Any]:
+    """Queries and keys a block, buffers in the ring and of queries: what 227 KB of shared memory and the registers hold.
 
     Args:
         seen: keys that a query sees on average.
+        causal: whether blocks at an edge are seen in part.
     """
     wide = max(d, dv)
     if wide == 64:
         # A third warpgroup hides more of the exponentials, and wastes more at the edge of a mask.
-        return {"BM": 192 if seen >= 4096 else 128, "BN": 128, "ST": 3, "STAGED": True}
-    return {"BM": 128, "BN": 128 if wide == 128 else 64, "ST": 2, "STAGED": wide == 128}
+        three = seen >= (2048 if causal else 1024)
+        return {"BM": 192 if three else 128, "BN": 128, "ST": 3, "QS": 2, "TURNS": True, "LATE": three}
+    return {
+        "BM": 128, "BN": 128 if wide == 128 else 64, "ST": 2, "QS": 2 if wide == 128 else 1, "TURNS": False, "LATE": False,
+    }  # fmt: skip
 
 
 def _seen(k: Tensor, spec: Spec, listed: bool) -> float:
@@ -150,6 +167,24 @@ def _processors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+_KEPT: dict[Any, tuple[Kept, Plane, Plane, Plane, Plane]] = {}
+
+
+def _key(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: Call) -> Any:
+    """What a plain call's launch depends on but the addresses; None where there is more to it."""
+    spec, variant = call.spec, call.variant
+    scored = variant.score is not None and _cap(spec) is None
+    if scored or variant.mask is not None or call.packed is not None or not q.is_cuda:
+        return None
+    tensors = (q, k, v, *(() if sinks is None else (sinks,)), *(call.rope or ()))
+    if any(x.data_ptr() % 16 for x in tensors):
+        return None
+    return (
+        q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype, q.device.index, spec.causal, spec.window,
+        spec.softcap, spec.scale, None if sinks is None else sinks.dtype, call.rope is None,
+    )  # fmt: skip
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: Call, launch: Any = None
 ) -> tuple[Tensor, Tensor]:
@@ -158,12 +193,23 @@ def forward(
     Args:
         launch: called with the kernel and grid instead of `kernel[grid]` (the tests compile without a GPU).
     """
+    out = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
+    count = counter(q.device)
+    spare = (count,) * 6
+    tables = (lse if sinks is None else sinks, *(call.rope or (lse, lse)))
+    key = _key(q, k, v, sinks, call)
+    kept = None if key is None else _KEPT.get(key)
+    if kept is not None:
+        kernel, *planes = kept
+        boxes = (Box(x, p.shape, (p.stride, 1)) for x, p in zip((q, k, v, out), planes, strict=True))
+        kernel(*boxes, out, lse, *tables, count, *spare)
+        return out, lse
     from trainkit.kernels._attention import _hopper_forward
 
     spec, D, DV = call.spec, q.shape[3], v.shape[3]
-    out = torch.empty(*q.shape[:3], DV, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
-    tile = _forward_tile(D, DV, _seen(k, spec, call.variant.mask is not None or call.packed is not None))
+    irregular = call.variant.mask is not None or call.packed is not None
+    tile = _forward_tile(D, DV, _seen(k, spec, irregular), spec.causal)
     bm, bn = tile["BM"], tile["BN"]
     grid, pointers, strides, listed = _triton.layout(call, q, k, Tiling(bm, bn, 4, tile["ST"]), False)
     total = math.prod(grid)
@@ -176,18 +222,25 @@ def forward(
         GROUP=q.shape[2] // k.shape[2], D=D, DV=DV, CAUSAL=spec.causal, WINDOW=spec.window is not None,
         SINK=sinks is not None, PACKED=call.packed is not None, LISTED=listed, CAP=cap is not None,
         BOUNDED=cap is not None and cap <= UNBOUNDED_CAP and q.dtype == torch.bfloat16,
-        SCORE=None if cap is not None else functions.score, MASK=functions.mask, **tile,
+        SCORE=None if cap is not None else functions.score, MASK=functions.mask, BF16=q.dtype == torch.bfloat16,
+        ROPE=call.rope is not None, **tile,
     )  # fmt: skip
-    counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     programs = min(total, _processors(q.device.index) if q.is_cuda else 132)
     qp, kp, vp, op = plane(q), plane(k), plane(v), plane(out)
-    kernel = _hopper_forward.forward
-    (launch(kernel, (programs,)) if launch else kernel[(programs,)])(
-        descriptor(qp, 64, D), descriptor(kp, bn, D), descriptor(vp, bn, DV), descriptor(op, 64, DV), out, lse,
-        lse if sinks is None else sinks, counter, *(counter if p is None else p for p in pointers), *strides, *qp[3:],
-        *kp[3:], *vp[3:], q.shape[2] * DV, q.shape[2], q.shape[1], k.shape[1], spec.window or 0, spec.scale, cap or 1.0,
-        *captured, grid[0], total, template, num_warps=4,
+    constants = (
+        *strides, *qp[3:], *kp[3:], *vp[3:], q.shape[2] * DV, q.shape[2], q.shape[1], k.shape[1], spec.window or 0,
+        spec.scale, cap or 1.0, *captured, grid[0], total, template,
     )  # fmt: skip
+    run = (launch or operator.getitem)(_hopper_forward.forward, (programs,))
+    compiled = run(
+        descriptor(qp, 64, D), descriptor(kp, bn, D), descriptor(vp, bn, DV), descriptor(op, 64, min(DV, 128)), out, lse,
+        *tables, count, *(x if p is None else p for x, p in zip(spare, pointers, strict=True)),
+        *constants, num_warps=4,
+    )  # fmt: skip
+    if key is not None and all(p.tensor is x for p, x in zip((qp, kp, vp), (q, k, v), strict=True)):
+        if len(_KEPT) >= 256:
+            _KEPT.pop(next(iter(_KEPT)))
+        _KEPT[key] = (Kept(compiled, programs, constants), *(p._replace(tensor=None) for p in (qp, kp, vp, op)))
     return out, lse
 
 

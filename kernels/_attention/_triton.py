@@ -79,6 +79,8 @@ class Call(NamedTuple):
     variant: Variant
     hopper: bool = False
     """Forward in Gluon, and backward too unless captured tensors learn."""
+    rope: tuple[Tensor, Tensor] | None = None
+    """fp32 tables by which the Hopper forward still has to turn the queries, as it loads them."""
 
 
 def _rows(x: Tensor) -> Tensor:

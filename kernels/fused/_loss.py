@@ -25,45 +25,86 @@ def _chunk(tokens: int, vocabulary: int) -> int:
     return min(tokens, max(1024, 1 << ((256 << 20) // vocabulary).bit_length() - 1))
 
 
+def _loss_and_gradients(
+    x: Tensor, weight: Tensor, target: Tensor, ignore_index: int, chunk: int, needs_x: bool, needs_weight: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss, its gradients but for a factor (empty where not needed; the weight's in fp32), and that factor."""
+    from trainkit.kernels.fused import _loss_kernels as kernels
+
+    tokens, vocabulary = x.shape[0], weight.shape[0]
+    losses = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    dx = torch.empty_like(x) if needs_x else x.new_empty(0)
+    dweight = torch.zeros(weight.shape if needs_weight else 0, dtype=torch.float32, device=x.device)
+    target = target.contiguous()
+    block = min(4096, 1 << (vocabulary - 1).bit_length()) if x.is_cuda else 64
+    for start in range(0, tokens, chunk):
+        rows = slice(start, start + chunk)
+        logits = x[rows] @ weight.T
+        kernels.cross_entropy[(logits.shape[0],)](
+            logits, target[rows], losses[rows], vocabulary, ignore_index, 1.0, BLOCK=block,
+            num_warps=max(1, block // 512),
+        )  # fmt: skip
+        if needs_x:
+            torch.mm(logits, weight, out=dx[rows])
+        if needs_weight:
+            _accumulate(dweight, logits, x[rows])
+    # Unscaled gradients keep 16-bit ones clear of underflow; the mean's factor comes last, in fp32.
+    factor = 1.0 / (target != ignore_index).sum().clamp(min=1)
+    return losses.sum() * factor, dx, dweight, factor
+
+
+def _scaled(grad: Tensor, dx: Tensor, dweight: Tensor, factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    scale = (grad * factor).to(torch.float32)
+    return (dx * scale).to(dx.dtype), (dweight * scale).to(dtype)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, target: Tensor, ignore_index: int, chunk: int) -> Tensor:
-        from trainkit.kernels.fused import _loss_kernels as kernels
-
-        tokens, vocabulary = x.shape[0], weight.shape[0]
-        losses = torch.empty(tokens, dtype=torch.float32, device=x.device)
-        needs_x, needs_weight = ctx.needs_input_grad[:2]
-        dx = torch.empty_like(x) if needs_x else None
-        dweight = torch.zeros(weight.shape, dtype=torch.float32, device=x.device) if needs_weight else None
-        target = target.contiguous()
-        for start in range(0, tokens, chunk):
-            rows = slice(start, start + chunk)
-            logits = x[rows] @ weight.T
-            kernels.cross_entropy[(logits.shape[0],)](
-                logits, target[rows], losses[rows], vocabulary, ignore_index, 1.0, BLOCK=4096 if x.is_cuda else 64,
-                num_warps=8,
-            )  # fmt: skip
-            if dx is not None:
-                torch.mm(logits, weight, out=dx[rows])
-            if dweight is not None:
-                _accumulate(dweight, logits, x[rows])
-        # Unscaled gradients keep 16-bit ones clear of underflow; the mean's factor comes last, in fp32.
-        factor = 1.0 / (target != ignore_index).sum().clamp(min=1)
         ctx.dtype = weight.dtype
-        ctx.save_for_backward(dx, dweight, factor)
-        return losses.sum() * factor
+        loss, *saved = _loss_and_gradients(x, weight, target, ignore_index, chunk, *ctx.needs_input_grad[:2])
+        ctx.save_for_backward(*saved)
+        return loss
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        dx, dweight, factor = ctx.saved_tensors
-        scale = grads[0] * factor
+        given = _scaled(grads[0], *ctx.saved_tensors, ctx.dtype)
         return (
-            None if dx is None else (dx * scale.to(torch.float32)).to(dx.dtype),
-            None if dweight is None else (dweight * scale).to(ctx.dtype),
+            *(g if needed else None for g, needed in zip(given, ctx.needs_input_grad, strict=False)),
             None,
             None,
             None,
         )
+
+
+@torch.library.custom_op("trainkit::linear_cross_entropy", mutates_args=())
+def loss_op(
+    x: Tensor, weight: Tensor, target: Tensor, ignore_index: int, chunk: int, needs_x: bool, needs_weight: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The fused loss for compiled graphs; results as of `_loss_and_gradients`."""
+    return _loss_and_gradients(x, weight, target, ignore_index, chunk, needs_x, needs_weight)
+
+
+@loss_op.register_fake
+def _(
+    x: Tensor, weight: Tensor, target: Tensor, ignore_index: int, chunk: int, needs_x: bool, needs_weight: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx = torch.empty_like(x) if needs_x else x.new_empty(0)
+    dweight = weight.new_empty(weight.shape if needs_weight else (0,), dtype=torch.float32)
+    return x.new_empty((), dtype=torch.float32), dx, dweight, x.new_empty((), dtype=torch.float32)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[1:])
+    ctx.dtype, ctx.needs = inputs[1].dtype, inputs[5:7]
+
+
+def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Any, ...]:
+    given = _scaled(grad, *ctx.saved_tensors, ctx.dtype)
+    return (*(g if needed else None for g, needed in zip(given, ctx.needs, strict=True)), *(None,) * 5)
+
+
+loss_op.register_autograd(_backward, setup_context=_setup)
 
 
 def _accumulate(total: Tensor, gradient: Tensor, x: Tensor) -> None:
@@ -102,7 +143,12 @@ def linear_cross_entropy(
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk counts rows and must be at least 1, got {chunk}")
     x, target = x.reshape(-1, x.shape[-1]), target.reshape(-1)
+    size = chunk or _chunk(x.shape[0], weight.shape[0])
+    if torch.compiler.is_compiling() and x.is_cuda and x.dtype != torch.float64:
+        # One operator in the graph; whether Triton is there would be a break in it, and Inductor needs it anyhow.
+        needs_x, needs_weight = (t.requires_grad and torch.is_grad_enabled() for t in (x, weight))
+        loss: Tensor = loss_op(x, weight, target, ignore_index, size, needs_x, needs_weight)[0]
+        return loss
     if fusible(x, weight):
-        size = chunk or _chunk(x.shape[0], weight.shape[0])
         return _LinearCrossEntropy.apply(x, weight, target, ignore_index, size)  # type: ignore[no-untyped-call, no-any-return]
     return reference(x, weight, target, ignore_index)

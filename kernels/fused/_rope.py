@@ -16,7 +16,8 @@ def reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([low * c - high * s, high * c + low * s], -1).to(x.dtype)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    """X turned by the kernel; sign -1 turns back. Tables are contiguous."""
     import triton
 
     from trainkit.kernels.fused import _rope_kernels as kernels
@@ -36,12 +37,12 @@ class _Rope(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         cos, sin = cos.contiguous(), sin.contiguous()
         ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin, 1)
+        return rotated(x, cos, sin, 1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         cos, sin = ctx.saved_tensors
-        return _rotate(grads[0], cos, sin, -1), None, None
+        return rotated(grads[0], cos, sin, -1), None, None
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

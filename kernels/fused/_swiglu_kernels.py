@@ -7,23 +7,25 @@ import triton.language as tl
 
 
 @triton.jit
-def forward(A, B, Y, n, BLOCK: tl.constexpr):
-    """Y = A sigmoid(A) B."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def forward(A, B, Y, sa, sb, sy, n, BLOCK: tl.constexpr):
+    """Y = A sigmoid(A) B, rows of n columns."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
-    a = tl.load(A + at, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(B + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(Y + at, (a / (1.0 + tl.exp(-a)) * b).to(Y.dtype.element_ty), mask=inside)
+    a = tl.load(A + row * sa + at, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(B + row * sb + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(Y + row * sy + at, (a / (1.0 + tl.exp(-a)) * b).to(Y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def backward(A, B, DY, DA, DB, n, BLOCK: tl.constexpr):
+def backward(A, B, DY, DA, DB, sa, sb, sdy, sda, sdb, n, BLOCK: tl.constexpr):
     """Recompute the gate instead of keeping it."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
-    a = tl.load(A + at, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(B + at, mask=inside, other=0.0).to(tl.float32)
-    g = tl.load(DY + at, mask=inside, other=0.0).to(tl.float32)
+    a = tl.load(A + row * sa + at, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(B + row * sb + at, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(DY + row * sdy + at, mask=inside, other=0.0).to(tl.float32)
     gate = 1.0 / (1.0 + tl.exp(-a))
-    tl.store(DB + at, (g * a * gate).to(DB.dtype.element_ty), mask=inside)
-    tl.store(DA + at, (g * b * gate * (1.0 + a * (1.0 - gate))).to(DA.dtype.element_ty), mask=inside)
+    tl.store(DB + row * sdb + at, (g * a * gate).to(DB.dtype.element_ty), mask=inside)
+    tl.store(DA + row * sda + at, (g * b * gate * (1.0 + a * (1.0 - gate))).to(DA.dtype.element_ty), mask=inside)
