@@ -16,9 +16,8 @@ from trainkit.autolrs._search import Backend, LRSearch
 from trainkit.autolrs._skopt import SkoptSearch
 
 _VERSION = 1
-# The run's first steps reward rates that damage it later, so the first search strays from the well-known rate only for a
-# clear gain. Later trials flatter a small rate: it loses the noise at once and the progress only in the long run.
-_PULL, _TILT, _LEAN = 1.0, 0.5, 0.02
+# Trials flatter a small rate: it loses the noise at once and the progress only in the long run.
+_TILT, _LEAN = 0.5, 0.02
 
 
 class Controller:
@@ -132,9 +131,11 @@ class Controller:
             forecaster=self._forecast,
             fallback=self._fallback,
             fallen=self._fallen(),
-            pull=_PULL if stage == 0 and self._known is not None else 0.0,
-            tilt=0.0 if stage == 0 and self._known is not None else _TILT,
-            lean=_LEAN,
+            # The run's first steps reward rates that damage it later: there the well-known rate need only work.
+            look=stage == 0 and self._known is not None and self.keeps_winner,
+            settle=search.decay > 0,
+            tilt=_TILT,
+            lean=lambda loss: self._lean(search, loss),
             halving=self.keeps_winner,
             keep=self.keeps_winner,
             report=told,
@@ -146,8 +147,13 @@ class Controller:
         stages = [*before.stages] or [StageRecord(0, search.start, self._safe, False)][: search.start]
         if stages:
             stages[-1] = replace(stages[-1], steps=search.start - stages[-1].start)
-        end = self.next_start or self.kept_total
-        stages.append(StageRecord(search.start, max(end - search.start, 1), outcome.rate, False))
+        start, end = search.start, self.next_start or self.kept_total
+        if search.decay and outcome.kept:  # the kept trial has fallen and the rate goes up again
+            flat = outcome.kept - search.decay
+            stages.append(StageRecord(start, flat, outcome.rate, False))
+            stages.append(StageRecord(start + flat, search.decay, outcome.rate, True))
+            start += outcome.kept
+        stages.append(StageRecord(start, max(end - start, 1), outcome.rate, False))
         self._record = replace(
             before,
             stages=tuple(stages),
@@ -219,6 +225,18 @@ class Controller:
         """How far the search loss has fallen in the trials that were kept, from the run's start."""
         kept = [record.losses for record in self._record.trials if record.status == "kept" and record.losses]
         return max(kept[0][0] - min(losses[-1] for losses in kept), 0.0) if kept else 0.0
+
+    def _lean(self, search: Search, loss: float) -> float:
+        """What a faster trial is forgiven a decade: a share of what the run has fallen, on a plateau.
+
+        What leaves a plateau does not show in short trials. A run that would fall as far again at its present pace is on
+        none, and its trials are believed.
+        """
+        kept = [record for record in self._record.trials if record.status == "kept" and record.losses]
+        if not kept:
+            return 0.0
+        pace = (kept[-1].losses[-1] - loss) / max(search.start - kept[-1].loss_steps[-1], 1)
+        return _LEAN * max(self._fallen() - max(pace, 0.0) * (self.kept_total - search.start), 0.0)
 
     def _fallback(self, lowest: float) -> float:
         known = self.history.stages[-1].rate if self.history.stages else self._default
