@@ -6,18 +6,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+import torch
+
 from trainkit.autolrs._forecast import Forecast, forecast
 from trainkit.autolrs._history import History, StageRecord
 from trainkit.autolrs._paper import paper_forecast
 from trainkit.autolrs._plan import Plan, Search, Settings, plan
 from trainkit.autolrs._race import Outcome, Rules, Trials, race
-from trainkit.autolrs._schedule import LRSchedule, Piece
+from trainkit.autolrs._schedule import LRSchedule, Piece, group_ratios, known_rate
 from trainkit.autolrs._search import Backend, LRSearch
 from trainkit.autolrs._skopt import SkoptSearch
 
 _VERSION = 1
 # Trials flatter a small rate: it loses the noise at once and the progress only in the long run.
-_TILT, _LEAN = 0.5, 0.02
+_TILT, _LEAN = 0.5, 0.04
 
 
 class Controller:
@@ -54,14 +56,13 @@ class Controller:
         """Whether a search's winning steps are kept; the published algorithm runs them again."""
         return self.settings.preset != "paper"
 
-    def begin(self, total: int, default: float, ratios: Sequence[float], known: float | None) -> bool:
+    def begin(self, total: int, optimizer: torch.optim.Optimizer) -> bool:
         """Plans the run unless a checkpoint brought its plan.
 
         Args:
             total: steps of the run, in the sense of `count`.
-            default: the optimizer's own rate, for a run too short to search.
-            ratios: the groups' shares of a rate.
-            known: a rate that this kind of optimizer usually does well with, None if there is none.
+            optimizer: its default rates set the groups' ratios and the rate of a run too short to search, its kind the
+                rate that the search begins with.
 
         Returns:
             Whether the run is long enough to search.
@@ -70,10 +71,10 @@ class Controller:
             ValueError: the checkpoint's run had another length.
         """
         if self.plan is None:
-            self.ratios = tuple(ratios)
-            self.plan = plan(self.settings, total, known is not None)
-            self._default = default
-            self._known = known
+            self.ratios = tuple(group_ratios(optimizer))
+            self._default = max(float(g.get("initial_lr", g["lr"])) for g in optimizer.param_groups)
+            self._known = known_rate(optimizer)
+            self.plan = plan(self.settings, total, self._known is not None)
             self._backend = self._make_backend()
             self._schedule = None
         elif self.plan.total != total:
@@ -133,7 +134,7 @@ class Controller:
             fallen=self._fallen(),
             # The run's first steps reward rates that damage it later: there the well-known rate need only work.
             look=stage == 0 and self._known is not None and self.keeps_winner,
-            settle=search.decay > 0,
+            climb=search.decay > 0,
             tilt=_TILT,
             lean=lambda loss: self._lean(search, loss),
             halving=self.keeps_winner,

@@ -85,8 +85,9 @@ class Rules:
         forecaster: (steps, losses, horizon) -> forecast.
         fallback: least rate tried -> the rate to go on with when every trial diverged.
         fallen: how far the loss has fallen in the run so far; what a trial may rise is measured by it.
-        look: whether the first trial that lowers the loss ends the search.
-        settle: whether a rate between two worse ones ends it.
+        look: whether the first trial that works ends the search.
+        climb: whether a faster trial that is worse than one that works ends it: short trials flatter small rates, so these
+            are tried only when the present one does not work.
         tilt: standard deviations by which a faster trial may seem worse and still win: what follows is annealed, which
             takes the faster one's noise away.
         lean: loss at the search's start -> what a trial is forgiven for each decade that it is faster.
@@ -101,7 +102,7 @@ class Rules:
     fallback: Callable[[float], float]
     fallen: float = 0.0
     look: bool = False
-    settle: bool = False
+    climb: bool = False
     tilt: float = 0.0
     lean: Callable[[float], float] = lambda loss: 0.0
     halving: bool = True
@@ -143,8 +144,10 @@ def race(trials: Trials, backend: Backend, search: Search, rules: Rules) -> Outc
             best = len(records) - 1
             if rules.keep:
                 trials.keep()
-        if best is not None and (
-            (rules.look and _lowers(records[best])) or (rules.settle and getattr(backend, "settled", False))
+        if (
+            best is not None
+            and _works(records[best], rules)
+            and (rules.look or (rules.climb and records[-1].rate > records[best].rate))
         ):
             break
     taken = sum(r.steps for r in records)
@@ -156,18 +159,22 @@ def race(trials: Trials, backend: Backend, search: Search, rules: Rules) -> Outc
     return Outcome(records[best].rate, records[best].steps, tuple(records), taken - records[best].steps)
 
 
-def _lowers(record: TrialRecord) -> bool:
-    """Whether the loss is lower in the trial's last quarter than at its start."""
-    return float(np.mean(record.losses[-max(len(record.losses) // 4, 1) :])) < record.losses[0]
+def _works(record: TrialRecord, rules: Rules) -> bool:
+    """Whether the loss is lower in the trial's last quarter than at its start, or not damaged where it had fallen before."""
+    late = float(np.mean(record.losses[-max(len(record.losses) // 4, 1) :]))
+    return late - record.losses[0] < _DAMAGED * rules.fallen
 
 
 def _beats(new: TrialRecord, best: TrialRecord, backend: Backend, rules: Rules) -> bool:
     """Whether the new trial's posterior mean lies below the best one's, bias included, the faster one forgiven a little."""
-    expected = getattr(backend, "expected", None)
-    if expected is None:
-        return new.mean < best.mean
-    (mean, std), (best_mean, best_std) = expected(new.rate), expected(best.rate)
     decades = math.log10(new.rate / best.rate)
+    if rules.climb:  # what was measured on the same batches needs no smoothing
+        (mean, std), (best_mean, best_std) = (new.mean, new.std), (best.mean, best.std)
+        mean -= rules.lean(new.losses[0]) * decades
+    elif hasattr(backend, "expected"):
+        (mean, std), (best_mean, best_std) = backend.expected(new.rate), backend.expected(best.rate)
+    else:
+        return new.mean < best.mean
     # the surer of the two sets the measure: not knowing what a rate does is no merit of it
     forgiven = math.copysign(rules.tilt * min(std, best_std), decades)
     return bool(mean < best_mean + forgiven)

@@ -15,8 +15,8 @@ Array = NDArray[np.float64]
 _GRID = 257
 # Where a cold search looks first, as fractions of the log range. Too high a rate shows itself within a few steps.
 _COLD = (0.5, 0.75, 0.25)
-# A warm search starts at the last choice and goes on from a faster one, in decades.
-_WARM = (0.0, 0.5)
+# A warm search starts at the last choice and goes on in such steps, in decades.
+_WARM = 0.5
 # With a well-known rate to begin from, the search tries that, and lower ones if it does not work.
 _AROUND = (0.0, -0.5, -1.0, -1.5)
 # Per stage: what an old observation loses in weight, and how far the optimum may drift (decades).
@@ -76,11 +76,6 @@ class LRSearch:
         self._before: list[_Observation] = []
         self._centre: float | None = None
         self._stage = 0
-
-    @property
-    def settled(self) -> bool:
-        """Whether a warm search has a rate between two worse ones, or has come to the end of the range."""
-        return self._centre is not None and len(self._told) > len(_WARM) and self._design() is None
 
     @property
     def _grid(self) -> Array:
@@ -179,13 +174,12 @@ class LRSearch:
 
     def _around(self) -> list[float]:
         """Decades from the last choice to look at: there, faster, on the better side, and on while that falls."""
-        offsets = [*_WARM]
         losses = [o.mean - self._slope * math.log10(o.lr) for o in self._told]
+        offsets = [0.0, _WARM if not losses or math.isfinite(losses[0]) else -_WARM]
         if len(losses) >= 2:
-            step = _WARM[1] if losses[1] <= losses[0] else -_WARM[1]
-            offsets.append(max(offsets[1] + step, step))
+            offsets.append(2 * offsets[1] if losses[1] <= losses[0] else -offsets[1])
             while len(offsets) <= len(losses) and losses[len(offsets) - 1] < min(losses[: len(offsets) - 1]):
-                offsets.append(offsets[-1] + step)
+                offsets.append(offsets[-1] + math.copysign(_WARM, offsets[-1]))
         return offsets
 
     def _posterior(self) -> Posterior:
