@@ -73,9 +73,9 @@ def forecast(
 ) -> Forecast:
     """Forecasts the noise-free loss at step `horizon` from a short curve. Never raises.
 
-    Every shape (constant, one exponential, two exponentials, power law) is fitted to the raw losses in units of the
-    curve's own range; the shapes are averaged by their evidence, so a curve whose asymptote cannot be identified gets
-    a wide band instead of a confident guess.
+    Every shape (one exponential, the sum of two, power laws) is fitted to the raw losses in units of the curve's own
+    range; the shapes are averaged by their evidence, so a curve whose asymptote cannot be identified gets a wide band
+    instead of a confident guess.
 
     Args:
         losses: [n] loss values, any scale and offset; non-finite ones inside the curve are dropped.
@@ -84,7 +84,7 @@ def forecast(
         floor: a value that the noise-free loss cannot fall below (0 for a cross entropy), if known.
 
     Returns:
-        The forecast. A curve that ends in nan or inf, or has no finite loss, diverged: mean and std are inf. One
+        The forecast. A curve that ends in nan or inf, has no finite loss, or overflows, diverged: mean and std are inf. One
         loss is its own forecast with std inf; two are forecast by the last, with twice their difference as std.
     """
     y = np.asarray(losses, dtype=np.float64).ravel()
@@ -101,7 +101,10 @@ def forecast(
         return _floored(float(y[-1]), std, floor)
     offset = float(np.median(y))
     t, y, count = _binned(t, y)
-    scale = float(np.ptp(y))
+    with np.errstate(over="ignore"):
+        scale = float(np.ptp(y))
+    if not np.isfinite(scale):
+        return Forecast(float("inf"), float("inf"))
     if scale <= 1e-12 * max(abs(offset), 1e-300):
         return _floored(offset, 0.0, floor)
     mean, std = _average(

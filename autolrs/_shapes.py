@@ -104,7 +104,7 @@ class Shapes:
     def __init__(self, u: Array, ahead: float) -> None:
         self._times = np.append(u, [1.0, ahead])
         slowest = float(np.log(min(_STRAIGHT / max(ahead, 1.0), _SLOWEST)))
-        fastest = float(np.log(min(_FASTEST, 2.0 / float(np.median(np.diff(u))))))
+        fastest = float(np.log(min(_FASTEST, 2.0 / max(float(np.median(np.diff(u))), 1e-3))))
 
         def between(low: float, high: float) -> Limits:
             return lambda outer: (np.full(len(outer), low), np.full(len(outer), high))
