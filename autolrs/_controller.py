@@ -126,6 +126,7 @@ class Controller:
         def told(trial: int, of: int, rate: float) -> None:
             report(f"stage {stage + 1} trial {trial}/{of} lr {rate:.1e}")
 
+        guided = isinstance(self._backend, LRSearch)
         rules = Rules(
             stage=stage,
             rate_at=lambda rate, step: rate * self.schedule.warmup(step),
@@ -133,8 +134,8 @@ class Controller:
             fallback=self._fallback,
             fallen=self._fallen(),
             # The run's first steps reward rates that damage it later: there the well-known rate need only work.
-            look=stage == 0 and self._known is not None and self.keeps_winner,
-            climb=search.decay > 0,
+            look=guided and stage == 0 and self._known is not None,
+            climb=guided and search.decay > 0,
             tilt=_TILT,
             lean=lambda loss: self._lean(search, loss),
             halving=self.keeps_winner,

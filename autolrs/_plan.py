@@ -17,7 +17,7 @@ _DEFAULT_WARMUP = 0.02
 # Planned searches as shares of the run: a first look whether the well-known rate works, then, once the chaos of the first
 # steps is over, the search that decides; their trials as shares of all steps, and the most trials.
 _STARTS = (0.0, 0.1)
-_TRIALS = ((0.025, 5), (0.04, 5))
+_TRIALS = ((0.04, 5), (0.04, 5))
 _DECAY = 1 / 3  # of a deciding trial
 # Without a well-known rate to begin from, the first search covers the whole range.
 _BLIND_TRIALS = 9
@@ -142,10 +142,13 @@ def plan(settings: Settings, total: int, known: bool = True) -> Plan:
         trials = settings.candidates or (_BLIND_TRIALS if i == 0 and not known else trials)
         steps = settings.trial_steps or max(_LEAST_TRIAL, round(length * total / max(len(starts) / 2, 1.0)))
         fair = left // (len(starts) - i)
+        look = i == 0 and known and settings.stage_steps is None
         if settings.trial_steps is None:
-            steps = min(steps, max((end - start) // 2, 1), max(fair // (_LEAST_CANDIDATES - 1), _LEAST_TRIAL))
+            # A first look is kept as a rule; long enough to tell an unstable rate, up to the next search.
+            steps = max(steps, 2 * _LEAST_TRIAL) if look else min(steps, max((end - start) // 2, 1))
+            steps = min(steps, max(fair // (_LEAST_CANDIDATES - 1), _LEAST_TRIAL))
         steps = min(steps, end - start)
-        share = min((trials - 1) * steps, left if i == 0 else fair)
+        share = min((trials - 1) * steps, fair if look or i > 0 else left)
         if steps < min(_LEAST_TRIAL, settings.trial_steps or _LEAST_TRIAL) or (_LEAST_CANDIDATES - 1) * steps > share:
             continue
         # Annealing will change what a rate is worth in the end; a stage at one constant rate can be forecast.

@@ -139,7 +139,9 @@ def race(trials: Trials, backend: Backend, search: Search, rules: Rules) -> Outc
         if rules.halving:
             _reconsider(trials, backend, search, rules, records)
         if records[-1].status == "finished" and trials.agree(
-            best is None or _beats(records[-1], records[best], backend, rules)
+            best is None
+            or (rules.look and _works(records[-1], rules))
+            or _beats(records[-1], records[best], backend, rules)
         ):
             best = len(records) - 1
             if rules.keep:
@@ -160,9 +162,12 @@ def race(trials: Trials, backend: Backend, search: Search, rules: Rules) -> Outc
 
 
 def _works(record: TrialRecord, rules: Rules) -> bool:
-    """Whether the loss is lower in the trial's last quarter than at its start, or not damaged where it had fallen before."""
-    late = float(np.mean(record.losses[-max(len(record.losses) // 4, 1) :]))
-    return late - record.losses[0] < _DAMAGED * rules.fallen
+    """Whether the loss falls and never comes back by half; once it had fallen, whether it is not damaged."""
+    losses, first = record.losses, record.losses[0]
+    if rules.look:
+        least = min(losses)
+        return least < first and max(losses[losses.index(least) :]) < (first + least) / 2
+    return float(np.mean(losses[-max(len(losses) // 4, 1) :])) - first < _DAMAGED * rules.fallen
 
 
 def _beats(new: TrialRecord, best: TrialRecord, backend: Backend, rules: Rules) -> bool:
