@@ -1,7 +1,6 @@
 """Tuner in a plain loop, plans, the stream, the paper's plan."""
 
 import copy
-import math
 
 import pytest
 import torch
