@@ -27,10 +27,9 @@ from trainkit.autolrs._search import LRSearch as LRSearch
 from trainkit.autolrs._skopt import SkoptSearch as SkoptSearch
 from trainkit.autolrs._snapshot import Snapshot as Snapshot
 from trainkit.autolrs._snapshot import Where as Where
-from trainkit.autolrs._snapshot import metric_states as metric_states
 from trainkit.autolrs._snapshot import rng_state as rng_state
-from trainkit.autolrs._snapshot import set_metric_states as set_metric_states
 from trainkit.autolrs._snapshot import set_rng_state as set_rng_state
+from trainkit.autolrs._snapshot import unseen as unseen
 from trainkit.autolrs._stream import Stream as Stream
 from trainkit.autolrs._tuner import Kept as Kept
 from trainkit.autolrs._tuner import Tuner as Tuner

@@ -6,19 +6,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+import torch
+
 from trainkit.autolrs._forecast import Forecast, forecast
 from trainkit.autolrs._history import History, StageRecord
 from trainkit.autolrs._paper import paper_forecast
 from trainkit.autolrs._plan import Plan, Search, Settings, plan
 from trainkit.autolrs._race import Outcome, Rules, Trials, race
-from trainkit.autolrs._schedule import LRSchedule, Piece
+from trainkit.autolrs._schedule import LRSchedule, Piece, group_ratios, known_rate
 from trainkit.autolrs._search import Backend, LRSearch
 from trainkit.autolrs._skopt import SkoptSearch
 
 _VERSION = 1
-# The run's first steps reward rates that damage it later, so the first search strays from the well-known rate only for a
-# clear gain. Later trials flatter a small rate: it loses the noise at once and the progress only in the long run.
-_PULL, _TILT, _LEAN = 1.0, 0.5, 0.02
+# Trials flatter a small rate: it loses the noise at once and the progress only in the long run.
+_TILT, _LEAN = 0.5, 0.04
 
 
 class Controller:
@@ -55,14 +56,13 @@ class Controller:
         """Whether a search's winning steps are kept; the published algorithm runs them again."""
         return self.settings.preset != "paper"
 
-    def begin(self, total: int, default: float, ratios: Sequence[float], known: float | None) -> bool:
+    def begin(self, total: int, optimizer: torch.optim.Optimizer) -> bool:
         """Plans the run unless a checkpoint brought its plan.
 
         Args:
             total: steps of the run, in the sense of `count`.
-            default: the optimizer's own rate, for a run too short to search.
-            ratios: the groups' shares of a rate.
-            known: a rate that this kind of optimizer usually does well with, None if there is none.
+            optimizer: its default rates set the groups' ratios and the rate of a run too short to search, its kind the
+                rate that the search begins with.
 
         Returns:
             Whether the run is long enough to search.
@@ -71,10 +71,10 @@ class Controller:
             ValueError: the checkpoint's run had another length.
         """
         if self.plan is None:
-            self.ratios = tuple(ratios)
-            self.plan = plan(self.settings, total, known is not None)
-            self._default = default
-            self._known = known
+            self.ratios = tuple(group_ratios(optimizer))
+            self._default = max(float(g.get("initial_lr", g["lr"])) for g in optimizer.param_groups)
+            self._known = known_rate(optimizer)
+            self.plan = plan(self.settings, total, self._known is not None)
             self._backend = self._make_backend()
             self._schedule = None
         elif self.plan.total != total:
@@ -126,15 +126,18 @@ class Controller:
         def told(trial: int, of: int, rate: float) -> None:
             report(f"stage {stage + 1} trial {trial}/{of} lr {rate:.1e}")
 
+        guided = isinstance(self._backend, LRSearch)
         rules = Rules(
             stage=stage,
             rate_at=lambda rate, step: rate * self.schedule.warmup(step),
             forecaster=self._forecast,
             fallback=self._fallback,
             fallen=self._fallen(),
-            pull=_PULL if stage == 0 and self._known is not None else 0.0,
-            tilt=0.0 if stage == 0 and self._known is not None else _TILT,
-            lean=_LEAN,
+            # The run's first steps reward rates that damage it later: there the well-known rate need only work.
+            look=guided and stage == 0 and self._known is not None,
+            climb=guided and search.decay > 0,
+            tilt=_TILT,
+            lean=lambda loss: self._lean(search, loss),
             halving=self.keeps_winner,
             keep=self.keeps_winner,
             report=told,
@@ -146,8 +149,13 @@ class Controller:
         stages = [*before.stages] or [StageRecord(0, search.start, self._safe, False)][: search.start]
         if stages:
             stages[-1] = replace(stages[-1], steps=search.start - stages[-1].start)
-        end = self.next_start or self.kept_total
-        stages.append(StageRecord(search.start, max(end - search.start, 1), outcome.rate, False))
+        start, end = search.start, self.next_start or self.kept_total
+        if search.decay and outcome.kept:  # the kept trial has fallen and the rate goes up again
+            flat = outcome.kept - search.decay
+            stages.append(StageRecord(start, flat, outcome.rate, False))
+            stages.append(StageRecord(start + flat, search.decay, outcome.rate, True))
+            start += outcome.kept
+        stages.append(StageRecord(start, max(end - start, 1), outcome.rate, False))
         self._record = replace(
             before,
             stages=tuple(stages),
@@ -219,6 +227,18 @@ class Controller:
         """How far the search loss has fallen in the trials that were kept, from the run's start."""
         kept = [record.losses for record in self._record.trials if record.status == "kept" and record.losses]
         return max(kept[0][0] - min(losses[-1] for losses in kept), 0.0) if kept else 0.0
+
+    def _lean(self, search: Search, loss: float) -> float:
+        """What a faster trial is forgiven a decade: a share of what the run has fallen, on a plateau.
+
+        What leaves a plateau does not show in short trials. A run that would fall as far again at its present pace is on
+        none, and its trials are believed.
+        """
+        kept = [record for record in self._record.trials if record.status == "kept" and record.losses]
+        if not kept:
+            return 0.0
+        pace = (kept[-1].losses[-1] - loss) / max(search.start - kept[-1].loss_steps[-1], 1)
+        return _LEAN * max(self._fallen() - max(pace, 0.0) * (self.kept_total - search.start), 0.0)
 
     def _fallback(self, lowest: float) -> float:
         known = self.history.stages[-1].rate if self.history.stages else self._default

@@ -14,10 +14,11 @@ _ANNEAL = 0.5
 # With `stage_steps` given, stages begin only in this first share of the run.
 _STAGED = 0.7
 _DEFAULT_WARMUP = 0.02
-# Planned searches as shares of the kept run: a first look at the rate's order, then, once the chaos of the first steps is
-# over, the search that decides; their trials as shares of all steps, and the most trials.
-_STARTS = (0.0, 0.12)
-_TRIALS = ((0.025, 5), (0.05, 3))
+# Planned searches as shares of the run: a first look whether the well-known rate works, then, once the chaos of the first
+# steps is over, the search that decides; their trials as shares of all steps, and the most trials.
+_STARTS = (0.0, 0.1)
+_TRIALS = ((0.04, 5), (0.04, 5))
+_DECAY = 1 / 3  # of a deciding trial
 # Without a well-known rate to begin from, the first search covers the whole range.
 _BLIND_TRIALS = 9
 _PAPER_TRIAL_SHARE, _PAPER_FIRST, _PAPER_LONGEST, _PAPER_CANDIDATES = 0.1, 1000, 8000, 10
@@ -75,6 +76,7 @@ class Search:
         trial_steps: longest trial.
         candidates: most trials.
         discards: most steps that it may throw away.
+        decay: last steps of a trial in which its rate falls linearly to zero, so that it is judged as annealed.
     """
 
     start: int
@@ -82,6 +84,11 @@ class Search:
     trial_steps: int
     candidates: int
     discards: int
+    decay: int = 0
+
+    def share(self, step: int) -> float:
+        """The decay's factor at a trial's step."""
+        return min((self.trial_steps - step) / (self.decay + 1), 1.0)
 
 
 @dataclass(frozen=True)
@@ -125,8 +132,8 @@ def plan(settings: Settings, total: int, known: bool = True) -> Plan:
     counted = settings.count == "all"
     discards = math.floor(settings.budget * total if counted else settings.budget / (1.0 - settings.budget) * total)
     kept = total - discards if counted else total
-    warmup = round(_DEFAULT_WARMUP * kept) if settings.warmup_steps is None else settings.warmup_steps
-    starts = _starts(settings, kept)
+    warmup = round(_DEFAULT_WARMUP * total) if settings.warmup_steps is None else settings.warmup_steps
+    starts = _starts(settings, kept, total)
     searches: list[Search] = []
     left = discards
     for i, start in enumerate(starts):
@@ -135,24 +142,28 @@ def plan(settings: Settings, total: int, known: bool = True) -> Plan:
         trials = settings.candidates or (_BLIND_TRIALS if i == 0 and not known else trials)
         steps = settings.trial_steps or max(_LEAST_TRIAL, round(length * total / max(len(starts) / 2, 1.0)))
         fair = left // (len(starts) - i)
+        look = i == 0 and known and settings.stage_steps is None
         if settings.trial_steps is None:
-            steps = min(steps, max((end - start) // 2, 1), max(fair // (_LEAST_CANDIDATES - 1), _LEAST_TRIAL))
+            # A first look is kept as a rule; long enough to tell an unstable rate, up to the next search.
+            steps = max(steps, 2 * _LEAST_TRIAL) if look else min(steps, max((end - start) // 2, 1))
+            steps = min(steps, max(fair // (_LEAST_CANDIDATES - 1), _LEAST_TRIAL))
         steps = min(steps, end - start)
-        share = min((trials - 1) * steps, left if i == 0 else fair)
+        share = min((trials - 1) * steps, fair if look or i > 0 else left)
         if steps < min(_LEAST_TRIAL, settings.trial_steps or _LEAST_TRIAL) or (_LEAST_CANDIDATES - 1) * steps > share:
             continue
         # Annealing will change what a rate is worth in the end; a stage at one constant rate can be forecast.
         horizon = start + steps if settings.stage_steps is None else min(end, kept)
-        searches.append(Search(start, horizon, steps, trials, share))
+        decay = round(_DECAY * steps) if i > 0 and settings.stage_steps is None else 0
+        searches.append(Search(start, horizon, steps, trials, share, decay))
         left -= share
     return Plan(tuple(searches), warmup, total, anneal=True)
 
 
-def _starts(settings: Settings, kept: int) -> list[int]:
+def _starts(settings: Settings, kept: int, total: int) -> list[int]:
     """Where the searches are: every `stage_steps`, else where `_STARTS` says."""
     if settings.stage_steps is not None:
         return list(range(0, max(round(kept * _STAGED), 1), settings.stage_steps))
-    starts = [max(round(kept * share), 2 * _LEAST_TRIAL * i) for i, share in enumerate(_STARTS)]
+    starts = [max(round(total * share), 2 * _LEAST_TRIAL * i) for i, share in enumerate(_STARTS)]
     return [start for start in starts if start < kept / 2]
 
 

@@ -24,10 +24,11 @@ _LEAST_SEEN = 0.5
 # run has gained before.
 _EXPLODED = 2.0
 _RISEN = 0.5
+# What is to be annealed rises first when the rate does. A faster trial is given up only when that is more than this share
+# of what the run has gained before.
+_DAMAGED = 0.1
 # Two trials are on the same path when, after the same sum of rates, they differ by at most this share of the drop.
 _SAME_PATH = 0.2
-# A first look around a well-known rate is over after so many trials, once one of them came to its end.
-_LOOK = 3
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,12 @@ class Rules:
         forecaster: (steps, losses, horizon) -> forecast.
         fallback: least rate tried -> the rate to go on with when every trial diverged.
         fallen: how far the loss has fallen in the run so far; what a trial may rise is measured by it.
-        pull: a rate's handicap for each squared decade from the well-known one, as a share of what trials gained.
+        look: whether the first trial that works ends the search.
+        climb: whether a faster trial that is worse than one that works ends it: short trials flatter small rates, so these
+            are tried only when the present one does not work.
         tilt: standard deviations by which a faster trial may seem worse and still win: what follows is annealed, which
             takes the faster one's noise away.
-        lean: what a trial is forgiven for each decade that it is faster, as a share of `fallen`.
+        lean: loss at the search's start -> what a trial is forgiven for each decade that it is faster.
         halving: whether dominated trials stop early and trials inform each other.
         keep: whether the winner's steps are kept; else it starts again from the state before the search.
         report: called before each trial with its number, the most there will be, and its rate.
@@ -98,9 +101,10 @@ class Rules:
     forecaster: Forecaster
     fallback: Callable[[float], float]
     fallen: float = 0.0
-    pull: float = 0.0
+    look: bool = False
+    climb: bool = False
     tilt: float = 0.0
-    lean: float = 0.0
+    lean: Callable[[float], float] = lambda loss: 0.0
     halving: bool = True
     keep: bool = True
     report: Callable[[int, int, float], None] = lambda trial, of, rate: None
@@ -131,16 +135,22 @@ def race(trials: Trials, backend: Backend, search: Search, rules: Rules) -> Outc
         records.append(_trial(trials, search, rules, rate, records, records[best] if best is not None else None))
         backend.tell(rate, records[-1].mean, records[-1].std)
         if rules.halving and hasattr(backend, "bias"):
-            backend.bias(rules.pull * _gained(records), rules.lean * rules.fallen)
+            backend.bias(rules.lean(records[0].losses[0]))
         if rules.halving:
             _reconsider(trials, backend, search, rules, records)
         if records[-1].status == "finished" and trials.agree(
-            best is None or _beats(records[-1], records[best], backend, rules)
+            best is None
+            or (rules.look and _works(records[-1], rules))
+            or _beats(records[-1], records[best], backend, rules)
         ):
             best = len(records) - 1
             if rules.keep:
                 trials.keep()
-        if rules.pull > 0.0 and best is not None and len(records) >= _LOOK:
+        if (
+            best is not None
+            and _works(records[best], rules)
+            and (rules.look or (rules.climb and records[-1].rate > records[best].rate))
+        ):
             break
     taken = sum(r.steps for r in records)
     if best is None:
@@ -151,19 +161,25 @@ def race(trials: Trials, backend: Backend, search: Search, rules: Rules) -> Outc
     return Outcome(records[best].rate, records[best].steps, tuple(records), taken - records[best].steps)
 
 
-def _gained(records: Sequence[TrialRecord]) -> float:
-    """The most that a trial has lowered the loss."""
-    drops = [r.losses[0] - min(r.losses) for r in records if r.status != "diverged" and len(r.losses) > 1]
-    return max([*drops, 0.0])
+def _works(record: TrialRecord, rules: Rules) -> bool:
+    """Whether the loss falls and never comes back by half; once it had fallen, whether it is not damaged."""
+    losses, first = record.losses, record.losses[0]
+    if rules.look:
+        least = min(losses)
+        return least < first and max(losses[losses.index(least) :]) < (first + least) / 2
+    return float(np.mean(losses[-max(len(losses) // 4, 1) :])) - first < _DAMAGED * rules.fallen
 
 
 def _beats(new: TrialRecord, best: TrialRecord, backend: Backend, rules: Rules) -> bool:
     """Whether the new trial's posterior mean lies below the best one's, bias included, the faster one forgiven a little."""
-    expected = getattr(backend, "expected", None)
-    if expected is None:
-        return new.mean < best.mean
-    (mean, std), (best_mean, best_std) = expected(new.rate), expected(best.rate)
     decades = math.log10(new.rate / best.rate)
+    if rules.climb:  # what was measured on the same batches needs no smoothing
+        (mean, std), (best_mean, best_std) = (new.mean, new.std), (best.mean, best.std)
+        mean -= rules.lean(new.losses[0]) * decades
+    elif hasattr(backend, "expected"):
+        (mean, std), (best_mean, best_std) = backend.expected(new.rate), backend.expected(best.rate)
+    else:
+        return new.mean < best.mean
     # the surer of the two sets the measure: not knowing what a rate does is no merit of it
     forgiven = math.copysign(rules.tilt * min(std, best_std), decades)
     return bool(mean < best_mean + forgiven)
@@ -188,12 +204,14 @@ def _trial(
     first = trials.restart()
     steps, losses = list(first.steps), list(first.values)
     part = min(AGREE_EVERY, max(math.ceil(search.trial_steps / 4), 2))
-    forgiven = rules.lean * rules.fallen * math.log10(rate / best.rate) if best is not None else 0.0
+    forgiven = rules.lean(losses[0]) * math.log10(rate / best.rate) if best is not None and losses else 0.0
     done, status = 0, "finished"
     prediction = Forecast(math.inf, math.inf)
     while done < search.trial_steps:
         count = min(part, search.trial_steps - done)
-        new = trials.advance([rules.rate_at(rate, search.start + done + i) for i in range(count)])
+        new = trials.advance(
+            [search.share(done + i) * rules.rate_at(rate, search.start + done + i) for i in range(count)]
+        )
         done += count
         steps.extend(new.steps)
         losses.extend(new.values)
@@ -206,7 +224,11 @@ def _trial(
             rules.halving
             and best is not None
             and ripe
-            and trials.agree(_dominated(steps, losses, prediction, best, forgiven))
+            and trials.agree(
+                losses[-1] - losses[0] > _DAMAGED * rules.fallen
+                if search.decay and rate > best.rate
+                else _dominated(steps, losses, prediction, best, forgiven)
+            )
         ):
             status = "stopped"
             break
@@ -239,6 +261,8 @@ def _foreseen(
     in the smaller one's time, show what its own few steps cannot. Used only as far as the two agree where both are known.
     """
     times, values = [float(s) for s in steps], [float(v) for v in losses]
+    if search.decay:
+        return replace(rules.forecaster(times, values, times[-1]), mean=values[-1])
     if rules.halving and len(values) >= 3:
         drop = values[0] - values[-1]
         faster = sorted((r for r in records if r.rate > 1.2 * rate and r.status != "diverged"), key=lambda r: r.rate)

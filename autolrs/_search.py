@@ -15,10 +15,10 @@ Array = NDArray[np.float64]
 _GRID = 257
 # Where a cold search looks first, as fractions of the log range. Too high a rate shows itself within a few steps.
 _COLD = (0.5, 0.75, 0.25)
-# A warm search starts at the last choice and goes on from a faster one, in decades.
-_WARM = (0.0, 0.5)
-# With a well-known rate to begin from, the search looks around it first.
-_AROUND = (0.0, 0.5, -0.5)
+# A warm search starts at the last choice and goes on in such steps, in decades.
+_WARM = 0.5
+# With a well-known rate to begin from, the search tries that, and lower ones if it does not work.
+_AROUND = (0.0, -0.5, -1.0, -1.5)
 # Per stage: what an old observation loses in weight, and how far the optimum may drift (decades).
 _OLD_NOISE = 1.0
 _SURPRISE = 10.0
@@ -59,7 +59,7 @@ class LRSearch:
         high: greatest rate.
         seed: of the small random shifts of the first points; the same seed asks the same rates.
         kappa: None asks by expected improvement; a number asks by the lower confidence bound mean - kappa * std.
-        known: a rate that usually does well, from which the first stage looks around; None: the whole range at once.
+        known: a rate that usually does well, from which the first stage goes down; None: the whole range at once.
 
     Raises:
         ValueError: unless 0 < low < high.
@@ -71,7 +71,7 @@ class LRSearch:
         check_range(low, high)
         self.low, self.high, self.seed, self.kappa = low, high, seed, kappa
         self.known = None if known is None else min(max(known, low), high)
-        self._pull, self._slope = 0.0, 0.0
+        self._slope = 0.0
         self._told: list[_Observation] = []
         self._before: list[_Observation] = []
         self._centre: float | None = None
@@ -99,18 +99,9 @@ class LRSearch:
         best = int(np.argmax(gain))
         return float(10.0 ** self._grid[best]) if np.isfinite(gain[best]) else self.best()
 
-    def bias(self, pull: float, slope: float) -> None:
-        """Adds to every loss, until the next stage: pull * (decades from the well-known rate)**2 - slope * decades.
-
-        Args:
-            pull: loss per squared decade; without a well-known rate nothing.
-            slope: loss that a rate is forgiven for each decade that it is faster.
-        """
-        self._pull, self._slope = pull if self.known is not None else 0.0, slope
-
-    def _biased(self, x: Array) -> Array:
-        away = x - math.log10(self.known) if self.known is not None else np.zeros_like(x)
-        return np.asarray(self._pull * away**2 - self._slope * x)
+    def bias(self, slope: float) -> None:
+        """Forgives every rate, until the next stage, a loss of `slope` for each decade that it is faster."""
+        self._slope = slope
 
     def tell(self, lr: float, mean: float, std: float) -> None:
         """Reports a trial; a rate told again replaces what was told of it.
@@ -149,7 +140,7 @@ class LRSearch:
         self._centre = self._centre if chosen is None else chosen
         self._told = []
         self._stage += 1
-        self._pull = self._slope = 0.0
+        self._slope = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """Plain Python values, JSON-able but for non-finite floats."""
@@ -183,12 +174,12 @@ class LRSearch:
 
     def _around(self) -> list[float]:
         """Decades from the last choice to look at: there, faster, on the better side, and on while that falls."""
-        offsets = [*_WARM]
-        losses = [o.mean + float(self._biased(np.array(math.log10(o.lr)))) for o in self._told]
+        losses = [o.mean - self._slope * math.log10(o.lr) for o in self._told]
+        offsets = [0.0, _WARM if not losses or math.isfinite(losses[0]) else -_WARM]
         if len(losses) >= 2:
-            offsets.append(2 * _WARM[1] if losses[1] <= losses[0] else -_WARM[1])
-        if len(losses) >= 3 and losses[2] < min(losses[:2]):
-            offsets.append(offsets[2] + math.copysign(1.0, offsets[2]))
+            offsets.append(2 * offsets[1] if losses[1] <= losses[0] else -offsets[1])
+            while len(offsets) <= len(losses) and losses[len(offsets) - 1] < min(losses[: len(offsets) - 1]):
+                offsets.append(offsets[-1] + math.copysign(_WARM, offsets[-1]))
         return offsets
 
     def _posterior(self) -> Posterior:
@@ -206,7 +197,7 @@ class LRSearch:
                 x, y = np.concatenate([x, bx]), np.concatenate([y, by])
                 noise = np.concatenate([noise, np.hypot(bnoise, _OLD_NOISE * spread)])
         belief = posterior(x, y, noise, self._grid)
-        return Posterior(belief.mean + self._biased(self._grid), belief.std)
+        return Posterior(belief.mean - self._slope * self._grid, belief.std)
 
 
 def _sorted(x: Array, y: Array) -> tuple[Array, Array]:

@@ -4,7 +4,8 @@ import copy
 import random
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -277,13 +278,20 @@ def _extra_state(module: nn.Module) -> Any:
     return copy.deepcopy(module.get_extra_state())
 
 
-def metric_states(module: nn.Module) -> list[tuple[nn.Module, dict[str, Any]]]:
-    """Every metric below `module` with a copy of its state, for `set_metric_states`."""
-    return [(m, state) for m in module.modules() if (state := _metric_state(m))]
-
-
-def set_metric_states(states: list[tuple[nn.Module, dict[str, Any]]]) -> None:
-    """Puts back what `metric_states` returned."""
-    for module, state in states:
-        for name, value in state.items():
-            setattr(module, name, value)
+@contextmanager
+def unseen(module: nn.Module) -> Iterator[None]:
+    """`module` in eval mode without gradients; modes, metrics and random numbers are as before afterwards."""
+    modes = [(m, m.training) for m in module.modules()]
+    metrics = [(m, state) for m in module.modules() if (state := _metric_state(m))]
+    randomness = rng_state()
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for child, mode in modes:
+            child.training = mode
+        for metric, state in metrics:
+            for name, value in state.items():
+                setattr(metric, name, value)
+        set_rng_state(randomness)

@@ -15,16 +15,8 @@ from trainkit.autolrs._history import History
 from trainkit.autolrs._plan import Search, Settings
 from trainkit.autolrs._plot import plot
 from trainkit.autolrs._race import Losses
-from trainkit.autolrs._schedule import LRSchedule, group_ratios, known_rate, set_rate
-from trainkit.autolrs._snapshot import (
-    Snapshot,
-    Stateful,
-    Where,
-    metric_states,
-    rng_state,
-    set_metric_states,
-    set_rng_state,
-)
+from trainkit.autolrs._schedule import LRSchedule, set_rate
+from trainkit.autolrs._snapshot import Snapshot, Stateful, Where, rng_state, set_rng_state, unseen
 from trainkit.autolrs._stream import Stream
 
 if TYPE_CHECKING:
@@ -168,8 +160,7 @@ class Tuner:
             The kept steps in order.
         """
         controller = self._controller
-        default = max(float(g.get("initial_lr", g["lr"])) for g in self.optimizer.param_groups)
-        controller.begin(self._total, default, group_ratios(self.optimizer), known_rate(self.optimizer))
+        controller.begin(self._total, self.optimizer)
         self._stream = stream = Stream(loader)
         if self._loaded is not None:
             stream.load_state_dict(self._loaded["stream"])
@@ -298,17 +289,8 @@ class _LoopTrials:
     def _evaluate(self) -> Tensor:
         model, measure, average = self._tuner.model, self._measure, self._average
         assert measure is not None and average is not None
-        modes = [(m, m.training) for m in model.modules()]
-        metrics, randomness = metric_states(model), rng_state()
-        model.eval()
-        try:
-            with torch.no_grad(), average.applied():
-                losses = [measure(model, batch).detach().float() for batch in self._held_out]
-        finally:
-            for child, mode in modes:
-                child.training = mode
-            set_metric_states(metrics)
-            set_rng_state(randomness)
+        with unseen(model), average.applied():
+            losses = [measure(model, batch).detach().float() for batch in self._held_out]
         self.forwards += len(self._held_out)
         return torch.stack(losses).mean()
 

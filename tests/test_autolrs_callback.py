@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from trainkit.autolrs import Settings, plan
+
 SCRIPT = Path(__file__).parent / "data" / "autolrs_fit.py"
 
 
@@ -74,13 +76,15 @@ def test_books(plain):
 def test_every_step_of_every_trial_ran_at_factor_times_rate(plain):
     """The first step of each trial included; groups keep 1 : 0.1."""
     end, expected, step = plain[1], [], 0
-    warmup = end["schedule"]["warmup_steps"]
-    for stage, record in enumerate(end["history"]["stages"]):
-        for trial in (t for t in end["history"]["trials"] if t["stage"] == stage and not record["anneal"]):
-            expected += [trial["rate"] * min((trial["start"] + i + 1) / warmup, 1.0) for i in range(trial["steps"])]
-            step = max(step, trial["start"] + trial["steps"]) if trial["status"] == "kept" else step
-        expected += end["rates"][step : record["start"] + record["steps"]]
-        step = record["start"] + record["steps"]
+    warmup, trials = end["schedule"]["warmup_steps"], end["history"]["trials"]
+    for stage, search in enumerate(plan(Settings(count="all"), 120).searches):
+        tried = [t for t in trials if t["stage"] == stage]
+        expected += end["rates"][step : tried[0]["start"]]
+        for trial in tried:
+            warm = [min((trial["start"] + i + 1) / warmup, 1.0) for i in range(trial["steps"])]
+            expected += [trial["rate"] * warm[i] * search.share(i) for i in range(trial["steps"])]
+        step = tried[0]["start"] + sum(t["steps"] for t in tried if t["status"] == "kept")
+    expected += end["rates"][step:]
     assert [rates[0] for rates in end["seen"]] == pytest.approx(expected, rel=1e-12)
     assert all(rates[1] == pytest.approx(0.1 * rates[0]) for rates in end["seen"])
 

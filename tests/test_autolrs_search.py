@@ -162,6 +162,63 @@ def test_all_diverging_falls_back_below_the_lowest():
     assert outcome.discarded == sum(r.steps for r in outcome.trials)
 
 
+def test_a_known_rate_that_works_costs_nothing():
+    outcome = race(Bowl(), LRSearch(1e-3, 1.9, known=0.1), Search(0, 40, 40, 5, 160), rules(look=True))
+    assert outcome.rate == 0.1 and outcome.kept == 40 and outcome.discarded == 0
+
+
+def test_a_known_rate_that_does_not_work_is_lowered():
+    trials = Bowl(lambda rate: rate > 0.02)
+    outcome = race(trials, LRSearch(1e-3, 1.9, known=0.1), Search(0, 40, 40, 5, 160), rules(look=True))
+    assert [r.status for r in outcome.trials] == ["diverged", "diverged", "kept"]
+    assert outcome.rate == pytest.approx(0.01) and outcome.kept == 40
+
+
+def decide(trials, **changes):
+    """A deciding search after a first one at 0.01, its trials' last ten steps annealed."""
+    search = LRSearch(1e-5, 1.0, known=0.01)
+    search.next_stage(0.01)
+    return race(trials, search, Search(100, 130, 30, 5, 150, decay=10), rules(climb=True, fallen=1.0, **changes))
+
+
+def test_deciding_trials_fall_to_zero_and_climb_until_one_is_worse():
+    class Peak(Bowl):
+        """The loss at a trial's end is least at 0.1."""
+
+        def __init__(self):
+            super().__init__()
+            self.rates = []
+
+        def advance(self, rates):
+            self.rates += rates
+            self.at += len(rates)
+            top = max(self.rates[-self.at :])
+            return Losses((self.at,), (0.5 + 0.3 * abs(math.log10(top) + 1.0),))
+
+    trials = Peak()
+    outcome = decide(trials)
+    assert [r.rate for r in outcome.trials] == pytest.approx([0.01, 10**-1.5, 0.1, 10**-0.5])
+    assert outcome.rate == pytest.approx(0.1) and outcome.kept == 30 and outcome.discarded == 90
+    first = np.array(trials.rates[:30]) / 0.01
+    assert first == pytest.approx([1.0] * 20 + [(10 - i) / 11 for i in range(10)])
+
+
+def test_on_a_plateau_the_faster_of_two_that_look_alike_is_taken():
+    class Flat(Bowl):
+        def advance(self, rates):
+            self.at += len(rates)
+            self.top = rates[0] if self.at == len(rates) else self.top
+            return Losses((self.at,), (0.5 + 0.004 * (2 + math.log10(self.top)),))
+
+    class Start(Flat):
+        def restart(self):
+            super().restart()
+            return Losses((0,), (0.51,))
+
+    assert decide(Start()).rate == pytest.approx(0.01)
+    assert decide(Start(), lean=lambda loss: 0.01).rate > 0.01
+
+
 def test_a_decoy_is_not_chosen():
     """Low rates fall fast at first and then stall at 1; high ones go on to 0.1."""
 

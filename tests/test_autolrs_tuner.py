@@ -1,7 +1,6 @@
 """Tuner in a plain loop, plans, the stream, the paper's plan."""
 
 import copy
-import math
 
 import pytest
 import torch
@@ -107,7 +106,7 @@ def test_an_error_in_a_trial_leaves_the_state_before_the_search():
     step, tuner.train_step = tuner.train_step, None
 
     def failing(batch):
-        if len(used) == 9:  # the first search has many more
+        if len(used) == 5:  # the first search has more
             raise RuntimeError("out of memory")
         return step(batch)
 
@@ -155,7 +154,7 @@ def test_plans_hold_their_budget_and_end_annealed(count, total, budget):
     assert made.anneal_start(kept) <= kept
     if made.searches:
         assert made.anneal_start(kept) < kept
-    assert math.isclose(made.warmup_steps, 0.02 * kept, abs_tol=0.02 * total)
+    assert made.warmup_steps == round(0.02 * total)
 
 
 def test_the_papers_plan():

@@ -15,8 +15,6 @@ from trainkit.autolrs import (
     LRSchedule,
     Settings,
     Where,
-    group_ratios,
-    known_rate,
     plot,
     rng_state,
     set_rate,
@@ -176,10 +174,7 @@ class AutoLRS(Callback):
         total = trainer.estimated_stepping_batches
         if total == float("inf") or total <= 0:
             raise ValueError(f"AutoLRS must know the run's length, but max_steps={trainer.max_steps}: set max_steps")
-        optimizer = trainer.optimizers[0]
-        default = max(float(g.get("initial_lr", g["lr"])) for g in optimizer.param_groups)
-        known = known_rate(optimizer)
-        if not controller.begin(int(total), default, group_ratios(optimizer), known) and not self._loaded:
+        if not controller.begin(int(total), trainer.optimizers[0]) and not self._loaded:
             _say(f"AutoLRS: {total} steps are too few to search; training at {controller.rate(0):.1e} instead")
         if trainer.lr_scheduler_configs and not self._loaded:
             _say(

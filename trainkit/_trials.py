@@ -18,11 +18,10 @@ from trainkit.autolrs import (
     Snapshot,
     WeightAverage,
     Where,
-    metric_states,
     rng_state,
-    set_metric_states,
     set_rate,
     set_rng_state,
+    unseen,
 )
 
 T = TypeVar("T")
@@ -287,18 +286,11 @@ class TrainerTrials:
         module = self._module
         average = self._average
         assert average is not None
-        modes = [(m, m.training) for m in module.modules()]
-        metrics, randomness, played = metric_states(module), rng_state(), self._played
-        self._played = []
-        module.eval()
+        played, self._played = self._played, []
         try:
-            with torch.no_grad(), average.applied(), self._trainer.precision_plugin.train_step_context():
+            with unseen(module), average.applied(), self._trainer.precision_plugin.train_step_context():
                 total = torch.stack([self._held_out_loss(batch) for batch in self._held_out]).mean()
         finally:
-            for child, mode in modes:
-                child.training = mode
-            set_metric_states(metrics)
-            set_rng_state(randomness)
             self._played = played
         self.forwards += len(self._held_out)
         return total

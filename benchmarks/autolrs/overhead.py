@@ -81,9 +81,9 @@ def decisions() -> None:
         looks += 1
         return forecast(losses, horizon, steps=steps, floor=0.0)
 
-    rules = Rules(0, lambda rate, step: rate, forecaster, lambda lowest: lowest, fallen=1.0, pull=1.0)
+    rules = Rules(0, lambda rate, step: rate, forecaster, lambda lowest: lowest, fallen=1.0)
     began = time.process_time()
-    outcome = race(Free(), LRSearch(1e-5, 1.0, known=1e-3), Search(0, 64, 64, 5, 10_000), rules)
+    outcome = race(Free(), LRSearch(1e-5, 1.0), Search(0, 64, 64, 5, 10_000), rules)
     spent, trials = time.process_time() - began, len(outcome.trials)
     print(
         f"a search of {trials} trials: {1e3 * spent / trials:.1f} ms a trial in all, of which {looks / trials:.1f} forecasts"

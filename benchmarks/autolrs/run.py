@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from tasks import TASKS, Task
+from torch.utils._pytree import tree_leaves, tree_map
 
 from trainkit.autolrs import Tuner, set_rate
 
@@ -30,40 +31,47 @@ def valid_loss(task: Task) -> float:
 
 
 def stepper(task: Task, optimizer: Any) -> Callable[[Any], torch.Tensor]:
-    """Batch -> loss, one optimizer step; a CUDA graph where the optimizer can be captured."""
+    """Batch -> loss, one optimizer step; on a GPU a CUDA graph, of all of it where the optimizer can be captured."""
 
-    def step(batch: Any) -> torch.Tensor:
+    def gradients(batch: Any) -> torch.Tensor:
         optimizer.zero_grad()
         loss = task.loss(task.model, batch)
         loss.backward()
-        optimizer.step()
         return loss.detach()
 
-    if not optimizer.defaults.get("capturable"):
+    def step(batch: Any) -> torch.Tensor:
+        loss = gradients(batch)
+        optimizer.step()
+        return loss
+
+    if next(task.model.parameters()).device.type != "cuda":
         return step
-    held = next(iter(task.loader)).clone()
-    before = [p.detach().clone() for p in task.model.parameters()]
+    whole = isinstance(optimizer.param_groups[0]["lr"], torch.Tensor)
+    captured = step if whole else gradients
+    held = tree_map(torch.clone, next(iter(task.loader)))
+    before = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
-            step(held)
+            captured(held)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     optimizer.zero_grad()
     with torch.cuda.graph(graph):
-        out = step(held)
+        out = captured(held)
     # The graph writes into this very state: it is zeroed, not made anew.
-    with torch.no_grad():
-        for parameter, start in zip(task.model.parameters(), before, strict=True):
-            parameter.copy_(start)
-        for state in optimizer.state.values():
-            for value in state.values():
-                value.zero_()
+    task.model.load_state_dict(before)
+    for state in optimizer.state.values():
+        for value in state.values():
+            value.zero_()
 
     def replay(batch: Any) -> torch.Tensor:
-        held.copy_(batch)
+        for kept, new in zip(tree_leaves(held), tree_leaves(batch), strict=True):
+            kept.copy_(new)
         graph.replay()
+        if not whole:
+            optimizer.step()
         return out.clone()
 
     return replay
@@ -161,6 +169,7 @@ def curve_of(task: Task, arm: str, factor: float, seed: int) -> tuple[list[tuple
             "forwards": h.extra_forwards,
             "search_seconds": h.search_seconds,
             "stages": h.as_dict()["stages"],
+            "trials": h.as_dict()["trials"],
         }
         return curve, notes
     optimizer: Any = task.optimizer(task.model, peak)
@@ -211,7 +220,7 @@ def main() -> None:
     parser.add_argument("--share", default="0/1", help="I/N: of the runs still to do, every N-th from the I-th")
     parser.add_argument("--out", type=Path, default=Path("runs/autolrs"))
     args = parser.parse_args()
-    device = args.device or ("cuda" if args.task == "bytes" and torch.cuda.is_available() else "cpu")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cpu":
         torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)

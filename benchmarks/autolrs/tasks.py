@@ -1,4 +1,4 @@
-"""The three training tasks: digits (CPU), teacher and student (CPU), a byte-level GPT (GPU). Nothing is downloaded."""
+"""The three training tasks: digits, teacher and student, a byte-level GPT (for a GPU). Nothing is downloaded."""
 
 import math
 import sysconfig
@@ -25,6 +25,28 @@ class Task:
     grid: tuple[float, ...]
     steps: int
     every: int = 25  # charged steps between validations
+
+
+def adamw(device: str, decay: float, **kwargs: Any) -> Callable[[nn.Module, float], torch.optim.Optimizer]:
+    """AdamW for a model on `device`; on a GPU its step can be captured and its rate filled in place."""
+
+    def make(model: nn.Module, rate: float) -> torch.optim.Optimizer:
+        cuda = device == "cuda"
+        held = torch.tensor(rate, device=device) if cuda else rate
+        return torch.optim.AdamW(model.parameters(), held, weight_decay=decay, fused=cuda, capturable=cuda, **kwargs)
+
+    return make
+
+
+def sgd(device: str, **kwargs: Any) -> Callable[[nn.Module, float], torch.optim.Optimizer]:
+    """SGD, likewise."""
+
+    def make(model: nn.Module, rate: float) -> torch.optim.Optimizer:
+        cuda = device == "cuda"
+        held = torch.tensor(rate, device=device) if cuda else rate
+        return torch.optim.SGD(model.parameters(), held, fused=cuda, **kwargs)
+
+    return make
 
 
 class Batches:
@@ -75,7 +97,7 @@ def digits(seed: int, device: str) -> Task:
         nn.AdaptiveAvgPool2d(2),
         nn.Flatten(),
         nn.Linear(64, 10),
-    )
+    ).to(device)
     held = (x[test] + 0.3 * torch.randn(x[test].shape, generator=torch.Generator().manual_seed(1)), y[test])
 
     def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -83,14 +105,14 @@ def digits(seed: int, device: str) -> Task:
         rows = train[torch.randint(len(train), (64,), generator=generator)]
         down, right = (int(v) for v in torch.randint(-1, 2, (2,), generator=generator))
         images = torch.roll(x[rows], (down, right), (2, 3))
-        return images + 0.3 * torch.randn(images.shape, generator=generator), y[rows]
+        return (images + 0.3 * torch.randn(images.shape, generator=generator)).to(device), y[rows].to(device)
 
     return Task(
         model,
         lambda m, b: F.cross_entropy(m(b[0]), b[1]),
         Batches(draw, seed),
-        [held],
-        lambda m, lr: torch.optim.SGD(m.parameters(), lr, momentum=0.9, weight_decay=5e-4),
+        [tuple(t.to(device) for t in held)],
+        sgd(device, momentum=0.9, weight_decay=5e-4),
         0.03,
         (0.003, 0.01, 0.03, 0.1, 0.2, 0.4, 0.8),
         800,
@@ -106,19 +128,19 @@ def teacher(seed: int, device: str) -> Task:
         return torch.tanh(2 * x @ w1) @ w2
 
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(32, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 1))
+    model = nn.Sequential(nn.Linear(32, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 1)).to(device)
 
     def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
         x = torch.randn(64, 32, generator=generator)
-        return x, target(x) + 0.1 * torch.randn(64, 1, generator=generator)
+        return x.to(device), (target(x) + 0.1 * torch.randn(64, 1, generator=generator)).to(device)
 
     held = torch.randn(4096, 32, generator=torch.Generator().manual_seed(8))
     return Task(
         model,
         lambda m, b: F.mse_loss(m(b[0]), b[1]),
         Batches(draw, 1000 + seed),
-        [(held, target(held))],
-        lambda m, lr: torch.optim.AdamW(m.parameters(), lr, weight_decay=0.01),
+        [(held.to(device), target(held).to(device))],
+        adamw(device, 0.01),
         1e-3,
         (3e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2),
         1500,
@@ -172,7 +194,7 @@ class ByteGPT(nn.Module):
         return self.head(self.norm(self.layers(x)))
 
 
-def byte_gpt(seed: int, device: str, *, steps: int = 2000, batch: int = 32, **shape: int) -> Task:
+def byte_gpt(seed: int, device: str, *, steps: int = 2000, batch: int = 16, **shape: int) -> Task:
     """The running Python's standard library as bytes, split by file; bf16. On a GPU the step can be captured."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py"))
     files = [f for f in files if "site-packages" not in f.parts and "test" not in f.parts]
@@ -181,6 +203,9 @@ def byte_gpt(seed: int, device: str, *, steps: int = 2000, batch: int = 32, **sh
     train = torch.cat([t for i, t in enumerate(texts) if i % 20]).to(device)
     torch.manual_seed(seed)
     model = ByteGPT(**shape).to(device)
+    if device == "cuda":
+        for layer in model.layers:
+            layer.compile()
     context = model.places.num_embeddings
     window = torch.arange(context + 1, device=device)
 
@@ -194,18 +219,13 @@ def byte_gpt(seed: int, device: str, *, steps: int = 2000, batch: int = 32, **sh
             logits = m(b[:, :-1])
         return F.cross_entropy(logits.float().flatten(0, 1), b[:, 1:].flatten())
 
-    def optimizer(m: nn.Module, rate: float) -> torch.optim.Optimizer:
-        cuda = device == "cuda"
-        held = torch.tensor(rate, device=device) if cuda else rate
-        return torch.optim.AdamW(m.parameters(), held, betas=(0.9, 0.95), weight_decay=0.1, fused=cuda, capturable=cuda)
-
     held_out = torch.Generator().manual_seed(9)
     return Task(
         model,
         loss,
         Batches(lambda g: cut(train, batch, g), 2000 + seed),
-        [cut(valid, 2 * batch, held_out) for _ in range(4)],
-        optimizer,
+        [cut(valid, batch, held_out) for _ in range(8)],
+        adamw(device, 0.1, betas=(0.9, 0.95)),
         1e-3,
         (1e-4, 3e-4, 6e-4, 1e-3, 2e-3, 4e-3, 8e-3),
         steps,
