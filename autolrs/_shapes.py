@@ -109,6 +109,7 @@ class Shapes:
         def between(low: float, high: float) -> Limits:
             return lambda outer: (np.full(len(outer), low), np.full(len(outer), high))
 
+        self._slowest = slowest
         slower = np.linspace(slowest, fastest - 2 * _APART, _DOUBLE)
         self._single = Grid(np.zeros(1), _SINGLE, between(slowest, fastest))
         self._double = Grid(slower, _DOUBLE, lambda slow: (slow + _APART, np.full(len(slow), fastest)))
@@ -134,6 +135,12 @@ class Shapes:
     def log_share(self) -> Array:
         """[M] log prior share of every node within its family."""
         return np.concatenate([self._single.log_share, self._double.log_share, self._power.log_share])
+
+    @property
+    def log_speed(self) -> Array:
+        """[M] log of a single exponential's rate over the slowest one, 0 for the other families."""
+        rest = np.zeros(sum(self.sizes[1:]))
+        return np.concatenate([self._single.inner.ravel() - self._slowest, rest])
 
     def close_in(self, log_density: Array) -> None:
         """Moves every family's nodes to where the density [M], prior shares excluded, is high."""
