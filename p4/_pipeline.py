@@ -71,27 +71,19 @@ def compile_tofino(into: Path, seconds: float = 600) -> Path:
     """Compile the TNA program with p4c-barefoot and bfas; the folder with tofino.bin and the resource reports.
 
     Raises:
-        CompileError: p4c-barefoot or bfas is not on PATH, fails, or takes longer than `seconds`.
+        CompileError: p4c-barefoot or bfas is not on PATH, fails, takes longer than `seconds`, or leaves no program.
     """
     into.mkdir(parents=True, exist_ok=True)
     program = HERE / "tofino" / "switchml_tna.p4"
-    flags = [
-        "--target",
-        "tofino",
-        "--arch",
-        "tna",
-        "-g",
-        "-D__TARGET_TOFINO__=1",
-        "-I",
-        str(HERE),
-        "-I",
-        str(program.parent),
-    ]
+    flags = ["--target", "tofino", "--arch", "tna", "-g", "-D__TARGET_TOFINO__=1"]
+    flags += ["-I", str(HERE), "-I", str(program.parent)]
     info = into / f"{program.stem}.p4info.txtpb"
     _run("p4c-barefoot", [*flags, "--p4runtime-files", str(info), "-o", str(into), str(program)], seconds, strict=False)
     for assembly in into.rglob("*.bfa"):
         offset = ["--target", "tofino", "--table-handle-offset0"]
         _run("bfas", [*offset, "-o", str(assembly.parent), str(assembly)], seconds, strict=False)
+    if not any(into.rglob("tofino.bin")):
+        raise CompileError(f"p4c-barefoot and bfas left no tofino.bin in {into}: are both of one version of p4c?")
     return into
 
 

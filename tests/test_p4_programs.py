@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import re
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from trainkit.p4 import _description, _entries, _pipeline
+from trainkit.p4 import _description, _entries, _pipeline, _resources
 from trainkit.p4.deploy import FATES
 from trainkit.switchml import _packet as packet
 
@@ -129,8 +130,45 @@ def test_p4test_accepts(program: str) -> None:
 def test_tofino_program_compiles_and_fits(tmp_path: Path) -> None:
     if shutil.which("p4c-barefoot") is None or shutil.which("bfas") is None:
         pytest.skip("needs p4c-barefoot and bfas on PATH")
-    _pipeline.compile_tofino(tmp_path, seconds=800)
-    assert list(tmp_path.rglob("tofino.bin")) and list(tmp_path.rglob("resources.json"))
+    used = _resources.resources(_pipeline.compile_tofino(tmp_path, seconds=800))
+    assert all(0 <= taken <= there for taken, there in used.values())
+    assert used["stages"][1] == 12
+    assert used["stateful ALUs"][0] > 32  # a register for each integer of a block, and those of the slots
+
+
+def test_what_a_program_takes_is_read_from_the_compilers_reports(tmp_path: Path) -> None:
+    stage = {
+        "logical_tables": {"size": 16, "ids": [{"id": 0}, {"id": 3}]},
+        "meter_alus": {"nAlus": 4, "meters": [{"row": 1}, {"row": 3}, {"row": 5}]},
+        "rams": {"nRows": 8, "nColumns": 10, "srams": [{"row": 0}]},
+        "map_rams": {"nRows": 8, "nUnits": 6, "maprams": []},
+        "tcams": {"nRows": 12, "nColumns": 2, "tcams": [{"row": 0}, {"row": 1}]},
+    }
+    empty = json.loads(json.dumps(stage))
+    for part, units in (("logical_tables", "ids"), ("meter_alus", "meters"), ("rams", "srams"), ("tcams", "tcams")):
+        empty[part][units] = []
+    normal = [{"width": 8, "units": 64}, {"width": 32, "units": 64}]
+    there = {"normal": normal, "tagalong": [{"width": 32, "units": 32}]}
+    report = {"resources": {"mau": {"nStages": 12, "mau_stages": [stage] + [empty] * 11}, "phv_containers": there}}
+    taken = [{"container_type": "normal", "bit_width": 32}] * 5 + [{"container_type": "tagalong", "bit_width": 32}]
+    with pytest.raises(FileNotFoundError, match=r"no resources\.json.*-g"):
+        _resources.resources(tmp_path)
+    (tmp_path / "pipe" / "logs").mkdir(parents=True)
+    (tmp_path / "pipe" / "logs" / "resources.json").write_text(json.dumps(report))
+    (tmp_path / "pipe" / "logs" / "phv.json").write_text(json.dumps({"containers": taken}))
+    assert _resources.resources(tmp_path) == {
+        "stages": (1, 12), "stateful ALUs": (3, 48), "SRAMs": (1, 960), "map RAMs": (0, 576), "TCAMs": (2, 288),
+        "logical tables": (2, 192), "PHV, 8 bits": (0, 64), "PHV, 32 bits": (5, 64), "tagalong PHV, 32 bits": (1, 32),
+    }  # fmt: skip
+
+
+def test_an_assembler_that_leaves_nothing_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("p4c-barefoot", "bfas"):
+        (tmp_path / name).write_text("#!/bin/sh\nexit 0\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    with pytest.raises(_pipeline.CompileError, match=r"left no tofino\.bin"):
+        _pipeline.compile_tofino(tmp_path / "out")
 
 
 def test_the_extra_beside_the_core_has_no_conflict() -> None:

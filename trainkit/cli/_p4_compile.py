@@ -19,16 +19,19 @@ class Options:
 
 
 def run(options: Options) -> int:
-    """Compile and say where it is."""
+    """Compile, say where it is and, of a Tofino program, what it takes of the chip."""
     from pathlib import Path
 
-    from trainkit.p4 import _pipeline
+    from trainkit.p4 import _pipeline, _resources
 
     if options.target == "tofino":
         made = _pipeline.compile_tofino(Path(options.out or "p4-tofino"), options.seconds)
     else:
         made = _pipeline.compile_bmv2(Path(options.out) if options.out else _pipeline.BUILD)
     print(f"{options.target}: {made}")
+    if options.target == "tofino":
+        for name, (used, there) in _resources.resources(made).items():
+            print(f"{name}: {used} of {there}")
     return 0
 
 
