@@ -38,7 +38,7 @@ def check(runner: Runner, topology: Topology) -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
     both = allreduce_forest(topology)
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int64):
-        for elements in (0, 1, 3, 1001, (1 << 20) + 1, (1 << 24) + 1):
+        for elements in (0, 1, 3, 1001, (1 << 20) + 1):
             for chunks in (1, 2, 5):
                 value = torch.randn(elements, generator=torch.Generator().manual_seed(rank)).mul_(100).to(dtype).cuda()
                 schedule = both.schedule(chunks)

@@ -3,9 +3,6 @@
 NCCL knows no tags and matches the messages of a pair in order. A wave's group holds the same messages on both sides
 in the same order, and all ranks go through the waves in the same order, so that none waits for another in a circle.
 Sums run on a stream of their own, a wave behind, while the next group is on its way.
-
-A group takes 50 us to start, and while the last sums are formed nothing is on its way. A large all-reduce therefore runs
-as two, of unequal parts of the buffer, each on a communicator of its own: where one starts or adds, the other sends.
 """
 
 from collections import defaultdict
@@ -21,8 +18,6 @@ from trainkit.collectives.execute._transport import Work
 from trainkit.collectives.schedule import Schedule
 
 _ALIGNED = 128  # bytes: NCCL copies what starts elsewhere at half the speed
-_LARGE = 64 << 20  # bytes from which an all-reduce is worth two lanes
-_FIRST_LANE = 0.35  # of the buffer; equal lanes would start and add at the same times
 
 
 @dataclass
@@ -57,28 +52,70 @@ class NcclTransport:
         self._group = group
         self._plans: dict[tuple[int, int, int], tuple[Program, _Plan]] = {}
         self._waves: dict[int, list[int]] = {}
-        self._lanes: list[_Lane] = []
+        self._staging: dict[torch.dtype, torch.Tensor] = {}
+        self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
+        self._moved = 0
 
     def prepare(self, peers: Iterable[int]) -> None:
         """Make all ranks meet once, so that groups of a few of them may follow."""
-        if not self._lanes:
-            self._lanes.append(_Lane(self._group))
+        if self._streams is None:
+            self._streams = (torch.cuda.Stream(), torch.cuda.Stream())  # type: ignore[no-untyped-call]
+            if isinstance(self._group, dist.ProcessGroup):
+                self._group = _urgent(self._group)
+            self._group.allreduce([torch.zeros(1, device="cuda")]).wait()
 
     def start(self, program: Program, buffer: torch.Tensor) -> Work:
         """Queue a collective behind what the current stream does; the current stream waits for it."""
-        parts = [buffer]
-        # an all-reduce treats all elements alike, so it can run on parts of the buffer; copies need whole slices
-        splits = program.schedule.collective == "allreduce" and COPY not in program.kind
-        if splits and buffer.nbytes >= _LARGE and isinstance(self._group, dist.ProcessGroup):
-            align = _ALIGNED // buffer.itemsize
-            parts = list(buffer.tensor_split([int(buffer.numel() * _FIRST_LANE) // align * align]))
-        while len(self._lanes) < len(parts):
-            self._lanes.append(_Lane(self._group))
-        for lane, part in zip(self._lanes, parts, strict=False):
-            lane.start(self._plan(program, part), part)
-        for lane, _ in zip(self._lanes, parts, strict=False):
-            lane.finish()
+        assert self._streams is not None
+        plan = self._plan(program, buffer)
+        groups, sums = self._streams
+        current = torch.cuda.current_stream()
+        for stream in self._streams:
+            stream.wait_stream(current)
+            buffer.record_stream(stream)
+        staging = self._stage(buffer, plan.staging)
+        backend = self._group._get_backend(buffer.device) if hasattr(self._group, "_get_backend") else self._group
+        events: list[torch.cuda.Event] = []
+        for number, wave in enumerate(plan.waves):
+            # its half of the staging buffer is free, and what it sends is there
+            ready = max(wave.after, number - 2)
+            half = number % 2 * plan.staging
+            with torch.cuda.stream(groups):
+                if ready >= 0:
+                    groups.wait_event(events[ready])
+                work = self._exchange(backend, wave, buffer, staging, half)
+            with torch.cuda.stream(sums):
+                if work is not None:
+                    work.wait()
+                for first, end, source, staged, adds in wave.applies:
+                    value = (staging[half:] if staged else buffer)[source : source + end - first]
+                    buffer[first:end].add_(value) if adds else buffer[first:end].copy_(value)
+                events.append(torch.cuda.Event())  # type: ignore[no-untyped-call]
+                events[-1].record()
+        current.wait_stream(sums)
         return _Queued()
+
+    def _exchange(self, backend: Any, wave: _Wave, buffer: torch.Tensor, staging: torch.Tensor, half: int) -> Any:
+        if not (wave.sends or wave.receives):
+            return None
+        backend._start_coalescing()
+        for peer, first, end in wave.sends:
+            backend.send([buffer[first:end]], peer, 0)
+        for peer, first, end, staged in wave.receives:
+            target = buffer[first:end] if staged < 0 else staging[half + staged : half + staged + end - first]
+            backend.recv([target], peer, 0)
+            self._moved += target.nbytes
+        return backend._end_coalescing()
+
+    def _stage(self, buffer: torch.Tensor, half: int) -> torch.Tensor:
+        kept = self._staging.get(buffer.dtype)
+        if kept is None or kept.numel() < 2 * half:
+            kept = self._staging[buffer.dtype] = buffer.new_empty(2 * half)
+            assert self._streams is not None
+            for stream in self._streams:
+                stream.wait_stream(torch.cuda.current_stream())
+                kept.record_stream(stream)
+        return kept
 
     def _plan(self, program: Program, buffer: torch.Tensor) -> _Plan:
         elements, align = buffer.numel(), _ALIGNED // buffer.itemsize
@@ -92,75 +129,13 @@ class NcclTransport:
 
     def counters(self) -> dict[str, int]:
         """Bytes so far."""
-        return {"received_bytes": sum(lane.moved for lane in self._lanes)}
+        return {"received_bytes": self._moved}
 
     def close(self) -> None:
         """Let the staging buffers go."""
-        self._lanes.clear()
+        self._staging.clear()
         self._plans.clear()
         self._waves.clear()
-
-
-class _Lane:
-    """A communicator, with its streams and its staging buffers."""
-
-    def __init__(self, group: Any) -> None:
-        self.moved = 0
-        self._groups, self._sums = torch.cuda.Stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        self._staging: dict[torch.dtype, torch.Tensor] = {}
-        self._group = _urgent(group) if isinstance(group, dist.ProcessGroup) else group
-        self._group.allreduce([torch.zeros(1, device="cuda")]).wait()
-
-    def start(self, plan: _Plan, buffer: torch.Tensor) -> None:
-        """Queue all waves behind what the current stream does."""
-        current = torch.cuda.current_stream()
-        for stream in (self._groups, self._sums):
-            stream.wait_stream(current)
-            buffer.record_stream(stream)
-        staging = self._stage(buffer, plan.staging)
-        backend = self._group._get_backend(buffer.device) if hasattr(self._group, "_get_backend") else self._group
-        events: list[torch.cuda.Event] = []
-        for number, wave in enumerate(plan.waves):
-            # its half of the staging buffer is free, and what it sends is there
-            ready = max(wave.after, number - 2)
-            half = number % 2 * plan.staging
-            with torch.cuda.stream(self._groups):
-                if ready >= 0:
-                    self._groups.wait_event(events[ready])
-                work = self._exchange(backend, wave, buffer, staging, half)
-            with torch.cuda.stream(self._sums):
-                if work is not None:
-                    work.wait()
-                for first, end, source, staged, adds in wave.applies:
-                    value = (staging[half:] if staged else buffer)[source : source + end - first]
-                    buffer[first:end].add_(value) if adds else buffer[first:end].copy_(value)
-                events.append(torch.cuda.Event())  # type: ignore[no-untyped-call]
-                events[-1].record()
-
-    def finish(self) -> None:
-        """Let the current stream wait for all that was queued."""
-        torch.cuda.current_stream().wait_stream(self._sums)
-
-    def _exchange(self, backend: Any, wave: _Wave, buffer: torch.Tensor, staging: torch.Tensor, half: int) -> Any:
-        if not (wave.sends or wave.receives):
-            return None
-        backend._start_coalescing()
-        for peer, first, end in wave.sends:
-            backend.send([buffer[first:end]], peer, 0)
-        for peer, first, end, staged in wave.receives:
-            target = buffer[first:end] if staged < 0 else staging[half + staged : half + staged + end - first]
-            backend.recv([target], peer, 0)
-            self.moved += target.nbytes
-        return backend._end_coalescing()
-
-    def _stage(self, buffer: torch.Tensor, half: int) -> torch.Tensor:
-        kept = self._staging.get(buffer.dtype)
-        if kept is None or kept.numel() < 2 * half:
-            kept = self._staging[buffer.dtype] = buffer.new_empty(2 * half)
-            for stream in (self._groups, self._sums):
-                stream.wait_stream(torch.cuda.current_stream())
-                kept.record_stream(stream)
-        return kept
 
 
 def _urgent(group: dist.ProcessGroup) -> dist.ProcessGroup:
