@@ -123,6 +123,22 @@ def test_clock_of_pipelines_shares_links_in_order() -> None:
     assert pair("allgather", ops).time(4 * 10**9, alpha=F(1, 8)) == 2 + F(1, 8)
 
 
+def test_clock_of_pipelines_serves_what_comes() -> None:
+    # The first op to use the way into c waits for another one, which holds nobody up; those from one rank take turns.
+    ops = [
+        Op(0, "send", 0, 1, F(0), F(1, 4), ("a", "b")),
+        Op(1, "send", 1, 2, F(0), F(1, 4), ("b", "hub", "c"), (0,)),
+        Op(2, "send", 0, 2, F(1, 4), F(1, 2), ("a", "hub", "c")),
+        Op(3, "send", 0, 2, F(1, 2), F(3, 4), ("a", "hub", "c")),
+    ]
+    links = dict.fromkeys([("a", "b"), ("a", "hub"), ("b", "hub"), ("hub", "c")], 1)
+    schedule = Schedule("late", "broadcast", ("a", "b", "c"), ops, "pipelined", links=links, unit="GB/s", root=0)
+    # into c: op 2 in the first second; then op 1 and op 3 have come, and go in this order
+    assert schedule.time(4 * 10**9, alpha=0) == 3
+    only = replace(schedule, ops=ops[:3], order=())
+    assert only.time(4 * 10**9, alpha=F(1, 8)) == 2 + F(2, 8)
+
+
 def test_ring_is_a_schedule_and_its_clock_is_known() -> None:
     for collective, laps in (("allgather", 1), ("reduce_scatter", 1), ("allreduce", 2)):
         ring = ring_schedule(fabrics.ring(5, 1, unit="GB/s"), collective)

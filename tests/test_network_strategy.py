@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from trainkit.collectives import Topology, fabrics
+from trainkit.switchml import SoftwareSwitch
 
 _TRAIN = """
 import json, os, sys
@@ -107,6 +108,18 @@ def test_a_schedule_is_chosen_and_compared_with_what_happens(tmp_path: Path) -> 
     assert [row[:2] for row in results[0]["compared"]] == [[chosen, 4]] * 2
     assert [row[2:] for row in results[0]["compared"]] == [row[2:] for row in results[2]["compared"]]
     assert results[0]["plan"]["buckets"] == [4 * (16 * 64 + 64 + 64 + 1)]
+
+
+def test_a_switch_is_chosen_and_carries_the_gradients(tmp_path: Path) -> None:
+    star = fabrics.star([1, 1, 1], unit="Mbit/s")
+    with SoftwareSwitch() as switch:
+        results = train(tmp_path, star, world=3, steps=8, switch=[switch.address, star.switches[0]])
+        taken = switch.counters()
+    assert results[0]["plan"]["chosen"] == "switchml"
+    assert results[0]["seen"][3:] == ["switchml"] * 5
+    assert all(result["bits"] == results[0]["bits"] for result in results)
+    assert [row[0] for row in results[0]["compared"]] == ["switchml"]
+    assert taken["chunks"] > 0
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import pytest
 from trainkit._planner import OVERHEAD_S, plan_network
 from trainkit.cli import main
 from trainkit.collectives import Topology, fabrics
+from trainkit.collectives._probe._devices import inside
 from trainkit.collectives.trees import ring_time
 
 MIB = 2**20
@@ -75,6 +76,19 @@ def test_a_good_order_is_left_alone() -> None:
 def test_ring_stays_where_nothing_beats_it() -> None:
     pair = Topology("pair", "ab", "ab", [("a", "b", 100), ("b", "a", 100)], unit="GB/s")
     assert plan_network(pair, [256 * MIB]).chosen.name == "ring"
+
+
+def test_two_gpus_stay_with_nccl() -> None:
+    # what the driver says of two H200: 18 NVLinks, and a slot each
+    names, links = inside(
+        "host", 2, {"topology": "\tGPU0\tGPU1\nGPU0\t X \tNV18\nGPU1\tNV18\t X \n", "nvlink": 26562}, None
+    )
+    host = Topology("two GPUs", [*names, "host"], names, links, unit="Mbit/s")
+    for nbytes in (MIB, 25 * MIB, 256 * MIB):
+        assert plan_network(host, [nbytes], backend="nccl").chosen.name == "ring"
+    # a thin link between hosts is worth the groups of a schedule
+    plan = plan_network(case("emu_E1"), [25 * MIB], backend="nccl")
+    assert plan.chosen.name in ("forest", "native")
 
 
 def test_a_switch_that_adds_wins_on_a_star() -> None:

@@ -22,9 +22,13 @@ if TYPE_CHECKING:
 
 OVERHEAD_S = 1e-4
 """What a message between two processes costs beside its bytes and the links' latencies."""
+NCCL_OVERHEAD_S = 1e-5
+"""The same between two steps of NCCL's own kernels."""
+NCCL_GROUP_S = 1.5e-4
+"""What a wave of a schedule over NCCL costs to queue and start: one group of messages (measured on two H200)."""
 MARGIN = 1.05
 """A schedule of ours has to be this much faster than the process group's own ring."""
-_CHUNKS = (4, 16, 64)
+_CHUNKS = {"gloo": (4, 16, 64), "nccl": (1, 2, 4)}
 _MOST_OPS = 40_000
 _LEAST_PIECE = 8192
 _SWITCHML_BYTES = Fraction(1024 + 20 + 16 + 42, 1024)
@@ -107,7 +111,7 @@ def plan_network(
     *,
     switch: str | None = None,
     backend: Literal["gloo", "nccl"] = "gloo",
-    overhead_s: float = OVERHEAD_S,
+    overhead_s: float | None = None,
     order_seconds: float = 1.0,
 ) -> NetworkPlan:
     """Predict every way to all-reduce `buckets` on `topology`, and choose.
@@ -117,7 +121,8 @@ def plan_network(
         buckets: bytes of each gradient bucket of one training step, fp32.
         switch: the node at which a SwitchML switch runs; None: there is none.
         backend: whose ring it is: gloo's all-reduce sends from rank r to r - 1, NCCL's to r + 1.
-        overhead_s: seconds that a message between two processes costs beside its bytes and the links' latencies.
+        overhead_s: seconds that a message between two processes costs beside its bytes and the links' latencies; None:
+            0.1 ms with gloo, 10 us with NCCL.
         order_seconds: how long the search for a better rank order may take.
 
     Raises:
@@ -129,6 +134,8 @@ def plan_network(
         raise ValueError(
             f"switch is a node of {topology.name}, got {switch!r}: name one of {', '.join(topology.nodes)}"
         )
+    if overhead_s is None:
+        overhead_s = OVERHEAD_S if backend == "gloo" else NCCL_OVERHEAD_S
     network = _with_overhead(topology, overhead_s)
     native = allreduce_forest(network)
     down, up = _fewest_trees(network, "allgather"), _fewest_trees(network, "reduce_scatter")
@@ -137,9 +144,9 @@ def plan_network(
     ways = [
         ring,
         *_reordered(network, flow, buckets, order_seconds),
-        _scheduled("tree", lambda chunks: double_binary_tree_schedule(network, chunks), buckets),
-        _scheduled("forest", lambda chunks: compose(up.schedule(chunks), down.schedule(chunks)), buckets),
-        _scheduled("native", native.schedule, buckets),
+        _scheduled("tree", lambda chunks: double_binary_tree_schedule(network, chunks), buckets, backend),
+        _scheduled("forest", lambda chunks: compose(up.schedule(chunks), down.schedule(chunks)), buckets, backend),
+        _scheduled("native", native.schedule, buckets, backend),
         *([_through_switch(network, switch, buckets)] if switch is not None else []),
     ]
     ways.sort(key=lambda way: way.step_s)
@@ -182,23 +189,35 @@ def _fewest_trees(network: Topology, collective: Literal["reduce_scatter", "allg
     return min((forest(network, collective, trees_per_root=k) for k in (1, 2, 3, 4)), key=lambda made: made.inv_rate)
 
 
-def _scheduled(name: str, make: Callable[[int], Schedule], buckets: Sequence[int]) -> Way:
+def _scheduled(
+    name: str, make: Callable[[int], Schedule], buckets: Sequence[int], backend: Literal["gloo", "nccl"]
+) -> Way:
     """A schedule cut into as many pieces as are good for the largest bucket."""
     largest = max(buckets)
-    best = make(_CHUNKS[0])
-    best_s = float(best.time(largest))
-    for before, chunks in pairwise(_CHUNKS):
+    first, *finer_chunks = _CHUNKS[backend]
+    best, before = make(first), first
+    best_s = _seconds(best, largest, backend)
+    for chunks in finer_chunks:
         piece = max(op.stop - op.start for op in best.ops) * largest
         if len(best.ops) * chunks > _MOST_OPS * before or piece * before < _LEAST_PIECE * chunks:
             break
         finer = make(chunks)
-        if (finer_s := float(finer.time(largest))) >= best_s:
+        if (finer_s := _seconds(finer, largest, backend)) >= best_s:
             break
-        best, best_s = finer, finer_s
-    times = {nbytes: float(best.time(nbytes)) for nbytes in set(buckets)}
+        best, best_s, before = finer, finer_s, chunks
+    times = {nbytes: _seconds(best, nbytes, backend) for nbytes in set(buckets)}
     loads = link_loads(best)
     busiest = max(loads, key=lambda link: loads[link] / Fraction(best.links[link]))
     return Way(name, tuple(times[nbytes] for nbytes in buckets), busiest, schedule=best)
+
+
+def _seconds(schedule: Schedule, nbytes: int, backend: Literal["gloo", "nccl"]) -> float:
+    seconds = float(schedule.time(nbytes))
+    if backend == "gloo":
+        return seconds
+    from trainkit.collectives.execute import waves_of
+
+    return seconds + NCCL_GROUP_S * len(set(waves_of(schedule)))
 
 
 def _through_switch(network: Topology, switch: str, buckets: Sequence[int]) -> Way:

@@ -1,9 +1,9 @@
-"""The planner's predictions against what happens, and training with AutoNetworkStrategy's hook, over shaped links (root needed).
+"""The planner's predictions against what happens, over shaped links (root needed).
 
-Per network every way to all-reduce is predicted from the links' measured goodput, then run in turn in the same
-processes. `--train` trains the demo's GPT on E1 with plain DDP and with the planned hook.
+Per network and size every way to all-reduce is predicted from the links' measured goodput, then all are run in turn in
+the same processes, `--others` times, and the one that the planner chose `--steps` times.
 
-`python benchmarks/network/auto.py E1 E2 E3 E7 --mib 4 --runs 3` or `python benchmarks/network/auto.py --train --steps 50`
+`python benchmarks/network/auto.py E1 E2 E3 E7 --mib 1 4 16 32 --steps 50 20 8 4 --others 3 2 1 1`
 """
 
 import argparse
@@ -20,7 +20,6 @@ import torch.distributed as dist
 from _cases import CASES
 from _lab import INTERFACE, Lab
 
-from trainkit._network import NetworkState, auto_network_hook
 from trainkit._planner import plan_network
 from trainkit.collectives import ForestState, Topology
 
@@ -49,84 +48,36 @@ def slowest(seconds: float) -> float:
 def compare(rank: int, lab: Lab, measured: Topology, options: Any, pipe: Connection) -> None:
     """One rank: every way in turn; rank 0 sends (MiB, way, predicted, seconds)."""
     join(rank, lab, options.port)
-    for mib in options.mib:
+    for mib, steps, others in zip(options.mib, options.steps, options.others, strict=True):
         box: list[Any] = [plan_network(measured, [mib << 20]) if rank == 0 else None]
         dist.broadcast_object_list(box)
         message = torch.randn((mib << 20) // 4, generator=torch.Generator().manual_seed(rank))
-        methods: dict[str, Callable[[], Any]] = {}
+        methods: dict[str, Callable[[torch.Tensor], Any]] = {}
+        states = []
         for way in box[0].ways:
             if way.schedule is not None:
-                state = ForestState(schedule=way.schedule, interface=INTERFACE, deadline_s=120.0)
-                methods[way.name] = lambda state=state, message=message: state.all_reduce(message).wait()
+                states.append(ForestState(schedule=way.schedule, interface=INTERFACE, deadline_s=120.0))
+                methods[way.name] = lambda message, state=states[-1]: state.all_reduce(message).wait()
             else:
                 ranks = [measured.compute_nodes.index(name) for name in way.order]
                 group = dist.new_group(ranks, sort_ranks=False)
-                methods[way.name] = lambda group=group, message=message: dist.all_reduce(message, group=group)
-        predicted = {way.name: way.step_s for way in box[0].ways}
-        for round_ in range(options.runs + 1):
-            for name, method in methods.items():
+                methods[way.name] = lambda message, group=group: dist.all_reduce(message, group=group)
+        chosen = box[0].chosen.name
+        for method in methods.values():
+            method(message[:1024])  # connects
+        for round_ in range(max(steps, others)):
+            for way in box[0].ways:
+                if round_ >= (steps if way.name == chosen else others):
+                    continue
                 dist.barrier()
                 start = time.monotonic()
-                method()
+                methods[way.name](message)
                 taken = slowest(time.monotonic() - start)
-                if rank == 0 and round_:  # the first round connects
-                    pipe.send((mib, name, predicted[name], taken))
+                if rank == 0:
+                    pipe.send((mib, way.name + (" (chosen)" if way.name == chosen else ""), way.step_s, taken))
+        for state in states:
+            state.close()
     dist.destroy_process_group()
-
-
-def train(rank: int, lab: Lab, measured: Topology, options: Any, pipe: Connection) -> None:
-    """One rank: the demo's GPT without communication, planned, and with plain DDP; rank 0 sends (arm, step, seconds)."""
-    from torch.nn.parallel import DistributedDataParallel
-
-    from trainkit.demo._config import SIZES
-    from trainkit.demo._model import GPT
-    from trainkit.switchml import noop_hook
-
-    world = join(rank, lab, options.port)
-    state = NetworkState(measured, interface=INTERFACE, window=options.steps - 3)
-    for arm, steps in (("compute", 5), ("planned", options.steps + 1), ("plain DDP", options.plain)):
-        torch.manual_seed(0)
-        module = GPT(SIZES["small"], 256, rate=1e-3)
-        model = DistributedDataParallel(_Loss(module))
-        if arm == "compute":
-            model.register_comm_hook(None, noop_hook)
-        elif arm == "planned":
-            model.register_comm_hook(state, auto_network_hook)
-        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
-        generator = torch.Generator().manual_seed(rank)
-        for step in range(steps):
-            batch = torch.randint(0, 256, (1, 65), generator=generator)
-            dist.barrier()
-            start = time.monotonic()
-            optimizer.zero_grad()
-            model(batch).backward()
-            optimizer.step()
-            taken = slowest(time.monotonic() - start)
-            if rank == 0:
-                pipe.send((arm, step, taken))
-    if rank == 0:
-        assert state.plan is not None
-        pipe.send(
-            (
-                "plan",
-                world,
-                [(way.name, way.step_s) for way in state.plan.ways],
-                state.comparisons[0],
-                state.plan.buckets,
-            )
-        )
-    state.close()
-    dist.destroy_process_group()
-
-
-class _Loss(torch.nn.Module):
-    def __init__(self, module: Any) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, batch: torch.Tensor) -> torch.Tensor:
-        loss: torch.Tensor = self.module.training_step(batch, 0)
-        return loss
 
 
 def run(lab: Lab, target: Callable[..., None], options: Any) -> list[Row]:
@@ -158,37 +109,24 @@ def main() -> None:
     """Measure the networks asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", default=["E1", "E2", "E3", "E7"])
-    parser.add_argument("--mib", type=int, nargs="+", default=[4])
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--train", action="store_true", help="train the demo's small GPT on E1 instead")
-    parser.add_argument("--steps", type=int, default=53, help="planned training steps, the first 3 before the plan")
-    parser.add_argument("--plain", type=int, default=5, help="training steps with plain DDP")
+    parser.add_argument("--mib", type=int, nargs="+", default=[1, 4, 16, 32])
+    parser.add_argument(
+        "--steps", type=int, nargs="+", default=[50, 50, 50, 50], help="runs of the chosen way, per size"
+    )
+    parser.add_argument("--others", type=int, nargs="+", default=[3, 3, 3, 3], help="runs of the other ways, per size")
     parser.add_argument("--port", type=int, default=29431)
     options = parser.parse_args()
-    if options.train:
-        with Lab(CASES["E1"]()) as lab:
-            rows = run(lab, train, options)
-        seconds = {arm: [row[2] for row in rows if row[0] == arm] for arm in ("compute", "planned", "plain DDP")}
-        after = {"compute": 1, "planned": 4, "plain DDP": 1}
-        middle = {arm: statistics.median(taken[after[arm] :]) for arm, taken in seconds.items()}
-        _, _, ways, comparison, buckets = rows[-1]
-        print(f"\nbuckets {buckets}, {comparison}")
-        print("predicted: " + ", ".join(f"{name} {s:.3f}" for name, s in ways))
-        for arm, s in middle.items():
-            print(f"{arm:12}{s:8.3f} s a step")
-        print(f"planned over plain DDP: {middle['plain DDP'] / middle['planned']:.2f} x")
-        print(f"communication (step less compute) {middle['planned'] - middle['compute']:.3f} s")
-        return
-    print("| case | MiB | way | predicted s | median s | measured / predicted |\n|---|---|---|---|---|---|")
+    print("| case | MiB | way | predicted s | runs | median s | measured / predicted |\n|---|---|---|---|---|---|---|")
     for case in options.cases:
         with Lab(CASES[case]()) as lab:
             rows = run(lab, compare, options)
         for mib in options.mib:
             told = {name: predicted for m, name, predicted, _ in rows if m == mib}
             for name, predicted in told.items():
-                middle_s = statistics.median(row[3] for row in rows if row[:2] == (mib, name))
+                seen = [row[3] for row in rows if row[:2] == (mib, name)]
+                middle = statistics.median(seen)
                 print(
-                    f"| {case} | {mib} | {name} | {predicted:.3f} | {middle_s:.3f} | {middle_s / predicted:.2f} |",
+                    f"| {case} | {mib} | {name} | {predicted:.3f} | {len(seen)} | {middle:.3f} | {middle / predicted:.2f} |",
                     flush=True,
                 )
 

@@ -21,7 +21,7 @@ def register_backend(
     deadline_s: float = 30.0,
     transport: Way = "auto",
     interface: str | None = None,
-    chunk_bytes: int = 32 * 1024,
+    chunk_bytes: int | None = None,
 ) -> None:
     """Make `init_process_group("trainkit")` run collectives along the network's trees.
 
@@ -58,7 +58,7 @@ class Backend(dist.ProcessGroup):
         ValueError: the group has a rank that is none of the topology's compute nodes.
     """
 
-    def __init__(self, topology: Topology, asked: Any, chunk_bytes: int, options: dict[str, Any]) -> None:
+    def __init__(self, topology: Topology, asked: Any, chunk_bytes: int | None, options: dict[str, Any]) -> None:
         rank, size = asked.group_rank, asked.group_size
         super().__init__(rank, size)  # type: ignore[call-arg]
         self._name = str(asked.group_id)
@@ -140,7 +140,7 @@ class Backend(dist.ProcessGroup):
         self, collective: str, tensor: torch.Tensor, finish: Callable[[], torch.Tensor], root: int | None = None
     ) -> Any:
         runner = self._runner_cuda if tensor.is_cuda else self._runner
-        done = runner.submit(self._schedules.get(collective, tensor.nbytes, root), tensor)
+        done = runner.submit(self._schedules.get(collective, tensor.nbytes, root, tensor.device.type), tensor)
         future = torch.futures.Future[list[torch.Tensor]](devices=[tensor.device] if tensor.is_cuda else None)
 
         def ended(done: Any) -> None:

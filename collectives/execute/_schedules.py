@@ -10,6 +10,8 @@ from trainkit.collectives.schedule import Schedule
 from trainkit.collectives.trees import allreduce_forest, forest
 
 _MOST_CHUNKS = 64
+_LEAST_CHUNK = {"cpu": 32 << 10, "cuda": 64 << 20}
+"""Bytes of a message that cost as much as some ten starts of one: 0.1 ms by TCP, 50 us by NCCL over NVLink."""
 _PLANNING = timedelta(seconds=600)
 
 
@@ -18,34 +20,36 @@ class Schedules:
 
     Args:
         topology: the network.
-        chunk_bytes: the least that is worth a message of its own; a tree's share is cut into at most 64.
+        chunk_bytes: the least that is worth a message of its own; a tree's share is cut into at most 64. None: 32 KiB
+            in host memory, 64 MiB on GPUs.
         store: through which rank 0 hands its trees to the others, so that all have the same.
         rank: this one.
         group: the compute nodes that take part, in rank order; None: all.
     """
 
     def __init__(
-        self, topology: Topology, chunk_bytes: int, store: Store, rank: int, group: list[str] | None = None
+        self, topology: Topology, chunk_bytes: int | None, store: Store, rank: int, group: list[str] | None = None
     ) -> None:
         self.group = group
         self.topology, self._chunk_bytes, self._store, self._rank = topology, chunk_bytes, store, rank
         self._trees: dict[str, Any] = {}
         self._kept: dict[tuple[str, int], Schedule] = {}
 
-    def get(self, collective: str, nbytes: int, root: int | None = None) -> Schedule:
+    def get(self, collective: str, nbytes: int, root: int | None = None, device: str = "cpu") -> Schedule:
         """The schedule of "allreduce", "allgather", "reduce_scatter" or "broadcast" (from rank `root` of the schedule).
 
         Args:
             collective: what to run.
             nbytes: of the whole message.
             root: rank that broadcasts.
+            device: type of the device that holds the message.
         """
         name = collective if root is None else f"{collective}/{root}"
         if name not in self._trees:
             self._trees[name] = self._made(name, collective, root)
         trees, share = self._trees[name]
-        chunks = 1
-        while chunks < _MOST_CHUNKS and share * nbytes >= 2 * chunks * self._chunk_bytes:
+        chunks, least = 1, self._chunk_bytes or _LEAST_CHUNK[device]
+        while chunks < _MOST_CHUNKS and share * nbytes >= 2 * chunks * least:
             chunks *= 2
         if (name, chunks) not in self._kept:
             self._kept[name, chunks] = trees.schedule(chunks)

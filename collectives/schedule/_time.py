@@ -1,13 +1,16 @@
 """Seconds of a schedule under a latency-bandwidth model.
 
-Mode "steps": a step lasts alpha plus the time of its busiest link. Mode "pipelined": links serve slices one at a time
-in the schedule's own order; an op starts when its dependencies are complete, crosses its path cut-through, and
-arrives alpha after its last byte left the slowest link.
+Mode "steps": a step lasts alpha plus the time of its busiest link. Mode "pipelined" is played through as the executor
+runs it: slices from one rank to another keep the schedule's order, the next one setting out when the one before has
+reached its last link; apart from that an op starts when its dependencies are complete. It crosses its path cut-through
+and arrives alpha after its last byte left the slowest link. Links serve slices one at a time as they come. A pair thus
+has at most one slice waiting at a link, so that pairs which share it take turns, as TCP streams share it.
 """
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
+from heapq import heappop, heappush
 from math import lcm
 from typing import TYPE_CHECKING
 
@@ -85,17 +88,47 @@ def _pipelined(schedule: "Schedule", message: Fraction, alpha: float | Fraction 
     per_piece = {link: int(c * ticks) for link, c in cost.items()}
     pieces = {size: int(size * piece) for size in sizes}
 
-    free: dict[Link, int] = defaultdict(int)
-    ready = [0] * len(schedule.ops)
     crossing: dict[int, list[Link]] = defaultdict(list)
     for op, link in _crossings(schedule, schedule.ops):
         crossing[op.id].append(link)
-    for op, delay in zip(schedule.ops, delays, strict=True):
-        start = end = max((ready[other] for other in op.depends), default=0)
-        length = pieces[op.stop - op.start]
-        for link in crossing[op.id]:
-            start = max(start, free[link])
-            free[link] = start + length * per_piece[link]
-            end = max(end, free[link])
-        ready[op.id] = end + int(delay * ticks)
-    return Fraction(max(ready, default=0), ticks)
+    waits, after = _waits(schedule)
+    free: dict[Link, int] = defaultdict(int)
+    end = [0] * len(schedule.ops)
+    last = 0
+    events = [(0, op, 0) for op, count in enumerate(waits) if count == 0]  # (tick, op, link of its way that it is at)
+    while events:
+        now, at, place = heappop(events)
+        ready: Sequence[int] = ()
+        if place < 0:  # the next of the pair may set out; or, -2, the op is complete
+            ready = after[at][place]
+        elif place < len(way := crossing[at]):
+            length = pieces[schedule.ops[at].stop - schedule.ops[at].start] * per_piece[way[place]]
+            start = max(now, free[way[place]])
+            free[way[place]] = start + length
+            end[at] = max(end[at], start + length)
+            heappush(events, (start, at, place + 1))
+        else:
+            last = max(last, complete := max(end[at], now) + int(delays[at] * ticks))
+            heappush(events, (complete, at, -2))
+            heappush(events, (now, at, -1))
+        for other in ready:
+            waits[other] -= 1
+            if waits[other] == 0:
+                heappush(events, (now, other, 0))
+    return Fraction(last, ticks)
+
+
+def _waits(schedule: "Schedule") -> tuple[list[int], list[tuple[list[int], list[int]]]]:
+    """[ops] how many events each op waits for; [ops] who waits for it to be complete, and for it to be on its way."""
+    waits = [len(set(op.depends)) for op in schedule.ops]
+    after: list[tuple[list[int], list[int]]] = [([], []) for _ in schedule.ops]
+    newest: dict[tuple[int, int], int] = {}
+    for op in schedule.ops:
+        for other in set(op.depends):
+            after[other][0].append(op.id)
+        before = newest.get((op.src, op.dst))
+        if before is not None:
+            after[before][1].append(op.id)
+            waits[op.id] += 1
+        newest[op.src, op.dst] = op.id
+    return waits, after
