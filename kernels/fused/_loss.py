@@ -68,7 +68,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        given = _scaled(grads[0], *ctx.saved_tensors, ctx.dtype)
+        dx, dweight, factor = ctx.saved_tensors
+        given = _scaled(grads[0], dx, dweight, factor, ctx.dtype)
         return (
             *(g if needed else None for g, needed in zip(given, ctx.needs_input_grad, strict=False)),
             None,
@@ -100,7 +101,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Any, ...]:
-    given = _scaled(grad, *ctx.saved_tensors, ctx.dtype)
+    dx, dweight, factor = ctx.saved_tensors
+    given = _scaled(grad, dx, dweight, factor, ctx.dtype)
     return (*(g if needed else None for g, needed in zip(given, ctx.needs, strict=True)), *(None,) * 5)
 
 

@@ -57,7 +57,8 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return _backward(*ctx.saved_tensors, grads[0]).chunk(2, -1)
+        gate, up = ctx.saved_tensors
+        return _backward(gate, up, grads[0]).chunk(2, -1)
 
 
 @torch.library.custom_op("trainkit::swiglu", mutates_args=())
@@ -74,7 +75,8 @@ def _(both: Tensor) -> Tensor:
 @torch.library.custom_op("trainkit::swiglu_backward", mutates_args=())
 def swiglu_backward_op(both: Tensor, grad: Tensor) -> Tensor:
     """Its gradient."""
-    return _backward(*both.chunk(2, -1), grad)
+    gate, up = both.chunk(2, -1)
+    return _backward(gate, up, grad)
 
 
 @swiglu_backward_op.register_fake
