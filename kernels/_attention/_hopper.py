@@ -167,7 +167,8 @@ def _processors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-_KEPT: dict[Any, tuple[Kept, Plane, Plane, Plane, Plane]] = {}
+# A kept launch, and shape and strides of the planes of q, k, v and out.
+_KEPT: dict[Any, tuple[Kept, list[tuple[tuple[int, int], tuple[int, int]]]]] = {}
 
 
 def _key(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: Call) -> Any:
@@ -201,8 +202,8 @@ def forward(
     key = _key(q, k, v, sinks, call)
     kept = None if key is None else _KEPT.get(key)
     if kept is not None:
-        kernel, *planes = kept
-        boxes = (Box(x, p.shape, (p.stride, 1)) for x, p in zip((q, k, v, out), planes, strict=True))
+        kernel, planes = kept
+        boxes = (Box(x, *form) for x, form in zip((q, k, v, out), planes, strict=True))
         kernel(*boxes, out, lse, *tables, count, *spare)
         return out, lse
     from trainkit.kernels._attention import _hopper_forward
@@ -240,7 +241,7 @@ def forward(
     if key is not None and all(p.tensor is x for p, x in zip((qp, kp, vp), (q, k, v), strict=True)):
         if len(_KEPT) >= 256:
             _KEPT.pop(next(iter(_KEPT)))
-        _KEPT[key] = (Kept(compiled, programs, constants), *(p._replace(tensor=None) for p in (qp, kp, vp, op)))
+        _KEPT[key] = Kept(compiled, programs, constants), [(p.shape, (p.stride, 1)) for p in (qp, kp, vp, op)]
     return out, lse
 
 

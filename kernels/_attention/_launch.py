@@ -1,5 +1,6 @@
 """What keeps a kernel's launch short: descriptors unchecked, templates shared, compiled kernels kept by the caller's key."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,8 +11,8 @@ class Box(NamedTuple):
     """A TMA descriptor to be: a plane of memory and the boxes it is read in, as Triton's launcher wants them."""
 
     base: Tensor
-    shape: list[int]
-    strides: list[int]
+    shape: Sequence[int]
+    strides: Sequence[int]
     padding: str = "zero"
 
 
