@@ -1,42 +1,29 @@
 """Where will this loss be? Extrapolation of a short loss curve with an honest standard deviation.
 
 AutoLRS (Jin et al., ICLR 2021, section 4.2) fits one exponential `a exp(b t) + c`. Real curves are sums of many rates and
-a hundred noisy losses seldom tell which, so the answer here is an average over many shapes by their evidence, the
-noise level marginalised.
+a hundred noisy losses seldom tell which, so the answer here is an average over many curve shapes by their evidence.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import log_ndtr, ndtr, ndtri, stdtrit
-
-from trainkit.autolrs._shapes import Shapes, Terms
+from scipy.special import log_ndtr, ndtr
 
 Array = NDArray[np.float64]
 
 _MOST_POINTS = 64
-_ROUNDS = 3
-# Prior shares of one exponential, two, and a power law.
-_SHARES = (0.65, 0.15, 0.2)
-# Prior density of a single exponential's log rate: rate^-0.2. What has barely moved is slow, not finished.
-_SLOW = 0.2
-# Prior standard deviation of the drop inside the window, in units of the curve's range, for a shape that falls wholly
-# inside it; it shrinks with this power of the share that does.
-_PRIOR_STD, _PRIOR_POWER = 1.4, 0.3
-# A falling term is the rule, a rising one the exception.
-_RISING = 0.03
+# Coefficients are those of the drop inside the observed window, in units of the curve's own range.
+_PRIOR_STD = 1.0
+# A falling component is the rule, a rising one the exception.
+_RISING = 0.02
 _LEAST_NOISE = 1e-4
 _OUTLIER = 3.5
-# No shape is the true one: this share of the drop still to come is doubt. A sum of two rates is a sum of more.
-_DOUBT = (0.02, 0.6, 0.05)
-# The shapes' own bands are this much too narrow over curves of all families.
-_WIDER = 1.25
-# Band of the interface: mean +- 1.2816 std holds four fifths of a Gaussian, and of the belief.
-_BAND, _Z = 0.8, float(ndtri(0.9))
-_NEGLIGIBLE = 9.0
-# Standard normal quantiles that stand for a Gaussian.
-_QUANTILES = (np.arange(15) + 0.5) / 15
+_DOUBT = 0.06
+# Prior shares of a constant, one exponential, two, and a power law; and of the two refined shapes.
+_SHARES = (0.0005, 0.25, 0.55, 0.2)
+_REFINED_SHARES = (0.05, 0.003)
 
 
 @dataclass(frozen=True)
@@ -45,12 +32,48 @@ class Forecast:
 
     Attributes:
         mean: expected loss, in the unit of the losses; inf for a curve that diverged.
-        std: of the noise-free value (not of a single noisy loss): four fifths of the belief lie within 1.2816 of it
-            around the mean, as for a Gaussian; inf where nothing is known.
+        std: standard deviation of the noise-free value (not of a single noisy loss); inf where nothing is known.
     """
 
     mean: float
     std: float
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    """Decay shapes on the unit window: `fast` and `slow` hold one function per model, falling from 1 at u = 0."""
+
+    rates: Array  # [M, 2] rates per window, 0 where the model has no such term
+    powers: Array  # [M, 2] exponent and time scale of a power law, 0 where the model is exponential
+    log_prior: Array  # [M]
+
+
+@cache
+def _shapes() -> _Shapes:
+    singles = np.geomspace(0.02, 60.0, 25)
+    coarse = np.geomspace(0.02, 60.0, 14)
+    pairs = [(fast, slow) for i, slow in enumerate(coarse) for fast in coarse[i + 2 :]]
+    laws = [(p, scale) for p in (0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0, 1.3) for scale in (0.003, 0.01, 0.03, 0.1, 0.3)]
+    rates = [(0.0, 0.0)] + [(r, 0.0) for r in singles] + pairs + [(0.0, 0.0)] * len(laws)
+    powers = [(0.0, 0.0)] * (1 + len(singles) + len(pairs)) + laws
+    counts = (1, len(singles), len(pairs), len(laws))
+    share = [part / count for part, count in zip(_SHARES, counts, strict=True) for _ in range(count)]
+    return _Shapes(np.array(rates), np.array(powers), np.log(np.array(share)))
+
+
+def _terms(shapes: _Shapes, u: Array) -> Array:
+    """The two terms of every model at times `u` (in windows): [M, len(u), 2], each 1 at u = 0 and 0 at u = 1."""
+    rates, powers = shapes.rates[:, None, :], shapes.powers
+    with np.errstate(invalid="ignore", divide="ignore"):
+        value = np.exp(-rates * u[None, :, None])
+        last = np.exp(-rates)
+        terms = np.where(rates > 0, (value - last) / (1.0 - last), 0.0)
+        exponent, scale = powers[:, :1], powers[:, 1:]
+        value = (1.0 + u[None, :] / scale) ** -exponent
+        last = (1.0 + 1.0 / scale) ** -exponent
+        law = np.where(exponent > 0, (value - last) / (1.0 - last), 0.0)
+    terms[:, :, 0] += law
+    return np.asarray(terms)
 
 
 def _difference_noise(t: Array, y: Array) -> float:
@@ -70,14 +93,77 @@ def _binned(t: Array, y: Array) -> tuple[Array, Array, Array]:
     return np.add.reduceat(t, starts) / count, np.add.reduceat(y, starts) / count, count
 
 
+@dataclass(frozen=True)
+class _Fit:
+    log_weight: Array  # [M] log posterior weight, not normalised
+    mean: Array  # [M, 3]
+    covariance: Array  # [M, 3, 3]
+    fitted: Array  # [M, n]
+
+
+def _fit(design: Array, y: Array, weight: Array, noise: float, log_prior: Array) -> _Fit:
+    """Gaussian linear regression of every model at once, with its log evidence and its terms' signs weighed."""
+    precision = weight / noise**2
+    weighted = design * precision[None, :, None]
+    information = np.swapaxes(weighted, 1, 2) @ design
+    information += np.eye(3) / _PRIOR_STD**2
+    covariance = np.asarray(np.linalg.inv(information), dtype=np.float64)
+    mean = np.einsum("mij,mj->mi", covariance, np.swapaxes(weighted, 1, 2) @ y)
+    fitted = np.einsum("mni,mi->mn", design, mean)
+    misfit = ((y - fitted) ** 2 * precision).sum(1) + (mean**2).sum(1) / _PRIOR_STD**2
+    _, log_det = np.linalg.slogdet(information)
+    log_evidence = -0.5 * misfit - 0.5 * log_det - 3.0 * np.log(_PRIOR_STD)
+    std = np.sqrt(np.maximum(np.diagonal(covariance, axis1=1, axis2=2), 0.0))
+    used = np.abs(design).max(1) > 0
+    falling = np.where(used[:, 1:], log_ndtr(mean[:, 1:] / np.maximum(std[:, 1:], 1e-300)), 0.0).sum(1)
+    return _Fit(log_prior + log_evidence + np.logaddexp(falling, np.log(_RISING)), mean, covariance, fitted)
+
+
+def _explained(phi: Array, y: Array, weight: Array) -> Array:
+    """[M] sum of squares that each shape [M, n] and a constant explain."""
+    total = weight.sum()
+    phi = phi - (phi * weight).sum(1, keepdims=True) / total
+    gain = (phi * weight) @ (y - (y * weight).sum() / total)
+    return np.asarray(gain**2 / np.maximum((phi**2 * weight).sum(1), 1e-300))
+
+
+def _refined(u: Array, y: Array, weight: Array) -> tuple[float, float, float]:
+    """The best single exponential's rate and the best power law's exponent and scale.
+
+    Between the table's entries a nearly noise-free curve would fit none of them.
+    """
+    rates = np.geomspace(0.02, 60.0, 60)
+    exponents, scales = np.linspace(0.2, 1.4, 13), np.geomspace(0.003, 0.3, 9)
+    for _ in range(3):
+        best = int(np.argmax(_explained(np.exp(-rates[:, None] * u), y, weight)))
+        rate = float(rates[best])
+        rates = np.geomspace(rates[max(best - 1, 0)], rates[min(best + 1, len(rates) - 1)], 17)
+        laws = (1.0 + u / scales[:, None, None]) ** -exponents[:, None]
+        flat = int(np.argmax(_explained(laws.reshape(-1, len(u)), y, weight)))
+        i, j = divmod(flat, len(exponents))
+        scale, exponent = float(scales[i]), float(exponents[j])
+        scales = np.geomspace(scales[max(i - 1, 0)], scales[min(i + 1, len(scales) - 1)], 7)
+        exponents = np.linspace(exponents[max(j - 1, 0)], exponents[min(j + 1, len(exponents) - 1)], 7)
+    return rate, exponent, scale
+
+
+def _above(mean: Array, std: Array, floor: float) -> tuple[Array, Array]:
+    """Moments of each Gaussian component once it is known to lie above `floor`."""
+    safe = np.maximum(std, 1e-12)
+    z = (floor - mean) / safe
+    # Mills ratio by logarithms: the tail far below the floor must not become 0/0.
+    ratio = np.exp(-0.5 * z**2 - 0.5 * np.log(2 * np.pi) - log_ndtr(-z))
+    return mean + safe * ratio, safe * np.sqrt(np.clip(1.0 + z * ratio - ratio**2, 1e-6, 1.0))
+
+
 def forecast(
     losses: ArrayLike, horizon: float, *, steps: ArrayLike | None = None, floor: float | None = None
 ) -> Forecast:
     """Forecasts the noise-free loss at step `horizon` from a short curve. Never raises.
 
-    Every shape (one exponential, the sum of two, power laws) is fitted to the raw losses in units of the curve's own
-    range; the shapes are averaged by their evidence, so a curve whose asymptote cannot be identified gets a wide band
-    instead of a confident guess.
+    Every shape (constant, one exponential, two exponentials, power law) is fitted to the raw losses in units of the
+    curve's own range; the shapes are averaged by their evidence, so a curve whose asymptote cannot be identified gets
+    a wide band instead of a confident guess.
 
     Args:
         losses: [n] loss values, any scale and offset; non-finite ones inside the curve are dropped.
@@ -86,7 +172,7 @@ def forecast(
         floor: a value that the noise-free loss cannot fall below (0 for a cross entropy), if known.
 
     Returns:
-        The forecast. A curve that ends in nan or inf, has no finite loss, or overflows, diverged: mean and std are inf. One
+        The forecast. A curve that ends in nan or inf, or has no finite loss, diverged: mean and std are inf. One
         loss is its own forecast with std inf; two are forecast by the last, with twice their difference as std.
     """
     y = np.asarray(losses, dtype=np.float64).ravel()
@@ -103,10 +189,7 @@ def forecast(
         return _floored(float(y[-1]), std, floor)
     offset = float(np.median(y))
     t, y, count = _binned(t, y)
-    with np.errstate(over="ignore"):
-        scale = float(np.ptp(y))
-    if not np.isfinite(scale):
-        return Forecast(float("inf"), float("inf"))
+    scale = float(np.ptp(y))
     if scale <= 1e-12 * max(abs(offset), 1e-300):
         return _floored(offset, 0.0, floor)
     mean, std = _average(
@@ -122,94 +205,48 @@ def _floored(mean: float, std: float, floor: float | None) -> Forecast:
 def _average(t: Array, y: Array, count: Array, horizon: float, floor: float | None) -> tuple[float, float]:
     """Mean and std at the horizon of the evidence-weighted mixture, in the curve's own units."""
     window = t[-1] - t[0]
-    u = (t - t[0]) / window
-    shapes = Shapes(u, max(horizon - t[0], 0.0) / window)
-    belief = np.repeat(np.log(_SHARES), shapes.sizes)
-    noise, weight, correlation = max(_difference_noise(u, y), _LEAST_NOISE), count, 0.0
-    for rounds_left in reversed(range(_ROUNDS)):
-        # Neighbours that agree hold fewer facts: a wandering curve counts as a shorter one.
-        facts = weight * (1.0 - correlation) / (1.0 + correlation)
-        fit = _fit(shapes.terms(), y, facts, noise)
-        density = fit.log_evidence + belief - _SLOW * shapes.log_speed
-        log_weight = density + shapes.log_share
-        if rounds_left:
-            residual = y - fit.fitted(int(np.argmax(log_weight)))
-            spread = max(1.4826 * float(np.median(np.abs(residual))), _LEAST_NOISE)
-            weight = count / np.maximum(np.abs(residual) / (_OUTLIER * spread), 1.0) ** 2
-            freedom = max(float(weight.sum()) - 3.0, 1.0)
-            noise = max(float(np.sqrt((weight * residual**2).sum() / freedom)), _LEAST_NOISE)
-            if len(y) >= 6:
-                correlation = float(residual[1:] @ residual[:-1]) / max(float(residual @ residual), 1e-300)
-                correlation = min(max(correlation, 0.0), 0.9)
-            shapes.close_in(density)
-    return _band(fit, log_weight, np.repeat(_DOUBT, shapes.sizes), floor)
+    u, ahead = (t - t[0]) / window, np.array([max(horizon - t[0], 0.0) / window])
+    shapes = _shapes()
+    rate, exponent, scale = _refined(u, y, count)
+    shapes = _Shapes(
+        np.vstack([shapes.rates, [[rate, 0.0], [0.0, 0.0]]]),
+        np.vstack([shapes.powers, [[0.0, 0.0], [exponent, scale]]]),
+        np.append(shapes.log_prior, np.log(_REFINED_SHARES)),
+    )
+    design = np.concatenate([np.ones((len(shapes.rates), len(u), 1)), _terms(shapes, u)], axis=2)
+    at_horizon = np.concatenate([np.ones((len(shapes.rates), 1)), _terms(shapes, ahead)[:, 0, :]], axis=1)
+
+    noise = max(_difference_noise(u, y), _LEAST_NOISE)
+    weight = count / count.mean()
+    for _ in range(2):  # the first round finds outliers, the second what they hid
+        fit = _fit(design, y, weight, noise, shapes.log_prior)
+        residual = y - fit.fitted[int(np.argmax(fit.log_weight))]
+        spread = max(1.4826 * float(np.median(np.abs(residual))), _LEAST_NOISE)
+        weight = count / count.mean() / np.maximum(np.abs(residual) / (_OUTLIER * spread), 1.0) ** 2
+        noise = max(_noise_level(residual, weight), _LEAST_NOISE)
+    fit = _fit(design, y, weight, noise, shapes.log_prior)
+
+    posterior = np.exp(fit.log_weight - fit.log_weight.max())
+    means = np.einsum("mi,mi->m", at_horizon, fit.mean)
+    stds = np.sqrt(np.maximum(np.einsum("mi,mij,mj->m", at_horizon, fit.covariance, at_horizon), 0.0))
+    # No family is the true one: part of every drop still to come is doubt.
+    stds = np.hypot(stds, _DOUBT * np.abs(means - fit.mean[:, 0]))
+    if floor is not None:
+        posterior = posterior * np.maximum(ndtr((means - floor) / np.maximum(stds, 1e-12)), 1e-12)
+        means, stds = _above(means, stds, floor)
+    posterior = posterior / posterior.sum()
+    # The median: a few shapes with a long way down must not drag the whole forecast with them.
+    order = np.argsort(means)
+    mean = float(np.interp(0.5, np.cumsum(posterior[order]) - 0.5 * posterior[order], means[order]))
+    return mean, float(np.sqrt(posterior @ (stds**2 + (means - mean) ** 2)))
 
 
-@dataclass(frozen=True)
-class _Fit:
-    """Linear regression of every model: level + a * first term + b * second term."""
-
-    terms: Terms
-    level: Array  # [M] at the window's end
-    coefficients: Array  # [2, M]
-    log_evidence: Array  # [M], up to a constant
-    mean: Array  # [M] at the horizon
-    std: Array  # [M] of the Gaussian that has the same band as the Student t
-
-    def fitted(self, model: int) -> Array:
-        """[n] one model's curve."""
-        a, b = self.coefficients[:, model]
-        return np.asarray(self.level[model] + a * self.terms.first[model] + b * self.terms.second[model])
-
-
-def _fit(terms: Terms, y: Array, weight: Array, noise: float) -> _Fit:
-    """Ridge regression of all models at once, the noise level marginalised, with the terms' signs weighed."""
-    total = float(weight.sum())
-    average = float(weight @ y) / total
-    y = y - average
-    shift1, shift2 = terms.first @ weight / total, terms.second @ weight / total
-    first, second = terms.first - shift1[:, None], terms.second - shift2[:, None]
-    ridge = (noise / _PRIOR_STD) ** 2 * terms.drop ** (-2.0 * _PRIOR_POWER)
-    used = second[:, 0] > second[:, -1]
-    g11, g22, g12 = (first * first) @ weight + ridge, (second * second) @ weight + ridge, (first * second) @ weight
-    r1, r2 = first @ (weight * y), second @ (weight * y)
-    determinant = g11 * g22 - g12**2
-    v11, v22, v12 = g22 / determinant, g11 / determinant, -g12 / determinant
-    a, b = v11 * r1 + v12 * r2, v12 * r1 + v22 * r2
-    misfit = np.maximum(float(weight @ (y * y)) - a * r1 - b * r2, 0.0) + total * _LEAST_NOISE**2
-    freedom = max(total - 3.0, 1.0)
-    variance = misfit / freedom
-    falling = log_ndtr(a / np.sqrt(variance * v11))
-    falling += np.where(used, log_ndtr(b / np.sqrt(variance * v22)), 0.0)
-    log_evidence = -0.5 * np.log(determinant / ridge**2) - 0.5 * max(total - 1.0, 1.0) * np.log(misfit)
-    log_evidence += np.logaddexp(falling, np.log(_RISING))
-    x1, x2 = terms.first_ahead - shift1, terms.second_ahead - shift2
-    spread = 1.0 / total + v11 * x1**2 + 2.0 * v12 * x1 * x2 + v22 * x2**2
-    std = np.sqrt(np.maximum(variance * spread, 0.0)) * float(stdtrit(freedom, 0.9)) / _Z
-    level = average - a * shift1 - b * shift2
-    return _Fit(terms, level, np.stack([a, b]), log_evidence, average + a * x1 + b * x2, std)
-
-
-def _band(fit: _Fit, log_weight: Array, doubt: Array, floor: float | None) -> tuple[float, float]:
-    """Centre of the mixture at the horizon, and the std whose band around it holds four fifths of the mixture.
-
-    Not the mixture's variance: a few implausible models with a long way down would make that all there is.
-    """
-    likely = log_weight > log_weight.max() - _NEGLIGIBLE
-    weight, mean = np.exp(log_weight[likely] - log_weight.max())[:, None], fit.mean[likely][:, None]
-    std = np.hypot(fit.std[likely], doubt[likely] * np.abs(mean[:, 0] - fit.level[likely]))[:, None]
-    if floor is None:
-        values = mean + std * ndtri(_QUANTILES)
-    else:  # each Gaussian given that it lies above the floor; far below it, at the floor
-        above = ndtr(-np.minimum((floor - mean) / np.maximum(std, 1e-12), 30.0))
-        values = np.maximum(mean - std * ndtri(above * (1.0 - _QUANTILES)), floor)
-        weight = weight * np.maximum(above, 1e-12)
-    share = np.broadcast_to(weight, values.shape).ravel()
-    centre = _quantile(values.ravel(), share, 0.5)
-    return centre, _WIDER * _quantile(np.abs(values.ravel() - centre), share, _BAND) / _Z
-
-
-def _quantile(values: Array, weight: Array, share: float) -> float:
-    order = np.argsort(values)
-    reached = np.cumsum(weight[order])
-    return float(np.interp(share, (reached - 0.5 * weight[order]) / reached[-1], values[order]))
+def _noise_level(residual: Array, weight: Array) -> float:
+    """Standard deviation of the residuals, raised where neighbours agree: a wandering curve holds fewer facts."""
+    freedom = max(len(residual) - 3.0, 1.0)
+    variance = float((weight * residual**2).sum()) / freedom
+    if variance <= 0.0 or len(residual) < 6:
+        return float(np.sqrt(variance))
+    correlation = float((residual[1:] * residual[:-1]).sum() / (residual**2).sum())
+    correlation = min(max(correlation, 0.0), 0.9)
+    return float(np.sqrt(variance * (1.0 + correlation) / (1.0 - correlation)))
