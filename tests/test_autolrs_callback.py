@@ -345,7 +345,7 @@ def test_progress_bar_and_plot(script, tmp_path, capsys):
     )
     trainer.fit(script.Model(), script.Loader(0))
     shown = capsys.readouterr()
-    assert "lr_search=stage 1 trial 2/" in shown.out + shown.err
+    assert "lr_search=stage 1 trial 1/" in shown.out + shown.err
     assert "get_metrics" not in vars(trainer.progress_bar_callback)
     callback.plot().savefig(tmp_path / "run.png")
     assert (tmp_path / "run.png").stat().st_size > 10_000
