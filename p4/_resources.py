@@ -27,10 +27,10 @@ def resources(folder: Path) -> dict[str, tuple[int, int]]:
         FileNotFoundError: A report is not there.
     """
     report = _report(folder, "resources.json")["resources"]
-    stages = report["mau"]["mau_stages"]
-    used = {"stages": (sum(bool(stage["logical_tables"]["ids"]) for stage in stages), len(stages))}
+    stages, count = report["mau"]["mau_stages"], report["mau"]["nStages"]  # only stages that are used are listed
+    used = {"stages": (sum(bool(stage["logical_tables"]["ids"]) for stage in stages), count)}
     for name, (part, units, sides) in _OF_A_STAGE.items():
-        there = prod(stages[0][part][side] for side in sides) * len(stages)
+        there = prod(stages[0][part][side] for side in sides) * count
         used[name] = (sum(len(stage[part][units]) for stage in stages), there)
     taken = [(one["container_type"], one["bit_width"]) for one in _report(folder, "phv.json")["containers"]]
     for kind, name in _CONTAINERS.items():

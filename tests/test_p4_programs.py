@@ -149,7 +149,7 @@ def test_what_a_program_takes_is_read_from_the_compilers_reports(tmp_path: Path)
         empty[part][units] = []
     normal = [{"width": 8, "units": 64}, {"width": 32, "units": 64}]
     there = {"normal": normal, "tagalong": [{"width": 32, "units": 32}]}
-    report = {"resources": {"mau": {"nStages": 12, "mau_stages": [stage] + [empty] * 11}, "phv_containers": there}}
+    report = {"resources": {"mau": {"nStages": 12, "mau_stages": [stage, empty]}, "phv_containers": there}}
     taken = [{"container_type": "normal", "bit_width": 32}] * 5 + [{"container_type": "tagalong", "bit_width": 32}]
     with pytest.raises(FileNotFoundError, match=r"no resources\.json.*-g"):
         _resources.resources(tmp_path)

@@ -1,32 +1,26 @@
 // The slots (TNA): one access a register a packet, so that what a version holds is found out register by register.
 #include "tofino_parser.p4"
 
+// Whose sum a version of a slot holds
+struct held_t {
+    bit<32> epoch;
+    bit<32> chunk;      // + 1
+}
+
 control Slots(inout headers_t hdr, inout metadata_t meta) {
-    Register<bit<32>, bit<16>>(VERSIONS) epochs;
-    Register<bit<32>, bit<16>>(VERSIONS) chunks;
+    Register<held_t, bit<16>>(VERSIONS) versions;
     Register<bit<32>, bit<16>>(VERSIONS) seens;
     Register<bit<8>, bit<16>>(VERSIONS) exponents;
 
     // Only packets of the installed epoch come here: the one held is theirs or an older one
-    RegisterAction<bit<32>, bit<16>, bit<32>>(epochs) begin_epoch = {
-        void apply(inout bit<32> held, out bit<32> before) {
-            before = held;
-            held = hdr.switchml.epoch;
-        }
-    };
-
-    RegisterAction<bit<32>, bit<16>, bit<32>>(chunks) first_chunk = {
-        void apply(inout bit<32> held, out bit<32> before) {
+    RegisterAction<held_t, bit<16>, bit<32>>(versions) look = {
+        void apply(inout held_t held, out bit<32> before) {
             before = 0;
-            held = meta.next;
-        }
-    };
-
-    RegisterAction<bit<32>, bit<16>, bit<32>>(chunks) later_chunk = {
-        void apply(inout bit<32> held, out bit<32> before) {
-            before = held;
-            if (held < meta.next) {
-                held = meta.next;
+            if (held.epoch == hdr.switchml.epoch && held.chunk >= meta.next) {
+                before = held.chunk;
+            } else {
+                held.epoch = hdr.switchml.epoch;
+                held.chunk = meta.next;
             }
         }
     };
@@ -59,32 +53,17 @@ control Slots(inout headers_t hdr, inout metadata_t meta) {
         }
     };
 
-    action look_at_epoch() {
-        meta.epoch = begin_epoch.execute(meta.version);
-    }
-
-    action compare_epochs() {
-        meta.epoch = meta.epoch ^ hdr.switchml.epoch;
-    }
-
-    action look_at_first_chunk() {
-        meta.before = first_chunk.execute(meta.version);
-    }
-
-    action look_at_chunk() {
-        meta.before = later_chunk.execute(meta.version);
-    }
-
-    action compare_chunks() {
-        meta.later = meta.next |-| meta.before;
-        meta.earlier = meta.before |-| meta.next;
+    action look_at_version() {
+        meta.before = look.execute(meta.version);
     }
 
     action see_the_first() {
+        hdr.work.op = STORE;
         meta.seen = see_first.execute(meta.version);
     }
 
     action see_another() {
+        hdr.work.op = ADD;
         meta.seen = see.execute(meta.version);
     }
 
@@ -106,18 +85,11 @@ control Slots(inout headers_t hdr, inout metadata_t meta) {
     }
 
     apply {
-        look_at_epoch();
-        compare_epochs();
-        if (meta.epoch != 0) {
-            look_at_first_chunk();
-        } else {
-            look_at_chunk();
-        }
-        compare_chunks();
-        if (meta.later != 0) {
+        look_at_version();
+        if (meta.before == 0) {
             see_the_first();
             take_exponent();
-        } else if (meta.earlier == 0) {
+        } else if (meta.before == meta.next) {
             see_another();
             take_larger_exponent();
         }

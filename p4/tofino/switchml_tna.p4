@@ -18,7 +18,6 @@ control Ingress(inout headers_t hdr, inout metadata_t meta, in ingress_intrinsic
     bit<8> fate = 4;
 
     action set_own(bit<48> mac) {
-        meta.own = true;
         hdr.work.own_mac = mac;
         hdr.work.own_ip = meta.target;
     }
@@ -30,13 +29,14 @@ control Ingress(inout headers_t hdr, inout metadata_t meta, in ingress_intrinsic
         size = 16;
     }
 
+    // `slots` is a power of two: its bit of the chunk says which version
     action set_session(bit<32> all, bit<16> base, bit<16> slots, bit<16> elements, bit<16> group) {
         session_packets.count();
         meta.all = all;
-        meta.base = base;
+        meta.version = base;
         meta.slots = slots;
-        meta.mask = slots - 1;
-        meta.elements = elements;
+        meta.turn = meta.low & slots;
+        meta.elements = hdr.switchml.elements & ~elements;
         hdr.work.group = group;
     }
 
@@ -50,7 +50,6 @@ control Ingress(inout headers_t hdr, inout metadata_t meta, in ingress_intrinsic
 
     action set_member(bit<32> bit_) {
         meta.member = bit_;
-        hdr.work.receiver = (bit<16>) hdr.switchml.worker + 1;
     }
 
     table member {
@@ -108,26 +107,63 @@ control Ingress(inout headers_t hdr, inout metadata_t meta, in ingress_intrinsic
         deparser.drop_ctl = 1;
     }
 
-    action begin_work() {
-        hdr.work.setValid();
-        hdr.work.end = FORWARD;
-        hdr.work.port = intrinsic.ingress_port;
+    action send_out() {
+        manager.ucast_egress_port = (PortId_t) hdr.packet_out.port[8:0];
+        manager.bypass_egress = 1;
+        hdr.packet_out.setInvalid();
     }
 
-    action place() {
-        meta.slot = hdr.switchml.chunk[15:0] & meta.mask;
-        meta.turn = hdr.switchml.chunk[15:0] & meta.slots;
+    action begin_work() {
+        hdr.work.setValid();
+        hdr.work.op = STALE;
+        hdr.work.ahead = 0;
+        hdr.work.behind = 0;
+        hdr.work.end = FORWARD;
+        hdr.work.port = intrinsic.ingress_port;
         meta.next = hdr.switchml.chunk + 1;
     }
 
+    // The version: base + turn + slot
+    action place() {
+        meta.mask = meta.slots - 1;
+        meta.version = meta.version + meta.turn;
+    }
+
+    action place_slot() {
+        meta.slot = meta.low & meta.mask;
+    }
+
     action place_version() {
-        meta.version = meta.slot + meta.turn;
+        meta.version = meta.version + meta.slot;
         meta.slot = meta.slot ^ hdr.switchml.slot;
     }
 
-    action place_index() {
-        meta.version = meta.version + meta.base;
-        meta.size = meta.elements ^ hdr.switchml.elements;
+    action fitting() {}
+
+    action malformed() {
+        fate = 5;
+        drop();
+    }
+
+    // Whether a packet has values for this session, and the slot of its chunk
+    table fits {
+        key = {
+            hdr.switchml.magic: ternary;
+            hdr.switchml.kind: ternary;
+            hdr.switchml.wire: ternary;
+            meta.whole: ternary;
+            meta.elements: ternary;
+            meta.turn: ternary;
+            meta.slot: ternary;
+        }
+        actions = { fitting; malformed; }
+        default_action = malformed();
+        const entries = {
+            (SWITCHML_MAGIC, DATA, WIRE_INT32, true, 0, 0, 0): fitting();
+            (_, _, _, _, _, 0, _): malformed();
+            (SWITCHML_MAGIC, DATA, WIRE_INT32, true, 0, _, 0x8000): fitting();
+        }
+        size = 4;
     }
 
     action go_again() {
@@ -135,18 +171,77 @@ control Ingress(inout headers_t hdr, inout metadata_t meta, in ingress_intrinsic
         manager.bypass_egress = 1;
     }
 
-    action to_all() {
+    action stale() {
+        fate = 3;
+        drop();
+    }
+
+    action tell_missing() {
+        fate = 2;
+        hdr.work.end = WORD_TO_MISSING;
         manager.mcast_grp_a = hdr.work.group;
     }
 
-    action to_one() {
+    action repeat() {
+        fate = 2;
+        hdr.work.op = STRIP;
+        hdr.work.end = SUM_TO_ONE;
+        go_again();
+    }
+
+    action repeat_empty() {
+        fate = 2;
+        hdr.work.end = SUM_TO_ONE;
         manager.ucast_egress_port = hdr.work.port;
     }
 
-    // How many blocks the packet has, and what is done with the first
-    action count_blocks(bit<8> last) {
-        hdr.work.block = 0;
-        hdr.work.last = last;
+    action finish() {
+        fate = 1;
+        hdr.work.end = SUM_TO_ALL;
+        go_again();
+    }
+
+    action finish_empty() {
+        fate = 1;
+        hdr.work.end = SUM_TO_ALL;
+        manager.mcast_grp_a = hdr.work.group;
+    }
+
+    action add() {
+        fate = 0;
+        hdr.work.end = NOTHING;
+        go_again();
+    }
+
+    action add_empty() {
+        fate = 0;
+        drop();
+    }
+
+    // What the first pass comes to
+    table decide {
+        key = {
+            hdr.work.op: ternary;
+            meta.again: ternary;
+            meta.lacking: ternary;
+            hdr.switchml.elements: ternary;
+        }
+        actions = { stale; tell_missing; repeat; repeat_empty; finish; finish_empty; add; add_empty; }
+        default_action = tell_missing();
+        const entries = {
+            (STALE, _, _, _): stale();
+            (_, 0, 0, 0): finish_empty();
+            (_, 0, 0, _): finish();
+            (_, 0, _, 0): add_empty();
+            (_, 0, _, _): add();
+            (_, _, 0, 0): repeat_empty();
+            (_, _, 0, _): repeat();
+        }
+        size = 8;
+    }
+
+    action count_blocks(bit<8> ahead) {
+        hdr.work.ahead = ahead;
         hdr.work.index = meta.version << 3;
     }
 
@@ -161,119 +256,100 @@ control Ingress(inout headers_t hdr, inout metadata_t meta, in ingress_intrinsic
         size = 2;
     }
 
-    action next_block() {
-        hdr.work.block = hdr.work.block + 1;
+    action block_after() {
+        hdr.work.ahead = hdr.work.ahead - 1;
+        hdr.work.behind = hdr.work.behind + 1;
         hdr.work.index = hdr.work.index + 1;
         hdr.block.setInvalid();
+        go_again();
     }
 
     action block_before() {
         hdr.work.op = LOAD;
-        hdr.work.block = hdr.work.block - 1;
+        hdr.work.behind = hdr.work.behind - 1;
         hdr.work.index = hdr.work.index - 1;
+        go_again();
     }
 
     // After a strip the last block itself is read
     action read_last() {
         hdr.work.op = LOAD;
         hdr.block.setInvalid();
+        go_again();
+    }
+
+    action to_all() {
+        manager.mcast_grp_a = hdr.work.group;
+    }
+
+    action to_one() {
+        manager.ucast_egress_port = hdr.work.port;
+    }
+
+    // What a later pass comes to
+    table step {
+        key = {
+            hdr.work.op: ternary;
+            hdr.work.ahead: ternary;
+            hdr.work.behind: ternary;
+            hdr.work.end: ternary;
+        }
+        actions = { block_after; block_before; read_last; to_all; to_one; drop; }
+        default_action = block_after();
+        const entries = {
+            (LOAD, _, 0, SUM_TO_ALL): to_all();
+            (LOAD, _, 0, _): to_one();
+            (LOAD, _, _, _): block_before();
+            (STRIP, 0, _, _): read_last();
+            (_, 0, _, NOTHING): drop();
+            (_, 0, _, _): block_before();
+        }
+        size = 8;
     }
 
     apply {
         if (hdr.packet_out.isValid()) {
-            manager.ucast_egress_port = (PortId_t) hdr.packet_out.port[8:0];
-            manager.bypass_egress = 1;
-            hdr.packet_out.setInvalid();
-        } else if (!meta.first) {
+            send_out();
+        } else if (hdr.work.isValid()) {
             if (hdr.work.op == LOAD) {
                 hdr.block.setValid();
             }
             values.apply(hdr.block, hdr.work.op, hdr.work.index);
-            bool last = hdr.work.block == hdr.work.last;
-            if (hdr.work.op == LOAD && hdr.work.block != 0 || hdr.work.op != LOAD && hdr.work.op != STRIP && last && hdr.work.end != NOTHING) {
-                block_before();
-                go_again();
-            } else if (hdr.work.op == LOAD) {
-                if (hdr.work.end == SUM_TO_ALL) {
-                    to_all();
-                } else {
-                    to_one();
-                }
-            } else if (hdr.work.block != hdr.work.last) {
-                next_block();
-                go_again();
-            } else if (hdr.work.op == STRIP) {
-                read_last();
-                go_again();
-            } else {
-                drop();
-            }
+            step.apply();
+        } else if (meta.broken) {
+            drop();
         } else {
             begin_work();
-            own_address.apply();
-            if (!meta.own) {
+            if (!own_address.apply().hit) {
                 l2.apply();
-            } else if (hdr.arp.isValid() && hdr.arp.operation == ARP_REQUEST) {
-                answer_arp();
-            } else if (hdr.arp.isValid() || (hdr.switchml.isValid() && hdr.switchml.kind == CONTROL)) {
-                fate = 6;
-                punt();
+            } else if (hdr.arp.isValid()) {
+                if (hdr.arp.operation == ARP_REQUEST) {
+                    answer_arp();
+                } else {
+                    punt();
+                }
             } else if (!hdr.switchml.isValid()) {
                 drop();
-            } else if (session.apply().hit) {
-                if (member.apply().hit) {
-                    place();
-                    place_version();
-                    if (meta.turn != 0) {
-                        meta.slot = meta.slot ^ 0x8000;
-                    }
-                    place_index();
-                    if (meta.whole && meta.slot == 0 && (meta.size == 0 || hdr.switchml.elements == 0)) {
-                        slot_state.apply(hdr, meta);
-                        blocks.apply();
-                        hdr.work.op = ADD;
-                        hdr.work.end = NOTHING;
-                        if (meta.later != 0) {
-                            hdr.work.op = STORE;
-                        }
-                        if (meta.earlier != 0) {
-                            fate = 3;
-                            drop();
-                        } else if (meta.again != 0 && meta.lacking != 0) {
-                            fate = 2;
-                            hdr.work.end = WORD_TO_MISSING;
-                            to_all();
-                        } else {
-                            fate = 0;
-                            if (meta.again != 0) {
-                                fate = 2;
-                                hdr.work.op = STRIP;
-                                hdr.work.end = SUM_TO_ONE;
-                            } else if (meta.lacking == 0) {
-                                fate = 1;
-                                hdr.work.end = SUM_TO_ALL;
-                            }
-                            if (hdr.switchml.elements != 0) {
-                                go_again();
-                            } else if (hdr.work.end == SUM_TO_ALL) {
-                                to_all();
-                            } else if (hdr.work.end == SUM_TO_ONE) {
-                                to_one();
-                            } else {
-                                drop();
-                            }
-                        }
-                    } else {
-                        fate = 5;
-                        drop();
-                    }
-                } else {
-                    drop();
-                }
             } else {
-                drop();
-            }
-            if (hdr.switchml.isValid() && meta.own) {
+                if (hdr.switchml.kind == CONTROL && hdr.switchml.magic == SWITCHML_MAGIC) {
+                    fate = 6;
+                    punt();
+                } else if (!session.apply().hit) {
+                    drop();
+                } else if (!member.apply().hit) {
+                    drop();
+                } else {
+                    place();
+                    place_slot();
+                    place_version();
+                    switch (fits.apply().action_run) {
+                        fitting: {
+                            slot_state.apply(hdr, meta);
+                            blocks.apply();
+                            decide.apply();
+                        }
+                    }
+                }
                 packets.count(fate);
             }
         }
@@ -292,6 +368,7 @@ control Egress(inout headers_t hdr, inout egress_metadata_t meta, in egress_intr
         hdr.ipv4.service = 0;
         hdr.ipv4.flags = 2;
         hdr.ipv4.ttl = 64;
+        hdr.ipv4.length = hdr.udp.length + 20;
         hdr.ipv4.src = hdr.work.own_ip;
         hdr.ipv4.dst = ip;
         hdr.udp.src = SWITCHML_PORT;
@@ -305,7 +382,7 @@ control Egress(inout headers_t hdr, inout egress_metadata_t meta, in egress_intr
     table receiver {
         key = {
             hdr.switchml.session: exact @name("session");
-            hdr.work.receiver: exact @name("receiver");
+            meta.receiver: exact @name("receiver");
         }
         actions = { set_receiver; @defaultonly NoAction; }
         default_action = NoAction();
@@ -333,11 +410,15 @@ control Egress(inout headers_t hdr, inout egress_metadata_t meta, in egress_intr
                 drop();
             }
         } else if (hdr.work.end != FORWARD) {
-            if (hdr.work.end != SUM_TO_ONE) {
-                hdr.work.receiver = intrinsic.egress_rid;
+            if (hdr.work.end == SUM_TO_ONE) {
+                meta.receiver = (bit<16>) hdr.switchml.worker;
+                meta.receiver = meta.receiver + 1;
+            } else {
+                meta.receiver = intrinsic.egress_rid;
             }
-            receiver.apply();
-            if (hdr.work.end == WORD_TO_MISSING) {
+            if (receiver.apply().miss) {
+                drop();
+            } else if (hdr.work.end == WORD_TO_MISSING) {
                 progress();
                 if (meta.known != 0) {
                     drop();

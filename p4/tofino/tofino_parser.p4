@@ -14,6 +14,7 @@ const bit<32> VERSIONS = 1024;         // two a slot, all sessions together
 const bit<32> CELLS = 8 * VERSIONS;    // eight blocks a version
 
 // What is done with a block
+const bit<8> STALE = 0;                // nothing: the slot has gone on
 const bit<8> STORE = 1;
 const bit<8> ADD = 2;
 const bit<8> LOAD = 3;
@@ -30,12 +31,11 @@ const bit<8> FLOOD = 5;
 // Where a packet is on its way through the passes, in front of it from ingress to egress and when it comes again
 header work_t {
     bit<8> op;
-    bit<8> block;       // the one that comes next
-    bit<8> last;        // the last one
+    bit<8> ahead;       // blocks after this one
+    bit<8> behind;      // blocks before it
     bit<8> end;
-    bit<16> index;      // eight times the version
+    bit<16> index;      // of the block: eight times the version, and which
     bit<16> group;
-    bit<16> receiver;
     bit<32> seen;
     bit<48> own_mac;
     bit<32> own_ip;
@@ -71,36 +71,33 @@ struct headers_t {
 }
 
 struct metadata_t {
-    bool first;         // the first pass
-    bool own;
-    bool whole;
+    bool broken;        // the checksum of IP is wrong
+    bool whole;         // the payload is as long as the header says
     bit<32> target;
     bit<32> all;
-    bit<16> base;
     bit<16> slots;
     bit<16> mask;
-    bit<16> elements;
+    bit<16> elements;   // 0 where they are the session's, or none
     bit<32> member;     // bit of the worker
+    bit<16> low;        // half of the chunk
     bit<32> next;       // chunk + 1: 0 in a register is no chunk
-    bit<32> before;
-    bit<32> later;
-    bit<32> earlier;
-    bit<32> epoch;
+    bit<32> before;     // what the version held, 0 where that is older
     bit<32> seen;
     bit<32> again;
     bit<32> lacking;
     bit<16> slot;
     bit<16> turn;
     bit<16> version;
-    bit<16> size;
 }
 
 parser IngressParse(packet_in packet, out headers_t hdr, out metadata_t meta,
                     out ingress_intrinsic_metadata_t intrinsic) {
+    Checksum() checksum;
+
     state start {
         packet.extract(intrinsic);
         packet.advance(PORT_METADATA_SIZE);
-        meta = { true, false, false, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 };
+        meta = { false, false, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 };
         transition select(intrinsic.ingress_port) {
             AGAIN: parse_work;
             CPU_PORT: parse_packet_out;
@@ -110,7 +107,6 @@ parser IngressParse(packet_in packet, out headers_t hdr, out metadata_t meta,
 
     state parse_work {
         packet.extract(hdr.work);
-        meta.first = false;
         packet.extract(hdr.ethernet);
         packet.extract(hdr.ipv4);
         packet.extract(hdr.udp);
@@ -149,27 +145,60 @@ parser IngressParse(packet_in packet, out headers_t hdr, out metadata_t meta,
     state parse_ipv4 {
         packet.extract(hdr.ipv4);
         meta.target = hdr.ipv4.dst;
-        transition select(hdr.ipv4.words, hdr.ipv4.fragment, hdr.ipv4.protocol) {
-            (5, 0, PROTOCOL_UDP): parse_udp;
+        checksum.add(hdr.ipv4);
+        transition select(hdr.ipv4.words) {
+            5: parse_ipv4_checked;
+            default: accept;
+        }
+    }
+
+    state parse_ipv4_checked {
+        meta.broken = checksum.verify();
+        transition select(hdr.ipv4.flags[0:0], hdr.ipv4.fragment, hdr.ipv4.protocol) {
+            (0, 0, PROTOCOL_UDP): parse_udp;
             default: accept;
         }
     }
 
     state parse_udp {
         packet.extract(hdr.udp);
-        transition select(hdr.udp.dst) {
-            SWITCHML_PORT: parse_switchml;
+        transition select(hdr.udp.dst, hdr.udp.length) {
+            (SWITCHML_PORT, LENGTH_EMPTY): parse_empty;
+            (SWITCHML_PORT, LENGTH_64): parse_64;
+            (SWITCHML_PORT, LENGTH_256): parse_256;
+            (SWITCHML_PORT, LENGTH_EMPTY .. 0xFFFF): parse_switchml;
             default: accept;
         }
     }
 
     state parse_switchml {
         packet.extract(hdr.switchml);
-        transition select(hdr.switchml.magic, hdr.switchml.kind, hdr.switchml.wire, hdr.switchml.elements,
-                          hdr.udp.length) {
-            (SWITCHML_MAGIC, DATA, WIRE_INT32, 0, LENGTH_EMPTY): parse_whole;
-            (SWITCHML_MAGIC, DATA, WIRE_INT32, 64, LENGTH_64): parse_whole;
-            (SWITCHML_MAGIC, DATA, WIRE_INT32, 256, LENGTH_256): parse_whole;
+        transition accept;
+    }
+
+    state parse_empty {
+        packet.extract(hdr.switchml);
+        meta.low = hdr.switchml.chunk[15:0];
+        transition select(hdr.switchml.elements) {
+            0: parse_whole;
+            default: accept;
+        }
+    }
+
+    state parse_64 {
+        packet.extract(hdr.switchml);
+        meta.low = hdr.switchml.chunk[15:0];
+        transition select(hdr.switchml.elements) {
+            64: parse_whole;
+            default: accept;
+        }
+    }
+
+    state parse_256 {
+        packet.extract(hdr.switchml);
+        meta.low = hdr.switchml.chunk[15:0];
+        transition select(hdr.switchml.elements) {
+            256: parse_whole;
             default: accept;
         }
     }
@@ -189,6 +218,7 @@ control IngressDeparse(packet_out packet, inout headers_t hdr, in metadata_t met
 
 struct egress_metadata_t {
     bit<32> known;
+    bit<16> receiver;   // rank + 1
 }
 
 parser EgressParse(packet_in packet, out headers_t hdr, out egress_metadata_t meta,
@@ -196,7 +226,7 @@ parser EgressParse(packet_in packet, out headers_t hdr, out egress_metadata_t me
     state start {
         packet.extract(intrinsic);
         packet.extract(hdr.work);
-        meta.known = 0;
+        meta = { 0, 0 };
         transition select(hdr.work.end) {
             SUM_TO_ALL: parse_reply;
             SUM_TO_ONE: parse_reply;
