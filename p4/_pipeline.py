@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import tempfile
@@ -71,7 +72,8 @@ def compile_tofino(into: Path, seconds: float = 600) -> Path:
     """Compile the TNA program with p4c-barefoot and bfas; the folder with tofino.bin and the resource reports.
 
     Raises:
-        CompileError: p4c-barefoot or bfas is not on PATH, fails, takes longer than `seconds`, or leaves no program.
+        CompileError: p4c-barefoot or bfas is not on PATH, fails, takes longer than `seconds`, leaves no program, or
+            one whose parser looks at nothing.
     """
     into.mkdir(parents=True, exist_ok=True)
     program = HERE / "tofino" / "switchml_tna.p4"
@@ -80,6 +82,12 @@ def compile_tofino(into: Path, seconds: float = 600) -> Path:
     info = into / f"{program.stem}.p4info.txtpb"
     _run("p4c-barefoot", [*flags, "--p4runtime-files", str(info), "-o", str(into), str(program)], seconds, strict=False)
     for assembly in into.rglob("*.bfa"):
+        # p4c from February to September 2026 silently leaves out what a Tofino parser's select looks at.
+        if not re.search(r"match: \[[^]]*\b(half|byte[01])\b", assembly.read_text()):
+            raise CompileError(
+                f"p4c-barefoot left every condition of the parser out of {assembly}, so that all packets would go the "
+                "same way: build p4c with its pull request 5753 (September 2026) or from before February 2026"
+            )
         offset = ["--target", "tofino", "--table-handle-offset0"]
         _run("bfas", [*offset, "-o", str(assembly.parent), str(assembly)], seconds, strict=False)
     if not any(into.rglob("tofino.bin")):

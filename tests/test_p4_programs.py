@@ -171,6 +171,25 @@ def test_an_assembler_that_leaves_nothing_is_an_error(tmp_path: Path, monkeypatc
         _pipeline.compile_tofino(tmp_path / "out")
 
 
+def test_a_compiler_that_loses_the_parsers_conditions_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    lost = "parser ingress:\\n  match: [ ctr_neg, ctr_zero ]\\n    *:\\n      next: end\\n"
+    (tmp_path / "p4c-barefoot").write_text(f"#!/bin/sh\nprintf '{lost}' > {out}/switchml_tna.bfa\n")
+    (tmp_path / "bfas").write_text(f"#!/bin/sh\n: > {out}/tofino.bin\n")
+    for name in ("p4c-barefoot", "bfas"):
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    with pytest.raises(_pipeline.CompileError, match="left every condition of the parser out"):
+        _pipeline.compile_tofino(out)
+    assert not (out / "tofino.bin").exists()
+    (tmp_path / "p4c-barefoot").write_text(
+        f"#!/bin/sh\nprintf 'parser ingress:\\n match: [ byte1 ]\\n 0x03:\\n' > {out}/switchml_tna.bfa\n"
+    )
+    assert _pipeline.compile_tofino(out) == out
+
+
 def test_the_extra_beside_the_core_has_no_conflict() -> None:
     if importlib.util.find_spec("p4runtime_sh") is None:
         pytest.skip("needs the extra p4")
