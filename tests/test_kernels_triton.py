@@ -45,7 +45,8 @@ DOC = torch.arange(64) // 20
 
 
 def cumulative(*lengths):
-    return torch.tensor([0, *lengths]).cumsum(0).int()
+    # Of two columns, one: the kernels must not read it as if it were dense.
+    return torch.tensor([0, *lengths]).cumsum(0).int()[:, None].expand(-1, 2).contiguous()[:, 0]
 
 
 CASES = {
@@ -57,7 +58,7 @@ CASES = {
     "window": ((70, 90), {"window": 20}),
     "causal window": ((100, 90), {"window": 20, "causal": True}),
     "soft cap": ((40, 35), {"softcap": 1.5}),
-    "alibi and sinks": ((20, 40), {"alibi_slopes": torch.rand(4), "sinks": torch.randn(4, requires_grad=True)}),
+    "alibi and sinks": ((20, 40), {"alibi_slopes": torch.rand(4), "sinks": torch.randn(4, 2, requires_grad=True)[:, 0]}),
     "sigmoid": ((40, 33), {"softmax": "sigmoid", "lse": False, "causal": True}),
     "dropout": ((40, 33), {"dropout_p": 0.3, "seed": 2**31 + 5}),
     "packed": ((60, 70), {"cu_seqlens": (cumulative(33, 0, 27), cumulative(20, 10, 40)), "causal": True,
