@@ -9,15 +9,14 @@ Layouts, registers and fences between the chip's two ways to memory are not mode
 import ast
 import importlib.util
 import math
-import random
 import re
-import threading
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+from kernels_chip import Barrier, Chip, Strand, pause
 from threadpoolctl import threadpool_limits
 
 
@@ -149,24 +148,6 @@ class Plane:
         self.matrix[inside] = self.matrix[inside] + x if add else x
 
 
-class Barrier:
-    """An mbarrier: complete when all have arrived and all bytes have."""
-
-    def __init__(self):
-        self.phase, self.count = 0, 0
-
-    def init(self, count):
-        self.count = self.missing = count
-        self.bytes = 0
-
-    def settle(self, arrivals, nbytes):
-        self.missing -= arrivals
-        self.bytes += nbytes
-        assert self.missing >= 0, "more arrivals than the barrier counts"
-        if self.missing == 0 and self.bytes == 0:
-            self.phase, self.missing = self.phase + 1, self.count
-
-
 class Product:
     """A product on its way; nobody can count with it before it was waited for."""
 
@@ -179,92 +160,12 @@ class Product:
         self.value = tensor(np.asarray(a, np.float32) @ np.asarray(b, np.float32) + (0.0 if acc is None else acc))
 
 
-class Strand:
-    """One partition of a program (a warpgroup, or the bringing warp), in a thread of its own that runs when it is told to."""
-
-    def __init__(self, chip, program, programs, run):
-        self.chip, self.program, self.programs = chip, program, programs
-        self.products, self.stores = [], []
-        self.ready = lambda: True
-        self.done, self.error = False, None
-        self.go, self.back = threading.Lock(), threading.Lock()
-        self.go.acquire()
-        self.back.acquire()
-        threading.Thread(target=self.body, args=(run,), daemon=True).start()
-
-    def body(self, run):
-        self.go.acquire()
-        try:
-            run()
-            assert not self.products and not self.stores, "ended with a product or a store under way"
-        except BaseException as error:
-            self.error = error
-        self.done = True
-        self.back.release()
-
-    def resume(self):
-        self.chip.current = self
-        self.go.release()
-        self.back.acquire()
-        if self.error is not None:
-            raise self.error
-
-    def pause(self, ready=lambda: True):
-        self.ready = ready
-        self.back.release()
-        self.go.acquire()
-        if self.chip.over:
-            raise SystemExit
-
-
-class Chip:
-    """Runs programs, a few at a time and started in order, in an order that a seed decides."""
-
-    def __init__(self, seed):
-        self.random = random.Random(seed)
-        self.landing, self.strands, self.current, self.over = [], [], None, False
-
-    def run(self, kernel, args, programs, resident):
-        waiting = list(range(programs))
-        running = []
-        self.turn_barriers = {}
-        try:
-            while waiting or running:
-                while waiting and len(running) < resident:
-                    t = waiting.pop(0)
-                    running.append(Strand(self, t, programs, lambda: kernel(*args)))
-                    self.strands.append(running[-1])
-                self.strands = [s for s in self.strands if not s.done]
-                running = [s for s in running if not s.done]
-                choices = [s for s in self.strands if s.ready()] + self.landing
-                assert choices or not running, "deadlock"
-                if choices:
-                    choice = self.random.choice(choices)
-                    if isinstance(choice, Strand):
-                        choice.resume()
-                    else:
-                        self.landing.remove(choice)
-                        choice()
-        finally:
-            self.over = True
-            for s in self.strands:
-                s.go.release()
-
-
-CHIP = None
-
-
-def pause(ready=lambda: True):
-    CHIP.current.pause(ready)
-
-
 def warp_specialize(partitions, warps, registers):
-    mine = CHIP.current
-    others = [Strand(CHIP, mine.program, mine.programs, lambda f=f, args=args: f(*args)) for f, args in partitions[1:]]
-    CHIP.strands += others
-    mine.partners = [mine, *others]
-    for s in others:
-        s.partners = mine.partners
+    mine = Chip.active.current
+    others = [
+        Strand(Chip.active, mine.program, mine.programs, lambda f=f, args=args: f(*args)) for f, args in partitions[1:]
+    ]
+    Chip.active.strands += others
     first, args = partitions[0]
     first(*args)
     pause(lambda: all(s.done for s in others))
@@ -324,7 +225,7 @@ def inline_asm(code, constraints, args, dtype, is_pure, pack):
         tma.store_wait(0)
         return args[0]
     verb, which, threads = re.match(r"(bar\.\w+) (\d+), (\d+);", code).groups()
-    bars = CHIP.turn_barriers.setdefault(CHIP.current.program, {})
+    bars = Chip.active.turn_barriers.setdefault(Chip.active.current.program, {})
     bar = bars.get(which)
     if bar is None:
         bar = bars[which] = Barrier()
@@ -382,18 +283,18 @@ class Tma:
             to.data[...] = desc.read(at)
             bar.bars.settle(0, -desc.block_type.nbytes)
 
-        CHIP.landing.append(land)
+        Chip.active.landing.append(land)
         pause()
 
     @staticmethod
     def async_copy_shared_to_global(desc, at, source, add=False):
         assert source.data.shape == desc.box and source.dtype is desc.dtype
         at = [int(x) for x in at]
-        CHIP.current.stores.append(lambda: desc.write(at, source.data, add))
+        Chip.active.current.stores.append(lambda: desc.write(at, source.data, add))
 
     @staticmethod
     def store_wait(n):
-        stores = CHIP.current.stores
+        stores = Chip.active.current.stores
         while len(stores) > n:
             stores.pop(0)()
 
@@ -405,13 +306,13 @@ def warpgroup_mma(a, b, acc, use_acc=True, is_async=False):
     assert is_async
     a = a if isinstance(a, Shared) else np.array(a)
     product = Product(a, b, acc if use_acc else None)
-    CHIP.current.products.append(product)
+    Chip.active.current.products.append(product)
     pause()
     return product
 
 
 def warpgroup_mma_wait(n, deps):
-    products = CHIP.current.products
+    products = Chip.active.current.products
     while len(products) > n:
         products.pop(0).finish()
     results = tuple(x.value if isinstance(x, Product) and x.value is not None else x for x in deps)
@@ -448,7 +349,7 @@ language = SimpleNamespace(
     arange=lambda a, b, layout: tensor(np.arange(a, b)),
     join=lambda a, b: tensor(np.stack([a, b], -1)),
     load=load, store=store, atomic_add=atomic_add, inline_asm_elementwise=inline_asm,
-    program_id=lambda axis: tensor(CHIP.current.program), num_programs=lambda axis: tensor(CHIP.current.programs),
+    program_id=lambda axis: tensor(Chip.active.current.program), num_programs=lambda axis: tensor(Chip.active.current.programs),
     allocate_shared_memory=allocate, warp_specialize=warp_specialize,
 )  # fmt: skip
 
@@ -526,12 +427,10 @@ def launcher(seed, programs=None, resident=3):
 
     def launch(kernel, grid):
         def run(*args, **options):
-            global CHIP
-            CHIP = Chip(seed)
             count = grid[0] if programs is None else min(programs, grid[0])
             # Threads of a library would only be in the way of these.
             with threadpool_limits(1):
-                CHIP.run(function(kernel), [argument(x) for x in args], count, resident)
+                Chip(seed).run(function(kernel), [argument(x) for x in args], count, resident)
 
         return run
 

@@ -121,13 +121,13 @@ def test_other_orders(seed):
 
 WRONG = {
     "values given back too early": (
-        "    acc, even, odd = warpgroup_mma_wait(0, deps=[acc, even, odd])\n    mbarrier.arrive(v_free.index(t))",
-        "    mbarrier.arrive(v_free.index(t))\n    acc, even, odd = warpgroup_mma_wait(0, deps=[acc, even, odd])",
+        "        acc, even, odd = warpgroup_mma_wait(0, deps=[acc, even, odd])\n        mbarrier.arrive(v_free.index(t))",
+        "        mbarrier.arrive(v_free.index(t))\n        acc, even, odd = warpgroup_mma_wait(0, deps=[acc, even, odd])",
     ),
     "queries never given back": ("        if c.QS == 2:\n            mbarrier.arrive(q_free.index(slot))", ""),
     "output stage not waited for": ("    tma.store_wait(0)\n    gl.thread_barrier()\n    stage.store", "    stage.store"),
     "tile without keys forgotten": ("count = gl.maximum(count, 1)", "count = count"),
-    "diagonal one off": ("end = at + 1", "end = at + 2"),
+    "diagonal one off": ("end = (at + 1)[", "end = (at + 2)["),
     "rows of the next head": ("gl.convert_layout(lse, RO), mask=offsets < Sq)", "gl.convert_layout(lse, RO))"),
 }  # fmt: skip
 
