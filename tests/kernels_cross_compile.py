@@ -1,7 +1,7 @@
 """Compiles a Hopper attention kernel for sm_90 without a GPU and prints what the machine code holds, as JSON.
 
 Run as a program, since Triton must be imported without its interpreter:
-    python kernels_cross_compile.py forward|backward HEAD_DIM [causal] [deterministic] [long] [rope]
+    python kernels_cross_compile.py forward|backward HEAD_DIM [causal] [deterministic] [long] [rope] [documents]
 """
 
 import json
@@ -37,7 +37,7 @@ def main():
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    from trainkit.kernels._attention import _hopper
+    from trainkit.kernels._attention import _blocks, _hopper
     from trainkit.kernels._attention._spec import Spec
     from trainkit.kernels._attention._triton import Call
     from trainkit.kernels._attention._variant import build
@@ -59,7 +59,11 @@ def main():
         return run
 
     which, width, *flags = sys.argv[1:]
-    spec = Spec(scale=0.1, causal="causal" in flags, deterministic="deterministic" in flags)
+    document = torch.zeros(8192, dtype=torch.int64)
+    mask = (lambda b, h, q, k: (document[q] == document[k]) & (q >= k)) if "documents" in flags else None
+    # The lists of blocks are made by a kernel; to compile, their types are enough.
+    _blocks.lists = lambda *_: (*(torch.zeros(1, dtype=torch.int32),) * 3, 0, 0, 1)
+    spec = Spec(scale=0.1, causal="causal" in flags, deterministic="deterministic" in flags, mask_mod=mask)
     tokens = 8192 if "long" in flags else 256
     rope = torch.empty(2, tokens, int(width) // 2).unbind() if "rope" in flags else None
     call = Call(spec, None, build(spec, torch.device("cpu")), rope=rope)

@@ -5,7 +5,7 @@ from itertools import accumulate
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trainkit.kernels import attention
@@ -149,7 +149,7 @@ def test_rows_without_keys_give_zero_and_minus_infinity():
     assert attention(q[:, :0], k, v).shape == (2, 0, 4, 3)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=4), st.booleans())
 def test_packed_sequences_are_separate_calls(lengths, causal):
     cu = [torch.tensor([0, *accumulate(n[side] for n in lengths)], dtype=torch.int32) for side in (0, 1)]

@@ -105,10 +105,11 @@ def test_long_and_grouped(path):
     check(path, 1, 4097, 4097, 8, 1, 128, causal=True)
 
 
+@pytest.mark.parametrize("D", [64, 128, 256])
 @pytest.mark.parametrize("sizes", [(100, 700), (700, 100)], ids=str)
 @pytest.mark.parametrize("path", PATHS)
-def test_causal_is_aligned_to_the_last_key(path, sizes):
-    check(path, 2, *sizes, 8, 2, 128, causal=True)
+def test_causal_is_aligned_to_the_last_key(path, sizes, D):
+    check(path, 2, *sizes, 8, 2, D, causal=True)
 
 
 @pytest.mark.parametrize("heads", [(32, 32), (96, 96), (192, 192), (96, 40)], ids=str)
@@ -116,8 +117,9 @@ def test_other_head_sizes(heads):
     check("triton", 1, 200, 333, 4, 2, *heads, causal=True)
 
 
-def test_values_of_another_width():
-    check("hopper", 1, 300, 333, 4, 2, 128, 64, causal=True)
+@pytest.mark.parametrize("widths", [(128, 64), (64, 128), (64, 256), (256, 128)], ids=str)
+def test_values_of_another_width(widths):
+    check("hopper", 1, 300, 333, 4, 2, *widths, causal=True)
 
 
 VARIANTS = {
@@ -367,6 +369,21 @@ def test_a_cuda_graph_replays_on_new_contents():
         graph.replay()
         assert torch.equal(out, want)
         assert torch.equal(attention(*tensors, causal=True), want)
+
+
+def test_streams_do_not_share_a_counter_of_tiles():
+    available("hopper")
+    tensors = inputs(2, 2000, 2000, 8, 8, 128, 128, torch.bfloat16)
+    want = attention(*tensors, causal=True)
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    torch.cuda.synchronize()
+    outs = []
+    for _ in range(20):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                outs.append(attention(*tensors, causal=True))
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, want) for out in outs)
 
 
 def test_a_compiled_loss_and_gate_are_one_graph():

@@ -40,22 +40,33 @@ def test_forward():
     check(compiled("forward", 128, "causal"), 1, 0)
 
 
+# Instructions that spill or reload, as the ptxas of Triton 3.6.0 leaves them: at 160 registers (long, head_dim 64), where
+# head_dim is 256, and where a mask's own vectors stand beside the tile. 0 is the aim.
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("width", "flags", "spills"), [(64, (), 0), (64, ("long",), 60), (256, (), 40), (128, ("rope",), 60)]
+    ("width", "flags", "spills"),
+    [
+        (64, ("causal",), 0),
+        (64, ("causal", "long"), 0),
+        (64, ("long",), 57),
+        (256, ("causal",), 7),
+        (128, ("causal", "rope"), 0),
+        (256, ("causal", "rope"), 7),
+        (128, ("documents",), 71),
+    ],
 )
 def test_other_forwards(width, flags, spills):
-    check(compiled("forward", width, "causal", *flags), 1, spills)
+    check(compiled("forward", width, *flags), 1, spills)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("width", "kernels", "spills"), [(64, 2, 20), (128, 2, 20), (256, 3, 120)])
+@pytest.mark.parametrize(("width", "kernels", "spills"), [(64, 2, 3), (128, 2, 0), (256, 3, 49)])
 def test_deterministic_backward(width, kernels, spills):
     check(compiled("backward", width, "causal", "deterministic"), kernels, spills)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("width", "spills"), [(64, 150), (128, 40)])
+@pytest.mark.parametrize(("width", "spills"), [(64, 17), (128, 4)])
 def test_fused_backward(width, spills):
     check(compiled("backward", width, "causal"), 1, spills)
 

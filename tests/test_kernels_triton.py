@@ -18,7 +18,7 @@ def interpreted():
         yield
 
 
-def compare(sizes, *, B=1, Hq=4, Hkv=2, D=16, Dv=16, dtype=torch.float32, bound=1e-5, lse=True, learned=(), **options):
+def compare(sizes, *, B=1, Hq=2, Hkv=1, D=16, Dv=16, dtype=torch.float32, bound=1e-5, lse=True, learned=(), **options):
     """Run both paths; every result and gradient must agree relative to the reference's largest value."""
     g = torch.Generator().manual_seed(0)
     shapes = (B, sizes[0], Hq, D), (B, sizes[1], Hkv, D), (B, sizes[1], Hkv, Dv)
@@ -45,21 +45,22 @@ DOC = torch.arange(64) // 20
 
 
 def cumulative(*lengths):
-    return torch.tensor([0, *lengths]).cumsum(0).int()
+    # Of two columns, one: the kernels must not read it as if it were dense.
+    return torch.tensor([0, *lengths]).cumsum(0).int()[:, None].expand(-1, 2).contiguous()[:, 0]
 
 
 CASES = {
-    "plain": ((33, 50), {}),
+    "plain": ((33, 50), {"Hq": 4, "Hkv": 2}),
     "causal": ((70, 70), {"causal": True}),
-    "causal, MQA, odd heads": ((17, 75), {"causal": True, "Hkv": 1, "D": 24, "Dv": 40, "B": 2}),
+    "causal, MQA, odd heads": ((17, 75), {"causal": True, "Hq": 4, "D": 24, "Dv": 40, "B": 2}),
     "rows without keys": ((75, 20), {"causal": True}),
     "one": ((1, 1), {"Hq": 1, "Hkv": 1}),
     "window": ((70, 90), {"window": 20}),
     "causal window": ((100, 90), {"window": 20, "causal": True}),
     "soft cap": ((40, 35), {"softcap": 1.5}),
-    "alibi and sinks": ((20, 40), {"alibi_slopes": torch.rand(4), "sinks": torch.randn(4, requires_grad=True)}),
+    "alibi and sinks": ((20, 40), {"alibi_slopes": torch.rand(2), "sinks": torch.randn(2, 2, requires_grad=True)[:, 0]}),
     "sigmoid": ((40, 33), {"softmax": "sigmoid", "lse": False, "causal": True}),
-    "dropout": ((40, 33), {"dropout_p": 0.3, "seed": 2**31 + 5}),
+    "dropout": ((33, 20), {"dropout_p": 0.3, "seed": 2**31 + 5}),
     "packed": ((60, 70), {"cu_seqlens": (cumulative(33, 0, 27), cumulative(20, 10, 40)), "causal": True,
                           "score_mod": lambda s, b, h, q, k: s * (b + 1) + h}),
     "document mask": ((64, 64), {"mask_mod": lambda b, h, q, k: (DOC[q] == DOC[k]) & (q >= k)}),
@@ -92,7 +93,7 @@ SCORES = {
 
 @pytest.mark.parametrize("name", SCORES)
 def test_operations_and_their_derivatives(name):
-    compare((17, 20), score_mod=lambda s, b, h, q, k: SCORES[name](s), Hq=2, bound=2e-5)
+    compare((17, 20), score_mod=lambda s, b, h, q, k: SCORES[name](s), Hq=1, bound=2e-5)
 
 
 def test_index_arithmetic_follows_python():

@@ -20,6 +20,8 @@ def run_forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: Cal
         # Kernels run on the current device.
         with torch.cuda.device(q.device):
             return run_forward(q, k, v, sinks, call)
+    # The kernels read them without a stride.
+    sinks = None if sinks is None else sinks.contiguous()
     return _hopper.forward(q, k, v, sinks, call) if call.hopper else _triton.forward(q, k, v, sinks, call)
 
 

@@ -122,7 +122,7 @@ class Template:
             for name, value in known:
                 setattr(made, name, gl.constexpr(value))
             if len(cls._made) >= 256:
-                cls._made.pop(next(iter(cls._made)))
+                cls._made.pop(next(iter(cls._made)), None)
             cls._made[known] = made
         return made
 
@@ -240,7 +240,7 @@ def forward(
     )  # fmt: skip
     if key is not None and all(p.tensor is x for p, x in zip((qp, kp, vp), (q, k, v), strict=True)):
         if len(_KEPT) >= 256:
-            _KEPT.pop(next(iter(_KEPT)))
+            _KEPT.pop(next(iter(_KEPT)), None)
         _KEPT[key] = Kept(compiled, programs, constants), [(p.shape, (p.stride, 1)) for p in (qp, kp, vp, op)]
     return out, lse
 

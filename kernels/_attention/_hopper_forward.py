@@ -178,12 +178,13 @@ def clipped(S, rows, n0, Sk, off, w, L: gl.constexpr, c: gl.constexpr):
     pair = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, X))))
     k = 8 * eights[None, :, None, None] + pair[None, None, None, :]
     at = gl.convert_layout(rows, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, X)))) + (off - n0)
-    end = at + 1
-    if not c.CAUSAL:
-        end = at * 0 + (Sk - n0)
-        if c.WINDOW:
-            end = gl.minimum(end, at + w)
-    seen = k < end[:, None, None, None] - 2 * lanes[None, None, :, None]
+    if c.CAUSAL:
+        end = (at + 1)[:, None, None, None]
+    elif c.WINDOW:
+        end = gl.minimum(at + w, Sk - n0)[:, None, None, None]
+    else:
+        end = Sk - n0
+    seen = k < end - 2 * lanes[None, None, :, None]
     if c.WINDOW:
         seen = seen & (k > (at - w)[:, None, None, None] - 2 * lanes[None, None, :, None])
     return gl.convert_layout(gl.where(seen, x, -float("inf")).reshape([64, c.BN]), L)
@@ -250,10 +251,16 @@ def step(
     if c.QS == 1:
         mbarrier.arrive(q_free.index(W), pred=n == count - 1)
     n0 = block_at(BLOCKS, last, n, -1, c.LISTED) * c.BN
+    # A traced mask needs the registers of weights that are still being multiplied: they are waited for first.
+    alone: gl.constexpr = MASKED and c.MASK is not None
+    if alone:
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(v_free.index(t))
     even, odd, m, den, fade = fold(S, m, den, n0, rows, problem, MASKED, L, c)
-    # Packed after the product that still reads the last weights: then all weights can have the same registers.
-    acc, even, odd = warpgroup_mma_wait(0, deps=[acc, even, odd])
-    mbarrier.arrive(v_free.index(t))
+    if not alone:
+        # Packed after the product that still reads the last weights: then all weights can have the same registers.
+        acc, even, odd = warpgroup_mma_wait(0, deps=[acc, even, odd])
+        mbarrier.arrive(v_free.index(t))
     P = pack(even, odd, c.BF16)
     if not c.LATE:
         acc = faded(acc, fade, LO, c)
@@ -263,19 +270,27 @@ def step(
 @gluon.jit
 def turn(qt, first, Sq, off, COS, SIN, c: gl.constexpr):
     """Rotate 64 queries by their positions where they lie, before they are multiplied (Su et al., RoFormer, 3.2)."""
+    # All rows at once, with their cosines, do not fit in the registers beside the last tile's sums.
+    rows: gl.constexpr = 16 if c.D == 256 else 32
+    for i in gl.static_range(64 // rows):
+        turn_rows(qt.slice(rows * i, rows, 0), first + rows * i, Sq, off, COS, SIN, rows, c)
+    fence_async_shared()
+    gl.thread_barrier()
+
+
+@gluon.jit
+def turn_rows(qt, first, Sq, off, COS, SIN, rows: gl.constexpr, c: gl.constexpr):
     half: gl.constexpr = c.D // 2
     # A thread holds the same columns of both halves.
     B: gl.constexpr = gl.BlockedLayout([1, 8], [512 // c.D, c.D // 16], [4, 1], [1, 0])
-    low, high = qt.load(B).to(gl.float32).reshape([64, 2, half]).permute((0, 2, 1)).split()
+    low, high = qt.load(B).to(gl.float32).reshape([rows, 2, half]).permute((0, 2, 1)).split()
     P: gl.constexpr = low.type.layout
-    at = gl.minimum(first + gl.arange(0, 64, gl.SliceLayout(1, P)), Sq - 1) + off
+    at = gl.minimum(first + gl.arange(0, rows, gl.SliceLayout(1, P)), Sq - 1) + off
     to = at[:, None] * half + gl.arange(0, half, gl.SliceLayout(0, P))[None, :]
     cos = gl.load(COS + to)
     sin = gl.load(SIN + to)
-    turned = gl.join(low * cos - high * sin, high * cos + low * sin).permute((0, 2, 1)).reshape([64, c.D])
+    turned = gl.join(low * cos - high * sin, high * cos + low * sin).permute((0, 2, 1)).reshape([rows, c.D])
     qt.store(gl.convert_layout(turned, B).to(qt.dtype))
-    fence_async_shared()
-    gl.thread_barrier()
 
 
 @gluon.jit
@@ -321,6 +336,14 @@ def finish(acc, m, den, place, results, o_d, stage, LO: gl.constexpr, c: gl.cons
         cols = gl.arange(0, c.DV, gl.SliceLayout(0, LO))
         to = OUT + (orow + offsets[:, None]).to(gl.int64) * o_stride + (h * c.DV + cols[None, :])
         gl.store(to, out, mask=(offsets < Sq)[:, None] & (cols >= 0)[None, :])
+
+
+@gluon.jit
+def close(acc, m, den, done, place, results, o_d, stage, free, LO: gl.constexpr, c: gl.constexpr):
+    """After the last product of a tile, if there was one before: give its values back, and write its output."""
+    mbarrier.arrive(free, pred=done > 0)
+    if done > 0:
+        finish(acc, m, den, place, results, o_d, stage, LO, c)
 
 
 @gluon.jit
@@ -388,23 +411,26 @@ def consumer(task, results, W: gl.constexpr, c: gl.constexpr):
             mbarrier.arrive(q_free.index(W), pred=count == 1)
         mbarrier.arrive(k_free.index(s))
         n0 = block_at(BLOCKS, last, 0, -1, c.LISTED) * c.BN
+        if c.MASK is not None:
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            close(acc, m, den, done, place, results, o_d, outs.index(W), v_free.index(u), LO, c)
         m_first = gl.full([64], 0.0 if c.BOUNDED else -float("inf"), gl.float32, R)
         even, odd, m_first, den_first, _fade = fold(
             S, m_first, gl.zeros([64], gl.float32, R), n0, rows, problem, True, L, c
         )
-        acc, even, odd = warpgroup_mma_wait(0, deps=[acc, even, odd])
-        mbarrier.arrive(v_free.index(u), pred=done > 0)
-        if done > 0:
-            finish(acc, m, den, place, results, o_d, outs.index(W), LO, c)
+        if c.MASK is None:
+            acc, even, odd = warpgroup_mma_wait(0, deps=[acc, even, odd])
+            close(acc, m, den, done, place, results, o_d, outs.index(W), v_free.index(u), LO, c)
         P = pack(even, odd, c.BF16)
         m = m_first
         den = den_first
         fade = den
         acc = gl.zeros([64, c.DV], gl.float32, LO)
         place = (row0, orow, h, stats, Sq)
-        for n in range(1, n1):
-            acc, P, fade, m, den = step(acc, P, fade, m, den, qt, memory, bars, BLOCKS, last, n, count, ring, rows,
-                                        problem, True, W, L, LO, c)  # fmt: skip
+        if not c.LISTED:
+            for n in range(1, n1):
+                acc, P, fade, m, den = step(acc, P, fade, m, den, qt, memory, bars, BLOCKS, last, n, count, ring, rows,
+                                            problem, True, W, L, LO, c)  # fmt: skip
         for n in range(gl.maximum(n1, 1), n2):
             acc, P, fade, m, den = step(acc, P, fade, m, den, qt, memory, bars, BLOCKS, last, n, count, ring, rows,
                                         problem, False, W, L, LO, c)  # fmt: skip

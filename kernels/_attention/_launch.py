@@ -33,22 +33,19 @@ class Kept(NamedTuple):
         )  # fmt: skip
 
 
-_COUNTERS: dict[int, list[Tensor]] = {}
-_NEXT: dict[int, int] = {}
+_COUNTERS: dict[tuple[int, int], Tensor] = {}
 
 
 def counter(device: torch.device) -> Tensor:
     """A number in device memory that is 0 and that the kernel which counts with it leaves at 0.
 
-    Taken in turn from a thousand, so that kernels in flight at once do not share one; a captured graph, which may run
-    beside anything, gets its own.
+    Kernels of one stream run one after the other and share it; a captured graph, which may run beside anything, gets its
+    own.
     """
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return torch.zeros(1, dtype=torch.int32, device=device)
-    known = _COUNTERS.get(device.index)
+    key = (device.index, torch._C._cuda_getCurrentRawStream(device.index))
+    known = _COUNTERS.get(key)
     if known is None:
-        # 16 bytes apart: the launch is specialized on that alignment.
-        known = _COUNTERS[device.index] = list(torch.zeros(1024, 4, dtype=torch.int32, device=device)[:, :1].unbind())
-        torch.cuda.synchronize(device)
-    at = _NEXT[device.index] = (_NEXT.get(device.index, 0) + 1) % 1024
-    return known[at]
+        known = _COUNTERS[key] = torch.zeros(1, dtype=torch.int32, device=device)
+    return known

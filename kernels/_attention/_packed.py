@@ -54,4 +54,4 @@ def make_packed(cu_seqlens: Tensor | tuple[Tensor, Tensor] | None, q: Tensor, k:
         raise ValueError(
             f"cu_seqlens must name as many sequences of q as of k, got {len(bounds_q) - 1}, {len(bounds_k) - 1}"
         )
-    return Packed(cu_q.to(q.device), cu_k.to(q.device), bounds_q, bounds_k)
+    return Packed(cu_q.to(q.device).contiguous(), cu_k.to(q.device).contiguous(), bounds_q, bounds_k)

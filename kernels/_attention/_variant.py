@@ -134,7 +134,7 @@ def remembered(
         return known[1]
     made = make()
     if len(_CACHE) >= 256:
-        _CACHE.pop(next(iter(_CACHE)))
+        _CACHE.pop(next(iter(_CACHE)), None)
     _CACHE[key] = (tuple(weakref.ref(x) for x in objects), made)
     return made
 

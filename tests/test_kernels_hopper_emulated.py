@@ -1,0 +1,146 @@
+"""The Hopper kernels' own source, run on the CPU in random order of events, against the reference: see `kernels_gluon.py`."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install 'trainkit[kernels]'")
+
+import kernels_gluon
+from kernels_interpreter import interpreter
+
+from trainkit.kernels._attention import _hooks, _hopper
+from trainkit.kernels._attention._packed import make_packed
+from trainkit.kernels._attention._reference import reference
+from trainkit.kernels._attention._spec import Spec
+from trainkit.kernels._attention._triton import Call
+from trainkit.kernels._attention._variant import build
+
+DOC = torch.arange(512) // 70
+BIAS = torch.linspace(-2, 2, 2 * 64).view(2, 64)
+EMPTY = [0, 20, 130, 250, 300], [0, 0, 150, 340, 350]
+"""Ends of packed sequences of queries and of keys, the first without keys."""
+
+# Widths of keys and values, queries, keys, and what is asked for; `three` takes the tiles of long sequences.
+FORWARD = {
+    "one": (128, 128, 1, 1, {"causal": True}),
+    "full": (64, 64, 130, 300, {}),
+    "causal": (128, 128, 300, 300, {"causal": True}),
+    "three warpgroups": (64, 64, 400, 400, {"causal": True, "three": True}),
+    "rows without keys": (256, 256, 300, 40, {"causal": True}),
+    "narrow values": (128, 64, 200, 300, {"causal": True}),
+    "wide values": (64, 256, 200, 150, {}),
+    "window": (128, 128, 300, 420, {"window": 70, "dtype": torch.float16}),
+    "causal window, tiles without keys": (64, 64, 420, 150, {"window": 70, "causal": True}),
+    "soft cap": (64, 64, 257, 300, {"softcap": 20.0, "three": True}),
+    "sinks and ALiBi": (64, 64, 200, 100, {"sinks": torch.tensor([-1.0, 3.0]), "alibi_slopes": torch.tensor([0.5, 0.1])}),
+    "documents": (64, 64, 300, 300, {"mask_mod": lambda b, h, q, k: (DOC[q] == DOC[k]) & (q >= k)}),
+    "mask that sees nothing": (64, 64, 300, 300, {"mask_mod": lambda b, h, q, k: k < q - 200}),
+    "score": (64, 64, 100, 300, {"score_mod": lambda s, b, h, q, k: s + BIAS[h, (q - k) % 64] * torch.tanh(s / 5)}),
+    "packed": (128, 128, 300, 350, {"cu": EMPTY, "causal": True}),
+    "packed, mask": (64, 64, 300, 350, {"cu": EMPTY, "mask_mod": lambda b, h, q, k: (q + k) % 3 > 0}),
+    "RoPE": (64, 64, 200, 300, {"rope": True, "causal": True}),
+    "RoPE, packed": (128, 128, 300, 350, {"rope": True, "cu": ([0, 20, 130, 300], [0, 20, 150, 350]), "causal": True}),
+}  # fmt: skip
+BACKWARD = {
+    "causal": (64, 64, 200, 200, {"causal": True}),
+    "late dQ": (128, 128, 150, 200, {"window": 70}),
+    "deterministic": (128, 64, 130, 200, {"causal": True, "deterministic": True}),
+    "two passes": (256, 256, 100, 150, {"causal": True}),
+    "documents": (64, 64, 200, 200, {"mask_mod": lambda b, h, q, k: (DOC[q] == DOC[k]) & (q >= k)}),
+    "packed": (64, 64, 300, 350, {"cu": EMPTY, "causal": True}),
+}
+
+
+def setup(case, seed, heads=(2, 1)):
+    D, DV, Sq, Sk, options = case
+    options = dict(options)
+    dtype, cu = options.pop("dtype", torch.bfloat16), options.pop("cu", None)
+    three, rope = options.pop("three", False), options.pop("rope", False)
+    g = torch.Generator().manual_seed(seed)
+    shapes = (1, Sq, heads[0], D), (1, Sk, heads[1], D), (1, Sk, heads[1], DV)
+    q, k, v = (torch.randn(s, generator=g).to(dtype) for s in shapes)
+    cu = None if cu is None else tuple(torch.tensor(x, dtype=torch.int32) for x in cu)
+    packed = make_packed(cu, q, k)
+    angles = torch.arange(Sk)[:, None] / 100.0 ** (torch.arange(D // 2) / (D // 2))
+    tables = (angles.cos(), angles.sin()) if rope else None
+    spec = Spec(scale=D**-0.5, **options)
+    call = Call(spec, packed, build(spec, torch.device("cpu")), True, tables)
+    turned = q
+    if rope:
+        cu_q, cu_k = cu or (None, None)
+        turned = _hooks.rope_formula(q, tables, _hooks.rope_offset(q, k, cu_q, cu_k), cu_q)
+    return (q, k, v), turned, call, three
+
+
+def forward(case, seed):
+    (q, k, v), turned, call, three = setup(case, seed)
+    with interpreter(), pytest.MonkeyPatch.context() as patch:
+        if three:
+            patch.setattr(_hopper, "_seen", lambda *_: 1e9)
+        out, lse = _hopper.forward(q, k, v, call.spec.sinks, call, kernels_gluon.launcher(seed, programs=1 + seed % 3))
+    want, want_lse = reference(turned.float(), k.float(), v.float(), call.spec, call.packed)
+    assert torch.equal(lse.isfinite(), want_lse.isfinite())
+    assert (out - want).abs().max() <= 2e-2
+    assert (lse - want_lse)[lse.isfinite()].abs().max() <= 1e-3
+
+
+def backward(case, seed):
+    (q, k, v), _, call, _ = setup(case, seed)
+    leaves = [x.float().requires_grad_() for x in (q, k, v)]
+    out, lse = reference(*leaves, call.spec, call.packed)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    wants = torch.autograd.grad(out, leaves, grad.float())
+    delta = (out.detach() * grad.float()).sum(-1).transpose(1, 2).contiguous()
+    with interpreter():
+        launch = kernels_gluon.launcher(seed, resident=1 + seed % 4)
+        grads = _hopper.backward(q, k, v, lse.detach().contiguous(), grad, delta, call, launch)
+    for got, want in zip(grads, wants, strict=True):
+        assert (got - want).abs().max() <= 2e-2 * want.abs().max()
+
+
+@pytest.mark.parametrize("name", FORWARD)
+def test_forward(name):
+    forward(FORWARD[name], 1)
+
+
+@pytest.mark.parametrize("name", BACKWARD)
+def test_backward(name):
+    backward(BACKWARD[name], 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2, 12))
+def test_other_orders(seed):
+    for case in FORWARD.values():
+        forward(case, seed)
+    for case in BACKWARD.values():
+        backward(case, seed)
+
+
+WRONG = {
+    "values given back too early": (
+        "        acc, even, odd = warpgroup_mma_wait(0, deps=[acc, even, odd])\n        mbarrier.arrive(v_free.index(t))",
+        "        mbarrier.arrive(v_free.index(t))\n        acc, even, odd = warpgroup_mma_wait(0, deps=[acc, even, odd])",
+    ),
+    "queries never given back": ("        if c.QS == 2:\n            mbarrier.arrive(q_free.index(slot))", ""),
+    "output stage not waited for": ("    tma.store_wait(0)\n    gl.thread_barrier()\n    stage.store", "    stage.store"),
+    "tile without keys forgotten": ("count = gl.maximum(count, 1)", "count = count"),
+    "diagonal one off": ("end = (at + 1)[", "end = (at + 2)["),
+    "rows of the next head": ("gl.convert_layout(lse, RO), mask=offsets < Sq)", "gl.convert_layout(lse, RO))"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_kernel_is_found(name, monkeypatch):
+    """What this file's other tests are worth: each of these mistakes is one that the source could have."""
+    path = kernels_gluon.source_of("trainkit.kernels._attention._hopper_forward")
+    right, wrong = WRONG[name]
+    text = Path(path).read_text()
+    assert text.count(right) == 1
+    monkeypatch.setattr(kernels_gluon, "module", kernels_gluon.changed(path, text.replace(right, wrong)))
+    with pytest.raises((AssertionError, IndexError, ValueError)):
+        for seed in range(6):
+            forward((64, 64, 420, 150, {"causal": True}), seed)
+            forward((128, 128, 200, 700, {}), seed)
