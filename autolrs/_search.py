@@ -96,6 +96,10 @@ class LRSearch:
         gain = np.asarray(gain, dtype=np.float64)
         for seen in self._told:  # the same rate again would be the same trial again
             gain[np.abs(self._grid - math.log10(seen.lr)) < _DECADES_APART] = -np.inf
+        works = max((o.lr for o in self._told if math.isfinite(o.mean)), default=0.0)
+        for seen in self._told:  # what is faster than a rate that diverged diverges, too
+            if seen.lr > works:
+                gain[self._grid > math.log10(seen.lr)] = -np.inf
         best = int(np.argmax(gain))
         return float(10.0 ** self._grid[best]) if np.isfinite(gain[best]) else self.best()
 

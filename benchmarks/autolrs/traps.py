@@ -21,7 +21,8 @@ from trainkit.autolrs import Controller, Forecast, Losses, Outcome, Search, Sett
 
 JUMP = 30.0
 # As in quadratic.py: trials of at most 250 and 120 steps, at most 1000 and 538 discarded.
-COLD, LATER = Search(0, TAU, 250, 12, 1000), Search(0, TAU, 120, 7, math.floor(0.35 / 0.65 * TAU))
+COLD = Search(0, TAU, 250, 12, 1000)
+LATER = Search(TAU, 2 * TAU, 120, 7, math.floor(0.35 / 0.65 * TAU))
 
 
 class Blind(torch.optim.Optimizer):
