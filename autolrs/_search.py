@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Protocol
 
 import numpy as np
@@ -45,7 +46,8 @@ class _Observation:
 
 def check_range(low: float, high: float) -> None:
     """Raises ValueError unless 0 < low < high, both finite."""
-    if not (0.0 < low < high and math.isfinite(high)):
+    numeric = isinstance(low, Real) and isinstance(high, Real)
+    if not (numeric and 0.0 < low < high and math.isfinite(high)):
         raise ValueError(
             f"learning rates must satisfy 0 < low < high, but got low={low!r}, high={high!r}: swap or widen"
         )
