@@ -14,8 +14,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-import torch
-from quadratic import H, TAU, Quadratic, expected
+from quadratic import TAU, Blind, H, Quadratic, expected
 
 from trainkit.autolrs import Controller, Forecast, Losses, Outcome, Search, Settings, Trials
 
@@ -23,13 +22,6 @@ JUMP = 30.0
 # As in quadratic.py: trials of at most 250 and 120 steps, at most 1000 and 538 discarded.
 COLD = Search(0, TAU, 250, 12, 1000)
 LATER = Search(TAU, 2 * TAU, 120, 7, math.floor(0.35 / 0.65 * TAU))
-
-
-class Blind(torch.optim.Optimizer):
-    """An optimizer without a usual rate: the whole range is searched."""
-
-    def __init__(self) -> None:
-        super().__init__([torch.nn.Parameter(torch.zeros(1))], {"lr": 1e-3})
 
 
 class LastLosses(Controller):
