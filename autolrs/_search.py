@@ -103,7 +103,7 @@ class LRSearch:
             if seen.lr > works:
                 gain[self._grid > math.log10(seen.lr)] = -np.inf
         best = int(np.argmax(gain))
-        return float(10.0 ** self._grid[best]) if np.isfinite(gain[best]) else self.best()
+        return float(10.0 ** self._grid[best]) if np.isfinite(gain[best]) else max(self.best(), self.low)
 
     def bias(self, slope: float) -> None:
         """Forgives every rate, until the next stage, a loss of `slope` for each decade that it is faster."""
