@@ -27,6 +27,7 @@ from trainkit.autolrs._search import LRSearch as LRSearch
 from trainkit.autolrs._skopt import SkoptSearch as SkoptSearch
 from trainkit.autolrs._snapshot import Snapshot as Snapshot
 from trainkit.autolrs._snapshot import Where as Where
+from trainkit.autolrs._snapshot import check_where as check_where
 from trainkit.autolrs._snapshot import rng_state as rng_state
 from trainkit.autolrs._snapshot import set_rng_state as set_rng_state
 from trainkit.autolrs._snapshot import unseen as unseen

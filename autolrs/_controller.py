@@ -18,7 +18,7 @@ from trainkit.autolrs._search import Backend, LRSearch
 from trainkit.autolrs._skopt import SkoptSearch
 
 _VERSION = 1
-# Trials flatter a small rate: it loses the noise at once and the progress only in the long run.
+# Trials judged by where they end flatter a small rate: it loses the noise at once and the progress only in the long run.
 _TILT, _LEAN = 0.5, 0.04
 
 
@@ -136,7 +136,7 @@ class Controller:
             # The run's first steps reward rates that damage it later: there the well-known rate need only work.
             look=guided and stage == 0 and self._known is not None,
             climb=guided and search.decay > 0,
-            tilt=_TILT,
+            tilt=_TILT if self.settings.stage_steps is None else 0.0,
             lean=lambda loss: self._lean(search, loss),
             halving=self.keeps_winner,
             keep=self.keeps_winner,
@@ -232,10 +232,10 @@ class Controller:
         """What a faster trial is forgiven a decade: a share of what the run has fallen, on a plateau.
 
         What leaves a plateau does not show in short trials. A run that would fall as far again at its present pace is on
-        none, and its trials are believed.
+        none, and its trials are believed. So are those that are forecast to a stage's end.
         """
         kept = [record for record in self._record.trials if record.status == "kept" and record.losses]
-        if not kept:
+        if not kept or self.settings.stage_steps is not None:
             return 0.0
         pace = (kept[-1].losses[-1] - loss) / max(search.start - kept[-1].loss_steps[-1], 1)
         return _LEAN * max(self._fallen() - max(pace, 0.0) * (self.kept_total - search.start), 0.0)

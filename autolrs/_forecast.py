@@ -156,6 +156,14 @@ def _above(mean: Array, std: Array, floor: float) -> tuple[Array, Array]:
     return mean + safe * ratio, safe * np.sqrt(np.clip(1.0 + z * ratio - ratio**2, 1e-6, 1.0))
 
 
+def _between(mean: Array, std: Array, floor: float, end: Array) -> tuple[Array, Array]:
+    """The same; and a component that falls from `end` on does so however little is known: half-way to the floor, then."""
+    above, spread = _above(mean, std, floor)
+    most = np.maximum(mean, 0.5 * (floor + end))
+    wide = (mean < end) & (floor < end) & (above > most)
+    return np.where(wide, most, above), np.where(wide, np.minimum(spread, (end - floor) / np.sqrt(12.0)), spread)
+
+
 def forecast(
     losses: ArrayLike, horizon: float, *, steps: ArrayLike | None = None, floor: float | None = None
 ) -> Forecast:
@@ -233,7 +241,7 @@ def _average(t: Array, y: Array, count: Array, horizon: float, floor: float | No
     stds = np.hypot(stds, _DOUBT * np.abs(means - fit.mean[:, 0]))
     if floor is not None:
         posterior = posterior * np.maximum(ndtr((means - floor) / np.maximum(stds, 1e-12)), 1e-12)
-        means, stds = _above(means, stds, floor)
+        means, stds = _between(means, stds, floor, fit.mean[:, 0])
     posterior = posterior / posterior.sum()
     # The median: a few shapes with a long way down must not drag the whole forecast with them.
     order = np.argsort(means)

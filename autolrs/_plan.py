@@ -62,8 +62,13 @@ class Settings:
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, but got {value!r}")
-        if self.warmup_steps is not None and self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps must be 0 or more, but got {self.warmup_steps}: 0 turns warmup off")
+        if self.warmup_steps is not None and (not isinstance(self.warmup_steps, int) or self.warmup_steps < 0):
+            raise ValueError(
+                f"warmup_steps must be an int of 0 or more, or None (2 % of the run), but got {self.warmup_steps!r}: "
+                "0 turns warmup off"
+            )
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"seed must be an int of 0 or more, but got {self.seed!r}: leave it 0")
 
 
 @dataclass(frozen=True)

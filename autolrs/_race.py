@@ -270,7 +270,9 @@ def _foreseen(
             ahead = [(s - record.start) * record.rate / rate for s in record.loss_steps]
             there = float(np.interp(times[-1], ahead, record.losses))
             if drop > 0 and abs(there - values[-1]) <= _SAME_PATH * drop:
-                more = [(t, v) for t, v in zip(ahead, record.losses, strict=True) if t > times[-1]]
+                # what it gives back is its own noise or instability, which a slower rate does not have
+                end = len(ahead) if record.losses[-1] <= there else record.losses.index(min(record.losses)) + 1
+                more = [(t, v) for t, v in zip(ahead[:end], record.losses[:end], strict=True) if t > times[-1]]
                 times += [t for t, _ in more]
                 values += [
                     v + (values[len(losses) - 1] - there) * math.exp(1.0 - t / times[len(losses) - 1]) for t, v in more

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Protocol
 
 import numpy as np
@@ -45,7 +46,8 @@ class _Observation:
 
 def check_range(low: float, high: float) -> None:
     """Raises ValueError unless 0 < low < high, both finite."""
-    if not (0.0 < low < high and math.isfinite(high)):
+    numeric = isinstance(low, Real) and isinstance(high, Real)
+    if not (numeric and 0.0 < low < high and math.isfinite(high)):
         raise ValueError(
             f"learning rates must satisfy 0 < low < high, but got low={low!r}, high={high!r}: swap or widen"
         )
@@ -96,8 +98,12 @@ class LRSearch:
         gain = np.asarray(gain, dtype=np.float64)
         for seen in self._told:  # the same rate again would be the same trial again
             gain[np.abs(self._grid - math.log10(seen.lr)) < _DECADES_APART] = -np.inf
+        works = max((o.lr for o in self._told if math.isfinite(o.mean)), default=0.0)
+        for seen in self._told:  # what is faster than a rate that diverged diverges, too
+            if seen.lr > works:
+                gain[self._grid > math.log10(seen.lr)] = -np.inf
         best = int(np.argmax(gain))
-        return float(10.0 ** self._grid[best]) if np.isfinite(gain[best]) else self.best()
+        return float(10.0 ** self._grid[best]) if np.isfinite(gain[best]) else max(self.best(), self.low)
 
     def bias(self, slope: float) -> None:
         """Forgives every rate, until the next stage, a loss of `slope` for each decade that it is faster."""

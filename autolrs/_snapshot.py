@@ -15,6 +15,12 @@ from torch import Tensor, nn
 Where = Literal["device", "cpu", "disk"]
 
 
+def check_where(where: str) -> None:
+    """Raises ValueError unless a snapshot can lie there."""
+    if where not in ("device", "cpu", "disk"):
+        raise ValueError(f"a snapshot lies on 'device', 'cpu' or 'disk', but got {where!r}: choose one of them")
+
+
 class Stateful(Protocol):
     """A grad scaler, a scheduler, a callback: whatever can say and take back its state."""
 
@@ -135,8 +141,7 @@ class Snapshot:
         grads: bool = True,
         rng: bool = True,
     ) -> None:
-        if where not in ("device", "cpu", "disk"):
-            raise ValueError(f"a snapshot lies on 'device', 'cpu' or 'disk', but got where={where!r}")
+        check_where(where)
         self._modules, self._optimizers = list(modules), list(optimizers)
         self._companions, self._grads, self._rng = list(companions), grads, rng
         self._store = _Store(where)

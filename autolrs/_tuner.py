@@ -16,7 +16,7 @@ from trainkit.autolrs._plan import Search, Settings
 from trainkit.autolrs._plot import plot
 from trainkit.autolrs._race import Losses
 from trainkit.autolrs._schedule import LRSchedule, set_rate
-from trainkit.autolrs._snapshot import Snapshot, Stateful, Where, rng_state, set_rng_state, unseen
+from trainkit.autolrs._snapshot import Snapshot, Stateful, Where, check_where, rng_state, set_rng_state, unseen
 from trainkit.autolrs._stream import Stream
 
 if TYPE_CHECKING:
@@ -119,6 +119,7 @@ class Tuner:
         self.held_out = None if held_out is None else list(held_out)
         if self.held_out is not None and not self.held_out:
             raise ValueError("held_out must have at least one batch, but is empty: give batches, or leave it None")
+        check_where(snapshot)
         self._companions, self._modules, self._where = list(companions), list(modules), snapshot
         self._controller = Controller(
             Settings(

@@ -265,3 +265,48 @@ def test_point_forecasts_without_spread_do_not_break_the_race():
         rules(forecaster=lambda s, v, h: Forecast(v[-1], 0.0), halving=False, keep=False),
     )
     assert outcome.kept == 0 and outcome.discarded == 40
+
+
+def test_a_fall_of_which_little_is_known_is_not_forecast_to_rise():
+    """On a noisy quadratic with a warmup: the loss is above its floor, and since it falls, below the last one."""
+    h, x, losses = np.geomspace(1e-2, 1.0, 50), np.ones(50), []
+    draws = 0.1 * np.random.default_rng(1).standard_normal((1000, 50))
+    for step in range(121):
+        losses.append(float(0.5 * (h * x**2).sum()))
+        x = x - 0.021082 * min((step + 1) / 60, 1.0) * (h * x + draws[step])
+    for seen in (97, 113, 121):
+        assert 0.0 <= forecast(losses[:seen], 1000, floor=0.0).mean <= losses[seen - 1], seen
+
+
+def test_nothing_faster_than_a_rate_that_diverged_is_asked():
+    """However much faster rates are favoured."""
+    search = LRSearch(1e-4, 10.0)
+    search.next_stage(0.2)
+    search.bias(0.2)
+    for mean in (math.inf, 0.34, 0.217, 0.5, 0.4, 0.3):
+        rate = search.ask()
+        assert rate <= 0.2 * 1.0001
+        search.tell(rate, mean, 0.1)
+
+
+def test_a_faster_trial_that_rebounds_does_not_speak_against_a_slower_one():
+    """At 1.0 the loss falls to 0.1 and then goes up to 3, which says nothing of what 0.3 will come to."""
+
+    class Rebound(Bowl):
+        def restart(self):
+            super().restart()
+            return Losses((0,), (5.0,))
+
+        def advance(self, rates):
+            values = []
+            for rate in rates:
+                self.at += 1
+                path = 0.1 + 4.9 * math.exp(-min(rate, 1.0) * self.at / 12)
+                values.append(path + (2.9 * math.exp((self.at - 100) / 15) if rate > 0.9 else 0.0))
+            return Losses(tuple(range(self.at - len(rates) + 1, self.at + 1)), tuple(values))
+
+    search = LRSearch(1e-3, 1.0)
+    search.next_stage(0.3)
+    outcome = race(Rebound(), search, Search(0, 1000, 100, 2, 10_000), rules())
+    assert [r.rate for r in outcome.trials] == pytest.approx([0.3, 0.3 * 10**0.5])
+    assert outcome.trials[0].mean < 0.5 and outcome.rate == pytest.approx(0.3)

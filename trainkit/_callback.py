@@ -15,6 +15,7 @@ from trainkit.autolrs import (
     LRSchedule,
     Settings,
     Where,
+    check_where,
     plot,
     rng_state,
     set_rate,
@@ -143,9 +144,10 @@ class AutoLRS(Callback):
         if stage != "fit":
             return
         self._settings.check()
+        check_where(self._where)
         if self._loss not in ("auto", "train") and not callable(self._loss):
             raise ValueError(
-                f"search_loss must be 'auto', 'train' or a callable(module, batch), but got {self._loss!r}"
+                f"search_loss must be 'auto', 'train' or a callable(module, batch), but got {self._loss!r}: leave it 'auto'"
             )
         if "DeepSpeed" in type(trainer.strategy).__name__:
             raise ValueError(

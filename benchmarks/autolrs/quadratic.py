@@ -2,15 +2,29 @@
 
 f(x) = 1/2 sum h_i x_i^2, h log-spaced from 1e-2 to 1, d = 50, x0 = 1, SGD with gradient noise N(0, 0.1^2) a coordinate,
 rates in [1e-3, 1.9], stages of 1000 steps. Chosen over best: expected f at the stage's end under the chosen rate, over the
-least over 400 rates. Run: python benchmarks/autolrs/quadratic.py [--seeds 20]
+least over 400 rates. Ours searches through the controller that callback and tuner use.
+
+Run: python benchmarks/autolrs/quadratic.py [--seeds 20]
 """
 
 import argparse
 import math
 
 import numpy as np
+import torch
 
-from trainkit.autolrs import Forecast, Losses, LRSearch, Rules, Search, forecast, paper_forecast, race
+from trainkit.autolrs import (
+    Controller,
+    Forecast,
+    Losses,
+    LRSearch,
+    Rules,
+    Search,
+    Settings,
+    SkoptSearch,
+    paper_forecast,
+    race,
+)
 
 H = np.geomspace(1e-2, 1.0, 50)
 NOISE, LOW, HIGH, TAU = 0.1, 1e-3, 1.9, 1000
@@ -56,31 +70,49 @@ class Quadratic:
         return value
 
 
-def run(x, seed, search, plan, forecaster, halving=True, keep=True):
-    """One stage: (ratio to the best, discarded steps, state at the stage's end)."""
-    trials = Quadratic(x, seed, TAU)
-    rules = Rules(0, lambda rate, step: rate, forecaster, lambda lowest: lowest / 10, halving=halving, keep=keep)
-    outcome = race(trials, search, plan, rules)
-    best = min(expected(x, r, TAU) for r in RATES)
-    ratio = expected(x, outcome.rate, TAU) / best
+def ended(x, seed, outcome):
+    ratio = expected(x, outcome.rate, TAU) / min(expected(x, r, TAU) for r in RATES)
     end = Quadratic(x, seed, TAU)
     end.advance([outcome.rate] * TAU)
     return ratio, outcome, end.x
 
 
-def ours(steps, losses, horizon):
-    return forecast(losses, horizon, steps=steps, floor=0.0)
+class Blind(torch.optim.Optimizer):
+    """An optimizer without a usual rate: the whole range is searched."""
+
+    def __init__(self) -> None:
+        super().__init__([torch.nn.Parameter(torch.zeros(1))], {"lr": 1e-3})
+
+
+def searcher(arm, seed):
+    """What carries an arm's knowledge from stage to stage."""
+    if arm == "paper":
+        return SkoptSearch(LOW, HIGH, seed)
+    if arm == "oracle":
+        return LRSearch(LOW, HIGH, seed)
+    controller = Controller(Settings(LOW, HIGH, stage_steps=TAU, warmup_steps=0, seed=seed))
+    controller.begin(3 * TAU, Blind())
+    return controller
 
 
 def one(x, seed, arm, search, stage):
     cold = stage == 0
     discards = 1000 if cold else math.floor(0.35 / 0.65 * TAU)
     if arm == "ours":
-        plan = Search(0, TAU, ARGS.trial if cold else ARGS.later, 12 if cold else 7, discards)
-        return run(x, seed, search, plan, ours)
+        start = search.kept = stage * TAU
+        trial, most = (ARGS.trial, 12) if cold else (ARGS.later, 7)
+        outcome = search.search(Search(start, start + TAU, trial, most, discards), Quadratic(x, seed, TAU))
+        return ended(x, seed, outcome)
     if arm == "paper":
-        plan = Search(0, TAU, 100, 10, 1000)
-        return run(x, seed, search, plan, lambda s, v, h: paper_forecast(v, h, steps=s), halving=False, keep=False)
+        rules = Rules(
+            0,
+            lambda rate, step: rate,
+            lambda steps, losses, horizon: paper_forecast(losses, horizon, steps=steps),
+            lambda lowest: lowest / 10,
+            halving=False,
+            keep=False,
+        )
+        return ended(x, seed, race(Quadratic(x, seed, TAU), search, Search(0, TAU, 100, 10, 1000), rules))
     if arm == "oracle":  # noise-free losses at the horizon, the same trial lengths and search
         plan = Search(0, TAU, ARGS.trial if cold else ARGS.later, 12 if cold else 7, discards)
         state = {}
@@ -96,10 +128,7 @@ def one(x, seed, arm, search, stage):
             return Forecast(expected(x, state["rate"], TAU), 1e-9)
 
         rules = Rules(0, lambda r, s: r, told, lambda lowest: lowest / 10)
-        outcome = race(trials, search, plan, rules)
-        end = Quadratic(x, seed, TAU)
-        end.advance([outcome.rate] * TAU)
-        return expected(x, outcome.rate, TAU) / min(expected(x, r, TAU) for r in RATES), outcome, end.x
+        return ended(x, seed, race(trials, search, plan, rules))
     raise ValueError(arm)
 
 
@@ -109,15 +138,11 @@ def main() -> None:
         discarded = [[], [], []]
         for seed in range(ARGS.seeds):
             x = np.ones(len(H))
-            if arm == "paper":
-                from trainkit.autolrs import SkoptSearch
-
-                search = SkoptSearch(LOW, HIGH, seed)
-            else:
-                search = LRSearch(LOW, HIGH, seed)
+            search = searcher(arm, seed)
             for stage in range(1 if arm == "paper" else 3):
                 ratio, outcome, x = one(x, 1000 * seed + stage, arm, search, stage)
-                search.next_stage()
+                if arm != "ours":
+                    search.next_stage()
                 ratios[stage].append(ratio)
                 discarded[stage].append(outcome.discarded)
                 if ARGS.verbose:
