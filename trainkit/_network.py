@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -74,6 +75,12 @@ class NetworkState:
             raise ValueError(f"window is a number of steps of at least 1, got {window}")
         if not drift > 0:
             raise ValueError(f"drift is a part above 0, such as 0.3, got {drift}")
+        if not deadline_s > 0:
+            raise ValueError(f"deadline_s must be seconds above 0, got {deadline_s}")
+        if fallback not in ("error", "allreduce"):
+            raise ValueError(f'fallback must be "error" or "allreduce", got {fallback!r}')
+        if switch is not None and (isinstance(switch, str) or len(switch) != 2):
+            raise ValueError(f'switch is ("host:port", its node in the network), got {switch!r}')
         self.network = network
         self.plan: NetworkPlan | None = None
         """The plan in force; None in the first steps."""
@@ -82,7 +89,7 @@ class NetworkState:
         self._switch, self._token_file, self._interface = switch, token_file, interface
         self._deadline_s, self._fallback = deadline_s, fallback
         self._window, self._drift = window, drift
-        self._carry: Callable[[Any], _Tensors] = self._by_group(None)
+        self._carry: Callable[[Any], _Tensors] = partial(_over_group, None)
         self._carrier: ForestState | SwitchMLState | None = None
         self._control: dist.ProcessGroup | None = None
         self._sizes: list[int] = []
@@ -106,14 +113,23 @@ class NetworkState:
         return self._carrier.error if self._carrier is not None else None
 
     def connect(self) -> None:
-        """Make the group for our own few words, unless that is done; all ranks do so at the same time."""
+        """Make the group for our own few words, unless that is done; all ranks do so at the same time.
+
+        Raises:
+            ValueError: the network that was given is not one of this many ranks.
+        """
+        world = dist.get_world_size()
+        if self.network is not None and len(self.network.compute_nodes) != world:
+            raise ValueError(
+                f"a network plan needs one compute node a rank: {self.network.name} has "
+                f"{len(self.network.compute_nodes)}, the job {world} ranks: probe with as many ranks a host as the job has"
+            )
         self._control = self._control or dist.new_group(backend="gloo")
 
     def close(self) -> None:
-        """Leave the switch or the executor."""
+        """Leave the switch or the executor; the next bucket would join anew."""
         if self._carrier is not None:
             self._carrier.close()
-        self._carrier = None
 
     def _next_step(self) -> None:
         sizes, self._sizes = self._sizes, []
@@ -154,12 +170,6 @@ class NetworkState:
             # the same on every rank
             rank_zero_info(f"no network plan: {error}; gradients go on as before")
             return
-        world = dist.get_world_size()
-        if len(network.compute_nodes) != world:
-            raise ValueError(
-                f"a network plan needs one compute node a rank: {network.name} has "
-                f"{len(network.compute_nodes)}, the job {world} ranks: probe this job's hosts anew"
-            )
         self.close()
         self.network = network
         # One rank plans: a search that ends by the clock could end differently elsewhere.
@@ -183,6 +193,7 @@ class NetworkState:
         _show(self.plan)
 
     def _adopt(self, way: Way) -> None:
+        self._carrier = None
         if way.schedule is not None:
             forest = ForestState(
                 way.schedule, interface=self._interface, deadline_s=self._deadline_s, fallback=self._fallback
@@ -202,20 +213,17 @@ class NetworkState:
         elif way.name == "reordered ring":
             assert self.network is not None
             ranks = [self.network.compute_nodes.index(name) for name in way.order or ()]
-            self._carry = self._by_group(dist.new_group(ranks, sort_ranks=False))
+            self._carry = partial(_over_group, dist.new_group(ranks, sort_ranks=False))
         else:
-            self._carry = self._by_group(None)
+            self._carry = partial(_over_group, None)
         if self._carrier is not None:
             self._carrier.connect()
 
-    @staticmethod
-    def _by_group(group: dist.ProcessGroup | None) -> Callable[[Any], _Tensors]:
-        def carry(bucket: Any) -> _Tensors:
-            work = dist.all_reduce(bucket.buffer().div_(dist.get_world_size()), group=group, async_op=True)
-            done: _Tensors = work.get_future().then(lambda future: future.value()[0])
-            return done
 
-        return carry
+def _over_group(group: dist.ProcessGroup | None, bucket: Any) -> _Tensors:
+    work = dist.all_reduce(bucket.buffer().div_(dist.get_world_size()), group=group, async_op=True)
+    done: _Tensors = work.get_future().then(lambda future: future.value()[0])
+    return done
 
 
 def _show(plan: NetworkPlan) -> None:

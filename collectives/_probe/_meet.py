@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainkit.collectives._probe._agent import Agent
-from trainkit.collectives._probe._conductor import Conductor, Progress
+from trainkit.collectives._probe._conductor import NAME, Conductor, Progress
 from trainkit.collectives._probe._devices import read_devices
 from trainkit.collectives._probe._lead import lead
 from trainkit.collectives._probe._prior import Prior
@@ -64,6 +64,7 @@ def probe(
 
     Raises:
         ProbeError: a host failed, every rank names the same; or all ranks are on one host without GPUs.
+        ValueError: a rank has no such interface, or there is no group, or only one rank.
     """
     import torch.distributed as dist
 
@@ -74,9 +75,10 @@ def probe(
     if size < 2:
         raise ValueError(f"probe needs at least 2 ranks, got {size}")
     everyone: list[Any] = [None] * size
-    dist.all_gather_object(
-        everyone, {"host": _identity(), "name": socket.gethostname(), "address": _own(interface)}, group
-    )
+    dist.all_gather_object(everyone, _seat(interface), group)
+    refused = next((one["refused"] for one in everyone if "refused" in one), None)
+    if refused is not None:  # on every rank: none is left waiting for the one that cannot
+        raise ValueError(refused)
     hosts = list(dict.fromkeys(one["host"] for one in everyone))
     first = [next(r for r in range(size) if everyone[r]["host"] == host) for host in hosts]
     ranks = [[r for r in range(size) if everyone[r]["host"] == host] for host in hosts]
@@ -86,9 +88,14 @@ def probe(
     listener: socket.socket | None = None
     if leads:
         address = _own(interface, toward=everyone[first[-1]]["address"] if len(hosts) > 1 else "127.0.0.1")
-        listener = socket.create_server((address, 0), backlog=1024)
-        offer = [(*listener.getsockname()[:2], secrets.token_hex(32))]
+        try:
+            listener = socket.create_server((address, 0), backlog=1024)
+            offer = [(*listener.getsockname()[:2], secrets.token_hex(32))]
+        except OSError as error:
+            offer = [f"rank 0 cannot listen at {address}, its address toward the other hosts: {error}"]
     dist.broadcast_object_list(offer, dist.get_global_rank(group, 0), group)
+    if isinstance(offer[0], str):
+        raise ProbeError(offer[0])
     address, port, key = offer[0]
     outcome: list[Any] = [None]
     try:
@@ -159,6 +166,9 @@ def probe_hosts(
         raise ValueError(f"a probe needs at least 2 hosts, got {hosts}")
     if rank is not None and not 0 <= rank < hosts:
         raise ValueError(f"rank must be from 0 to {hosts - 1}, got {rank}")
+    name = name or socket.gethostname()
+    if not NAME.fullmatch(name):
+        raise ValueError(f"a host's name is letters, digits and . : - _, at most 200 of them, got {name!r}")
     listener: socket.socket | None = None
     if rank in (None, 0):
         try:
@@ -168,7 +178,7 @@ def probe_hosts(
                 raise ProbeError(
                     f"rank 0 leads and cannot listen at {rendezvous[0]}:{rendezvous[1]}: {error}"
                 ) from None
-    about = {"name": name or socket.gethostname(), "rank": rank, "devices": read_devices()}
+    about = {"name": name, "rank": rank, "devices": read_devices()}
     run = _Run(Plan(hosts, warm_s, measure_s), [1] * hosts, prior, progress, hops, join_s)
     source = _own(interface) if interface else ""
     return run.both(listener, rendezvous, key, about, timeout_s, streams, source)
@@ -226,6 +236,14 @@ class _Run:
             for member, ranks in zip(conductor.members, self._ranks, strict=True)
         ]
         return lead(conductor, self._plan, hosts, self._prior, self._progress, self._hops)
+
+
+def _seat(interface: str | None) -> dict[str, str]:
+    """What the other ranks are told of this process; "refused" if it cannot take part."""
+    try:
+        return {"host": _identity(), "name": socket.gethostname(), "address": _own(interface)}
+    except ValueError as error:
+        return {"refused": f"{socket.gethostname()}: {error}"}
 
 
 def _identity() -> str:
