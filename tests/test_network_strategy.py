@@ -216,7 +216,7 @@ def test_every_rank_is_told_what_one_cannot_do() -> None:
     ("options", "what"),
     [
         ({"deadline_s": -1.0}, "deadline_s must be seconds above 0, got -1"),
-        ({"fallback": "ring"}, "fallback must be \"error\" or \"allreduce\", got 'ring'"),
+        ({"fallback": "ring"}, 'fallback must be "error" or "allreduce", got \'ring\''),
         ({"switch": "10.0.0.1:48864"}, "its node in the network"),
         ({"window": 0}, "window is a number of steps of at least 1, got 0"),
         ({"drift": float("nan")}, "drift is a part above 0"),
@@ -235,7 +235,7 @@ def _probed_and_trained(rank: int, size: int, address: str, file: Path, results:
     if rank == 0:
         network.save(file)
     dist.barrier()
-    state = NetworkState(Topology.load(file), interface="node")
+    state = NetworkState(file, interface="node")
     parameters = _trained(state, rank, 6)
     assert state.plan is not None
     results.put((rank, parameters.tolist(), state.plan.chosen.name))

@@ -48,7 +48,7 @@ class NetworkState:
     """The state of `auto_network_hook`: plans once the buckets are known, and watches the network.
 
     Args:
-        network: what to plan for, its compute nodes in the order of the ranks; None probes.
+        network: what to plan for, or its file, its compute nodes in the order of the ranks; None probes.
         switch: "host:port" of a SwitchML switch to consider, with its node in `network`: `(address, node)`.
         token_file: the switch's secret.
         interface: network interface to use; None takes the one that leads to torchrun's MASTER_ADDR.
@@ -61,7 +61,7 @@ class NetworkState:
 
     def __init__(
         self,
-        network: Topology | None = None,
+        network: str | Path | Topology | None = None,
         *,
         switch: tuple[str, str] | None = None,
         token_file: str | None = None,
@@ -81,7 +81,7 @@ class NetworkState:
             raise ValueError(f'fallback must be "error" or "allreduce", got {fallback!r}')
         if switch is not None and (isinstance(switch, str) or len(switch) != 2):
             raise ValueError(f'switch is ("host:port", its node in the network), got {switch!r}')
-        self.network = network
+        self.network = Topology.load(network) if isinstance(network, str | Path) else network
         self.plan: NetworkPlan | None = None
         """The plan in force; None in the first steps."""
         self.comparisons: list[Comparison] = []
@@ -261,8 +261,6 @@ class _AutoNetwork(_Hooked):
         drift: float = 0.3,
         **ddp: Any,
     ) -> None:
-        if isinstance(network, str | Path):
-            network = Topology.load(network)
         self.network_state = NetworkState(
             network, switch=switch, token_file=token_file, interface=interface, deadline_s=deadline_s,
             fallback=fallback, window=window, drift=drift,

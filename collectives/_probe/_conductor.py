@@ -162,7 +162,9 @@ class Conductor:
                     self._came.append((rank, member))
                     self._news.notify_all()
             if full:
-                reason = f"host {name!r} came after the {hosts} that this probe is for: give every host their true number"
+                reason = (
+                    f"host {name!r} came after the {hosts} that this probe is for: give every host their true number"
+                )
                 channel.send({"do": "abort", "reason": reason}, self._timeout_s)
                 connection.close()
         except Gone:  # a stranger, or a host with another key: it may try again

@@ -227,7 +227,7 @@ class _Run:
 
     def _follow(self, at: tuple[str, int], key: bytes, about: dict[str, Any], timeout_s: float, source: str) -> None:
         with suppress(ProbeError):  # the conductor, in this very process, says it better
-            Agent(at, key, about, timeout_s, timeout_s, source).run()
+            Agent(at, key, about, timeout_s, self._join_s, source).run()
 
     def _conduct(self, conductor: Conductor) -> Topology:
         conductor.collect(self._plan.hosts, self._join_s)
