@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainkit._network import NetworkState, auto_network_hook
 from trainkit.collectives import ForestState, Topology, fabrics, probe
+from trainkit.collectives._probe import seated
 from trainkit.switchml import SoftwareSwitch
 
 _TRAIN = """
@@ -212,6 +214,33 @@ def test_every_rank_is_told_what_one_cannot_do() -> None:
         assert "interface 'nowhere' has no IPv4 address" in interface
 
 
+def _alone(rank: int) -> bool:
+    state = NetworkState()
+    _trained(state, rank, 4)
+    return state.plan is None
+
+
+def test_one_rank_has_nothing_to_plan_and_trains() -> None:
+    assert processes(_alone, 1) == {0: True}
+
+
+def seats(*addresses: str) -> list[dict[str, str]]:
+    return [{"address": address, "name": "node"} for address in addresses]
+
+
+def test_a_job_in_another_order_than_the_probe_finds_its_places() -> None:
+    names = ["a.0", "a.1", "b.0", "b.1"]
+    links = [link for name in names for link in ((name, name[0], 9), (name[0], name, 9))]
+    links += [("a", "b", 1), ("b", "a", 1)]
+    devices = {host: {"address": f"10.0.0.{number}", "ranks": 2} for number, host in enumerate("ab")}
+    network = Topology("probed", [*names, "a", "b"], names, links, unit="Mbit/s", devices=devices)
+    in_turn = seated(network, seats("10.0.0.1", "10.0.0.0", "10.0.0.1", "10.0.0.0"))
+    assert in_turn.compute_nodes == ("b.0", "a.0", "b.1", "a.1")
+    assert seated(network, seats("10.0.0.9", "10.0.0.0", "10.0.0.1", "10.0.0.0")) == network
+    with pytest.raises(ValueError, match="host 'a' has 2 ranks there and 3 in this job"):
+        seated(network, seats("10.0.0.0", "10.0.0.0", "10.0.0.1", "10.0.0.0"))
+
+
 @pytest.mark.parametrize(
     ("options", "what"),
     [
@@ -233,12 +262,15 @@ def _probed_and_trained(rank: int, size: int, address: str, file: Path, results:
     dist.init_process_group("gloo", f"tcp://{address}:29500", rank=rank, world_size=size)
     network = probe(interface="node", measure_s=0.1)
     if rank == 0:
-        network.save(file)
+        # as if the job had come in another order
+        replace(network, compute_nodes=sorted(network.compute_nodes)).save(file)
     dist.barrier()
     state = NetworkState(file, interface="node")
     parameters = _trained(state, rank, 6)
     assert state.plan is not None
-    results.put((rank, parameters.tolist(), state.plan.chosen.name))
+    assert state.network is not None
+    in_order = state.network.compute_nodes == network.compute_nodes
+    results.put((rank, parameters.tolist(), state.plan.chosen.name, in_order))
     results.close()
     results.join_thread()
     state.close()
@@ -271,7 +303,8 @@ def test_several_ranks_a_host_are_probed_planned_and_trained(tmp_path: Path) -> 
     network = Topology.load(tmp_path / "network.json")
     near = {u: v for u, v, _ in network.links if u in network.compute_nodes}
     first, second, third, fourth = (near[node] for node in network.compute_nodes)
-    assert first == third != second == fourth
+    assert first == second != third == fourth
+    assert all(row[3] for row in told)
     # every rank's ring hop would leave its host; a schedule sends a host's gradients out once
     assert {row[2] for row in told} & {"native", "forest", "tree"}
     assert len({row[2] for row in told}) == 1

@@ -16,6 +16,7 @@ from trainkit._planner import NetworkPlan, Way, plan_network
 from trainkit._stopwatch import Stopwatch
 from trainkit._strategies import _Hooked
 from trainkit.collectives import ForestState, ProbeError, Topology, forest_hook, probe
+from trainkit.collectives._probe import seated, seats
 from trainkit.switchml import SwitchMLState, switchml_hook
 
 _SETTLING = 2
@@ -48,7 +49,8 @@ class NetworkState:
     """The state of `auto_network_hook`: plans once the buckets are known, and watches the network.
 
     Args:
-        network: what to plan for, or its file, its compute nodes in the order of the ranks; None probes.
+        network: what to plan for, or its file: one compute node a rank, in the order of the ranks unless the probe wrote
+            it, whose hosts are known by their addresses; None probes.
         switch: "host:port" of a SwitchML switch to consider, with its node in `network`: `(address, node)`.
         token_file: the switch's secret.
         interface: network interface to use; None takes the one that leads to torchrun's MASTER_ADDR.
@@ -116,15 +118,19 @@ class NetworkState:
         """Make the group for our own few words, unless that is done; all ranks do so at the same time.
 
         Raises:
-            ValueError: the network that was given is not one of this many ranks.
+            ValueError: the network that was given is not one of this job's ranks, or a rank has no such interface.
         """
+        if self._control is not None:
+            return
         world = dist.get_world_size()
         if self.network is not None and len(self.network.compute_nodes) != world:
             raise ValueError(
                 f"a network plan needs one compute node a rank: {self.network.name} has "
                 f"{len(self.network.compute_nodes)}, the job {world} ranks: probe with as many ranks a host as the job has"
             )
-        self._control = self._control or dist.new_group(backend="gloo")
+        self._control = dist.new_group(backend="gloo")
+        if self.network is not None:
+            self.network = seated(self.network, seats(self._control, self._interface))
 
     def close(self) -> None:
         """Leave the switch or the executor; the next bucket would join anew."""
@@ -277,8 +283,8 @@ class AutoNetworkStrategy(_AutoNetwork, DDPStrategy):
     probed and planned anew.
 
     Args:
-        network: file written by `trainkit probe`, or a Topology, with one compute node a rank, in the order of the
-            ranks; None probes.
+        network: file written by `trainkit probe`, or a Topology, with one compute node a rank (of the probe's, a rank
+            finds its own by its host's address; otherwise the order is the ranks'); None probes.
         switch: (address, node in the network) of a SwitchML switch to consider.
         token_file: that switch's secret.
         interface: network interface to use; None takes the one that leads to torchrun's MASTER_ADDR.

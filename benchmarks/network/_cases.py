@@ -63,6 +63,11 @@ def two_racks() -> Topology:
     return racks((4, 4), 100, (25, 25))
 
 
+def four() -> Topology:
+    """Two racks of two (50) on thin uplinks (12.5), for several ranks a host."""
+    return racks((2, 2), 50, ("12.5", "12.5"))
+
+
 def sixteen() -> Topology:
     """Racks of 4, 4 and 8 hosts (12) on uplinks of 24, 24 and 32 (3:1 oversubscribed); one host of the first has 4."""
     return racks((4, 4, 8), 12, (24, 24, 32), slow=4)
@@ -81,5 +86,6 @@ CASES = {
     "E7": two_cliques,
     "racks": two_racks,
     "DC": interleaved,
+    "4": four,
     "16": sixteen,
 }

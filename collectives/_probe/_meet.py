@@ -63,8 +63,8 @@ def probe(
         host alone it is what the driver says of its GPUs.
 
     Raises:
-        ProbeError: a host failed, every rank names the same; or all ranks are on one host without GPUs.
-        ValueError: a rank has no such interface, or there is no group, or only one rank.
+        ProbeError: a host failed, every rank names the same; or there is one rank, or all are on one host without GPUs.
+        ValueError: a rank has no such interface, or there is no group.
     """
     import torch.distributed as dist
 
@@ -73,12 +73,8 @@ def probe(
         raise ValueError("probe needs a process group: call torch.distributed.init_process_group first, or pass one")
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     if size < 2:
-        raise ValueError(f"probe needs at least 2 ranks, got {size}")
-    everyone: list[Any] = [None] * size
-    dist.all_gather_object(everyone, _seat(interface), group)
-    refused = next((one["refused"] for one in everyone if "refused" in one), None)
-    if refused is not None:  # on every rank: none is left waiting for the one that cannot
-        raise ValueError(refused)
+        raise ProbeError(f"a probe needs at least 2 ranks, got {size}: there is no network to measure")
+    everyone = seats(group, interface)
     hosts = list(dict.fromkeys(one["host"] for one in everyone))
     first = [next(r for r in range(size) if everyone[r]["host"] == host) for host in hosts]
     ranks = [[r for r in range(size) if everyone[r]["host"] == host] for host in hosts]
@@ -184,6 +180,26 @@ def probe_hosts(
     return run.both(listener, rendezvous, key, about, timeout_s, streams, source)
 
 
+def seats(group: "ProcessGroup", interface: str | None) -> list[dict[str, str]]:
+    """What every rank says of itself: "host", equal for those that share one, "name" and "address".
+
+    Raises:
+        ValueError: a rank has no such interface; on every rank, so that none is left waiting.
+    """
+    import torch.distributed as dist
+
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    try:
+        own = {"host": _identity(), "name": socket.gethostname(), "address": _own(interface)}
+    except ValueError as error:
+        own = {"refused": f"{socket.gethostname()}: {error}"}
+    dist.all_gather_object(everyone, own, group)
+    refused = next((one["refused"] for one in everyone if "refused" in one), None)
+    if refused is not None:
+        raise ValueError(refused)
+    return everyone
+
+
 class _Run:
     """A probe as one process sees it: an agent, and on the leading host the conductor too."""
 
@@ -236,14 +252,6 @@ class _Run:
             for member, ranks in zip(conductor.members, self._ranks, strict=True)
         ]
         return lead(conductor, self._plan, hosts, self._prior, self._progress, self._hops)
-
-
-def _seat(interface: str | None) -> dict[str, str]:
-    """What the other ranks are told of this process; "refused" if it cannot take part."""
-    try:
-        return {"host": _identity(), "name": socket.gethostname(), "address": _own(interface)}
-    except ValueError as error:
-        return {"refused": f"{socket.gethostname()}: {error}"}
 
 
 def _identity() -> str:
