@@ -163,7 +163,7 @@ class Conductor:
                     self._news.notify_all()
             if full:
                 reason = (
-                    f"host {name!r} came after the {hosts} that this probe is for: give every host their true number"
+                    f"host {name!r} came after the {hosts} that this probe is for: give each the true number of hosts"
                 )
                 channel.send({"do": "abort", "reason": reason}, self._timeout_s)
                 connection.close()

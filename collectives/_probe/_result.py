@@ -102,12 +102,8 @@ def seated(network: Topology, seats: Sequence[Mapping[str, str]]) -> Topology:
     Raises:
         ValueError: a host has another number of ranks than in the network.
     """
-    if not all(isinstance(about, Mapping) and "address" in about for about in network.devices.values()):
-        return network
-    addresses = [about["address"] for about in network.devices.values()]
-    known = {
-        about["address"]: host for host, about in network.devices.items() if addresses.count(about["address"]) == 1
-    }
+    addresses = [str(about.get("address")) if isinstance(about, Mapping) else "" for about in network.devices.values()]
+    known = {at: host for at, host in zip(addresses, network.devices, strict=True) if addresses.count(at) == 1}
     hosts = [known.get(seat["address"], seat["name"]) for seat in seats]
     nodes: dict[str, list[str]] = {}
     for node in network.compute_nodes:
