@@ -3,7 +3,7 @@
 import json
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 Ints = npt.NDArray[np.int64]
 _KEYS = ("name", "nodes", "compute_nodes", "links")
 _OPTIONAL = ("unit", "latency", "multicast", "aggregate", "confidence", "devices")
+_KINDS: dict[str, tuple[type, str]] = {
+    **dict.fromkeys(("nodes", "compute_nodes", "links"), (Sequence, "a list")),
+    **dict.fromkeys(("multicast", "aggregate"), (Collection, "a list of switches")),
+    **dict.fromkeys(("latency", "confidence", "devices"), (Mapping, "an object")),
+}
 _LARGEST = 2**53
 
 
@@ -66,6 +71,11 @@ class Topology:
 
     def __post_init__(self) -> None:
         """Check every rule, so that nothing later has to."""
+        for key, (kind, what) in _KINDS.items():
+            if not isinstance(getattr(self, key), kind):
+                raise TopologyError(f"{key} must be {what}, got {getattr(self, key)!r}")
+        if not isinstance(self.name, str):
+            raise TopologyError(f"the name of a network is text, got {self.name!r}")
         for key in ("nodes", "compute_nodes"):
             names = tuple(getattr(self, key))
             object.__setattr__(self, key, names)
@@ -84,13 +94,13 @@ class Topology:
         object.__setattr__(self, "links", self._merged(known))
         check_unit(self.unit)
         for key in ("multicast", "aggregate"):
-            chosen = frozenset(getattr(self, key))
-            object.__setattr__(self, key, chosen)
+            chosen = list(getattr(self, key))
             for name in chosen:
-                if name not in known or name in self.compute_nodes:
+                if not isinstance(name, str) or name not in known or name in self.compute_nodes:
                     raise TopologyError(
-                        f"{key} names switches, {name!r} is {'a compute node' if name in known else 'unknown'}"
+                        f"{key} names switches, {name!r} is {'a compute node' if name in self.compute_nodes else 'unknown'}"
                     )
+            object.__setattr__(self, key, frozenset(chosen))
         pairs = {(u, v) for u, v, _ in self.links}
         for link, delay in self.latency.items():
             if link not in pairs:
@@ -102,11 +112,11 @@ class Topology:
     def _merged(self, known: set[str]) -> tuple[tuple[str, str, Fraction], ...]:
         total: dict[tuple[str, str], Fraction] = {}
         for link in self.links:
-            if len(link) != 3:
+            if not isinstance(link, Sequence) or len(link) != 3:
                 raise TopologyError(f"a link is [from, to, capacity], got {link!r}")
             u, v, capacity = link
             for name in (u, v):
-                if name not in known:
+                if not isinstance(name, str) or name not in known:
                     raise TopologyError(f"link {u!r} -> {v!r} names {name!r}, which is not among the nodes")
             if u == v:
                 raise TopologyError(f"link {u!r} -> {v!r} is a self-loop: leave it out, it carries nothing")
@@ -171,12 +181,9 @@ class Topology:
         if missing:
             raise TopologyError(f"key {missing[0]!r} is missing: a network has {', '.join(_KEYS)}")
         options = {key: data[key] for key in _OPTIONAL if key in data and key != "latency"}
-        latency = {}
-        for link, delay in data.get("latency", {}).items():
-            ends = link.split("->")
-            if len(ends) != 2:
-                raise TopologyError(f'latency is keyed by "from->to", got {link!r}')
-            latency[ends[0], ends[1]] = float(delay) if isinstance(delay, str) else delay
+        latency: Any = data.get("latency", {})
+        if isinstance(latency, Mapping):
+            latency = dict(map(_delay, latency.items()))
         return cls(data["name"], data["nodes"], data["compute_nodes"], data["links"], latency=latency, **options)
 
     def to_dict(self) -> dict[str, Any]:
@@ -278,6 +285,17 @@ class Topology:
         from trainkit.collectives._draw import draw_topology
 
         return draw_topology(self)
+
+
+def _delay(item: tuple[str, Any]) -> tuple[tuple[str, ...], Any]:
+    link, delay = item
+    ends = tuple(link.split("->"))
+    if len(ends) != 2:
+        raise TopologyError(f'latency is keyed by "from->to", got {link!r}')
+    try:
+        return ends, float(delay) if isinstance(delay, str) else delay
+    except ValueError:
+        raise TopologyError(f"latency of {link} must be seconds >= 0, got {delay!r}") from None
 
 
 class _Written(float):

@@ -13,7 +13,6 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks" / "net
 
 from _cases import CASES as CASES
 from _cases import racks as racks
-from _cases import renamed as renamed
 from _lab import Lab as Lab
 from _routes import Routes as Routes
 

@@ -54,7 +54,8 @@ def test_picture(network: str, tmp_path: Path) -> None:
         (["--collective", "gossip"], "--collective must be one of"),
         (["--export", "pdf"], "--export must be"),
         (["--nbytes", "0"], "--nbytes must be at least 1"),
-        (["--collective", "broadcast"], "root belongs to broadcast"),
+        (["--collective", "broadcast"], "root None: name one of g0_0"),
+        (["--max-height", "0"], "max_height must be a whole number >= 1, got 0"),
         (["--collective", "broadcast", "--root", "g0_0", "--export", "msccl"], "not broadcast"),
     ],
 )

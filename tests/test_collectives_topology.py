@@ -52,6 +52,16 @@ def links_with(*link: object) -> list[list[object]]:
         ({"latency": {"a->s": -1}}, "seconds >= 0, got -1"),
         ({"multicast": ["a"]}, "'a' is a compute node"),
         ({"aggregate": ["t"]}, "'t' is unknown"),
+        ({"aggregate": [["s"]]}, r"\['s'\] is unknown"),
+        ({"name": 5}, "the name of a network is text, got 5"),
+        ({"nodes": 5}, "nodes must be a list, got 5"),
+        ({"links": None}, "links must be a list, got None"),
+        ({"links": [5]}, r"\[from, to, capacity\], got 5"),
+        ({"links": [[["a"], "b", 1]]}, r"names \['a'\], which is not"),
+        ({"unit": ["GB/s"]}, "unit must be one of"),
+        ({"latency": []}, r"latency must be an object, got \[\]"),
+        ({"latency": {"a->s": "soon"}}, "seconds >= 0, got 'soon'"),
+        ({"devices": ["a"]}, r"devices must be an object, got \['a'\]"),
     ],
 )
 def test_refusals_state_the_rule(change: dict[str, object], words: str) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from trainkit.collectives import Topology
 from trainkit.collectives._probe import ProbeError, probe_hosts
+from trainkit.collectives._probe._conductor import Conductor
 from trainkit.collectives._probe._streams import receive_rate, send_until
 from trainkit.collectives._probe._wire import Channel, Gone, accept_channel, number, open_channel, whole
 
@@ -149,6 +150,28 @@ def test_a_conductor_that_dies_is_named() -> None:
     assert "the conductor left the probe" in str(said)
 
 
+def test_a_host_too_many_is_told_so() -> None:
+    about = {"name": "first", "devices": {}, "port": 1}
+    listener = socket.create_server(("127.0.0.1", 0))
+    conductor = Conductor(listener, b"", 5.0)
+    at = listener.getsockname()
+    with socket.create_connection(at) as late, socket.create_connection(at) as first:
+        thread = threading.Thread(target=conductor.collect, args=(1, 5.0))
+        thread.start()
+        open_channel(first, b"", about, 5.0)
+        thread.join()
+        channel, _ = open_channel(late, b"", {**about, "name": "late"}, 5.0)
+        said = channel.receive(5.0)
+        conductor.close()
+    assert said["do"] == "abort"
+    assert "host 'late' came after the 1 that this probe is for" in said["reason"]
+
+
+def test_a_name_that_no_other_host_would_take_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"a host's name is letters, digits and \. : - _, .*, got 'my host'"):
+        probe_hosts(("127.0.0.1", 1), 2, name="my host")
+
+
 def test_nobody_there_is_an_error_with_the_address() -> None:
     port = free_port()
     (said,) = together(host(port, 1, 2, join_s=0.5, timeout_s=0.5))
@@ -180,6 +203,22 @@ def test_what_is_no_message(sent: bytes | None, what: str) -> None:
             one.sendall(sent)
         with pytest.raises(Gone, match=what):
             Channel(other).receive(0.3)
+
+
+def test_a_send_in_another_thread_does_not_cut_a_receive_short() -> None:
+    class Hurried(socket.socket):
+        """A socket whose timeout somebody else sets."""
+
+        def settimeout(self, value: float | None) -> None:
+            super().settimeout(0.02)
+
+    one, other = pair()
+    with one, Hurried(fileno=other.detach()) as hurried:
+        (said, _) = together(
+            lambda: Channel(hurried).receive(5.0),
+            lambda: (time.sleep(0.1), Channel(one).send({"late": True}, 5.0)),
+        )
+    assert said == {"late": True}
 
 
 def test_both_ends_prove_the_key() -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from trainkit._planner import NetworkPlan, Way, plan_network
 from trainkit._stopwatch import Stopwatch
 from trainkit._strategies import _Hooked
 from trainkit.collectives import ForestState, ProbeError, Topology, forest_hook, probe
+from trainkit.collectives._probe import seated, seats
 from trainkit.switchml import SwitchMLState, switchml_hook
 
 _SETTLING = 2
@@ -47,7 +49,8 @@ class NetworkState:
     """The state of `auto_network_hook`: plans once the buckets are known, and watches the network.
 
     Args:
-        network: what to plan for, its compute nodes in the order of the ranks; None probes.
+        network: what to plan for, or its file: one compute node a rank, in the order of the ranks unless the probe wrote
+            it, whose hosts are known by their addresses; None probes.
         switch: "host:port" of a SwitchML switch to consider, with its node in `network`: `(address, node)`.
         token_file: the switch's secret.
         interface: network interface to use; None takes the one that leads to torchrun's MASTER_ADDR.
@@ -60,7 +63,7 @@ class NetworkState:
 
     def __init__(
         self,
-        network: Topology | None = None,
+        network: str | Path | Topology | None = None,
         *,
         switch: tuple[str, str] | None = None,
         token_file: str | None = None,
@@ -74,7 +77,13 @@ class NetworkState:
             raise ValueError(f"window is a number of steps of at least 1, got {window}")
         if not drift > 0:
             raise ValueError(f"drift is a part above 0, such as 0.3, got {drift}")
-        self.network = network
+        if not deadline_s > 0:
+            raise ValueError(f"deadline_s must be seconds above 0, got {deadline_s}")
+        if fallback not in ("error", "allreduce"):
+            raise ValueError(f'fallback must be "error" or "allreduce", got {fallback!r}')
+        if switch is not None and (isinstance(switch, str) or len(switch) != 2):
+            raise ValueError(f'switch is ("host:port", its node in the network), got {switch!r}')
+        self.network = Topology.load(network) if isinstance(network, str | Path) else network
         self.plan: NetworkPlan | None = None
         """The plan in force; None in the first steps."""
         self.comparisons: list[Comparison] = []
@@ -82,7 +91,7 @@ class NetworkState:
         self._switch, self._token_file, self._interface = switch, token_file, interface
         self._deadline_s, self._fallback = deadline_s, fallback
         self._window, self._drift = window, drift
-        self._carry: Callable[[Any], _Tensors] = self._by_group(None)
+        self._carry: Callable[[Any], _Tensors] = partial(_over_group, None)
         self._carrier: ForestState | SwitchMLState | None = None
         self._control: dist.ProcessGroup | None = None
         self._sizes: list[int] = []
@@ -106,14 +115,27 @@ class NetworkState:
         return self._carrier.error if self._carrier is not None else None
 
     def connect(self) -> None:
-        """Make the group for our own few words, unless that is done; all ranks do so at the same time."""
-        self._control = self._control or dist.new_group(backend="gloo")
+        """Make the group for our own few words, unless that is done; all ranks do so at the same time.
+
+        Raises:
+            ValueError: the network that was given is not one of this job's ranks, or a rank has no such interface.
+        """
+        if self._control is not None:
+            return
+        world = dist.get_world_size()
+        if self.network is not None and len(self.network.compute_nodes) != world:
+            raise ValueError(
+                f"a network plan needs one compute node a rank: {self.network.name} has "
+                f"{len(self.network.compute_nodes)}, the job {world} ranks: probe with as many ranks a host as the job has"
+            )
+        self._control = dist.new_group(backend="gloo")
+        if self.network is not None:
+            self.network = seated(self.network, seats(self._control, self._interface))
 
     def close(self) -> None:
-        """Leave the switch or the executor."""
+        """Leave the switch or the executor; the next bucket would join anew."""
         if self._carrier is not None:
             self._carrier.close()
-        self._carrier = None
 
     def _next_step(self) -> None:
         sizes, self._sizes = self._sizes, []
@@ -154,12 +176,6 @@ class NetworkState:
             # the same on every rank
             rank_zero_info(f"no network plan: {error}; gradients go on as before")
             return
-        world = dist.get_world_size()
-        if len(network.compute_nodes) != world:
-            raise ValueError(
-                f"a network plan needs one compute node a rank: {network.name} has "
-                f"{len(network.compute_nodes)}, the job {world} ranks: probe this job's hosts anew"
-            )
         self.close()
         self.network = network
         # One rank plans: a search that ends by the clock could end differently elsewhere.
@@ -183,6 +199,7 @@ class NetworkState:
         _show(self.plan)
 
     def _adopt(self, way: Way) -> None:
+        self._carrier = None
         if way.schedule is not None:
             forest = ForestState(
                 way.schedule, interface=self._interface, deadline_s=self._deadline_s, fallback=self._fallback
@@ -202,20 +219,17 @@ class NetworkState:
         elif way.name == "reordered ring":
             assert self.network is not None
             ranks = [self.network.compute_nodes.index(name) for name in way.order or ()]
-            self._carry = self._by_group(dist.new_group(ranks, sort_ranks=False))
+            self._carry = partial(_over_group, dist.new_group(ranks, sort_ranks=False))
         else:
-            self._carry = self._by_group(None)
+            self._carry = partial(_over_group, None)
         if self._carrier is not None:
             self._carrier.connect()
 
-    @staticmethod
-    def _by_group(group: dist.ProcessGroup | None) -> Callable[[Any], _Tensors]:
-        def carry(bucket: Any) -> _Tensors:
-            work = dist.all_reduce(bucket.buffer().div_(dist.get_world_size()), group=group, async_op=True)
-            done: _Tensors = work.get_future().then(lambda future: future.value()[0])
-            return done
 
-        return carry
+def _over_group(group: dist.ProcessGroup | None, bucket: Any) -> _Tensors:
+    work = dist.all_reduce(bucket.buffer().div_(dist.get_world_size()), group=group, async_op=True)
+    done: _Tensors = work.get_future().then(lambda future: future.value()[0])
+    return done
 
 
 def _show(plan: NetworkPlan) -> None:
@@ -253,8 +267,6 @@ class _AutoNetwork(_Hooked):
         drift: float = 0.3,
         **ddp: Any,
     ) -> None:
-        if isinstance(network, str | Path):
-            network = Topology.load(network)
         self.network_state = NetworkState(
             network, switch=switch, token_file=token_file, interface=interface, deadline_s=deadline_s,
             fallback=fallback, window=window, drift=drift,
@@ -271,8 +283,8 @@ class AutoNetworkStrategy(_AutoNetwork, DDPStrategy):
     probed and planned anew.
 
     Args:
-        network: file written by `trainkit probe`, or a Topology, with one compute node a rank, in the order of the
-            ranks; None probes.
+        network: file written by `trainkit probe`, or a Topology, with one compute node a rank (of the probe's, a rank
+            finds its own by its host's address; otherwise the order is the ranks'); None probes.
         switch: (address, node in the network) of a SwitchML switch to consider.
         token_file: that switch's secret.
         interface: network interface to use; None takes the one that leads to torchrun's MASTER_ADDR.

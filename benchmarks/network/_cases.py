@@ -1,6 +1,6 @@
 """The emulated networks of this benchmark, rates in Mbit/s: a quarter of the cases' own."""
 
-from fractions import Fraction
+from dataclasses import replace
 
 from trainkit.collectives import Topology
 from trainkit.collectives.fabrics import mesh, star
@@ -63,16 +63,29 @@ def two_racks() -> Topology:
     return racks((4, 4), 100, (25, 25))
 
 
+def four() -> Topology:
+    """Two racks of two (50) on thin uplinks (12.5), for several ranks a host."""
+    return racks((2, 2), 50, ("12.5", "12.5"))
+
+
 def sixteen() -> Topology:
     """Racks of 4, 4 and 8 hosts (12) on uplinks of 24, 24 and 32 (3:1 oversubscribed); one host of the first has 4."""
     return racks((4, 4, 8), 12, (24, 24, 32), slow=4)
 
 
-CASES = {"E1": two_islands, "E2": one_slow, "E3": mesh_3x3, "E7": two_cliques, "racks": two_racks, "16": sixteen}
+def interleaved() -> Topology:
+    """The datacenter, its ranks dealt over the racks in turn: what a launcher that knows nothing gives."""
+    given = two_racks()
+    return replace(given, compute_nodes=[given.compute_nodes[i] for i in (0, 4, 1, 5, 2, 6, 3, 7)])
 
 
-def renamed(topology: Topology, names: dict[str, str], order: list[str]) -> Topology:
-    """The same network under other names of its compute nodes, in another rank order."""
-    new = {name: names.get(name, name) for name in topology.nodes}
-    links: list[tuple[str, str, Fraction]] = [(new[u], new[v], rate) for u, v, rate in topology.links]
-    return Topology(topology.name, [*order, *topology.switches], order, links, unit=topology.unit)
+CASES = {
+    "E1": two_islands,
+    "E2": one_slow,
+    "E3": mesh_3x3,
+    "E7": two_cliques,
+    "racks": two_racks,
+    "DC": interleaved,
+    "4": four,
+    "16": sixteen,
+}

@@ -1,7 +1,8 @@
 """The planner's predictions against what happens, over shaped links (root needed).
 
 Per network and size every way to all-reduce is predicted from the links' measured goodput, then all are run in turn in
-the same processes, `--others` times, and the one that the planner chose `--steps` times.
+the same processes, `--others` times, and the one that the planner chose `--steps` times. All ranks must end with the same
+bits. With `--per-host 2` and more every host has so many ranks, and they probe the network themselves.
 
 `python benchmarks/network/auto.py E1 E2 E3 E7 --mib 1 4 16 32 --steps 50 20 8 4 --others 3 2 1 1`
 """
@@ -21,37 +22,39 @@ from _cases import CASES
 from _lab import INTERFACE, Lab
 
 from trainkit._planner import plan_network
-from trainkit.collectives import ForestState, Topology
+from trainkit.collectives import ForestState, Topology, probe
 
 LIMIT_S = 3000.0
 Row = tuple[Any, ...]
 
 
-def join(rank: int, lab: Lab, port: int) -> int:
-    """Become one rank of the lab; the number of ranks."""
+def join(rank: int, lab: Lab, port: int, per_host: int = 1) -> None:
+    """Become one rank of the lab."""
     os.nice(-10)  # what else runs here must not decide when a packet is answered
     os.environ["GLOO_SOCKET_IFNAME"] = INTERFACE
     torch.set_num_threads(1)
     names = lab.topology.compute_nodes
     where = f"tcp://{lab.address(names[0])}:{port}"
-    dist.init_process_group("gloo", where, rank=rank, world_size=len(names))
-    return len(names)
+    dist.init_process_group("gloo", where, rank=rank, world_size=len(names) * per_host)
 
 
-def slowest(seconds: float) -> float:
-    """The greatest over the ranks."""
-    taken = torch.tensor([seconds], dtype=torch.float64)
-    dist.all_reduce(taken, dist.ReduceOp.MAX)
-    return float(taken)
+def greatest(value: float) -> float:
+    """Over the ranks."""
+    every = torch.tensor([value], dtype=torch.float64)
+    dist.all_reduce(every, dist.ReduceOp.MAX)
+    return float(every)
 
 
 def compare(rank: int, lab: Lab, measured: Topology, options: Any, pipe: Connection) -> None:
     """One rank: every way in turn; rank 0 sends (MiB, way, predicted, seconds)."""
-    join(rank, lab, options.port)
+    join(rank, lab, options.port, options.per_host)
+    if options.per_host > 1:
+        measured = probe(interface=INTERFACE)
     for mib, steps, others in zip(options.mib, options.steps, options.others, strict=True):
         box: list[Any] = [plan_network(measured, [mib << 20]) if rank == 0 else None]
         dist.broadcast_object_list(box)
-        message = torch.randn((mib << 20) // 4, generator=torch.Generator().manual_seed(rank))
+        value = torch.randn((mib << 20) // 4, generator=torch.Generator().manual_seed(rank))
+        message = value.clone()
         methods: dict[str, Callable[[torch.Tensor], Any]] = {}
         states = []
         for way in box[0].ways:
@@ -69,10 +72,14 @@ def compare(rank: int, lab: Lab, measured: Topology, options: Any, pipe: Connect
             for way in box[0].ways:
                 if round_ >= (steps if way.name == chosen else others):
                     continue
+                message.copy_(value)
                 dist.barrier()
                 start = time.monotonic()
                 methods[way.name](message)
-                taken = slowest(time.monotonic() - start)
+                taken = greatest(time.monotonic() - start)
+                digest = float(hash(message.numpy().tobytes()) % 2**48)
+                if greatest(digest) != -greatest(-digest):
+                    raise RuntimeError(f"{way.name}: the ranks' results differ")
                 if rank == 0:
                     pipe.send((mib, way.name + (" (chosen)" if way.name == chosen else ""), way.step_s, taken))
         for state in states:
@@ -80,13 +87,13 @@ def compare(rank: int, lab: Lab, measured: Topology, options: Any, pipe: Connect
     dist.destroy_process_group()
 
 
-def run(lab: Lab, target: Callable[..., None], options: Any) -> list[Row]:
-    """What rank 0 sends while all ranks run `target`."""
+def run(lab: Lab, target: Callable[..., None], options: Any, per_host: int = 1) -> list[Row]:
+    """What rank 0 sends while all ranks, `per_host` on each node, run `target`."""
     measured = lab.measured()
     context = multiprocessing.get_context("fork")
     receive, send = context.Pipe(duplex=False)
     processes = []
-    for rank, name in enumerate(lab.topology.compute_nodes):
+    for rank, name in enumerate(name for name in lab.topology.compute_nodes for _ in range(per_host)):
         process = context.Process(target=target, args=(rank, lab, measured, options, send))
         lab.inside(name, process.start)
         processes.append(process)
@@ -114,12 +121,13 @@ def main() -> None:
         "--steps", type=int, nargs="+", default=[50, 50, 50, 50], help="runs of the chosen way, per size"
     )
     parser.add_argument("--others", type=int, nargs="+", default=[3, 3, 3, 3], help="runs of the other ways, per size")
+    parser.add_argument("--per-host", type=int, default=1, help="ranks on each host")
     parser.add_argument("--port", type=int, default=29431)
     options = parser.parse_args()
     print("| case | MiB | way | predicted s | runs | median s | measured / predicted |\n|---|---|---|---|---|---|---|")
     for case in options.cases:
         with Lab(CASES[case]()) as lab:
-            rows = run(lab, compare, options)
+            rows = run(lab, compare, options, options.per_host)
         for mib in options.mib:
             told = {name: predicted for m, name, predicted, _ in rows if m == mib}
             for name, predicted in told.items():

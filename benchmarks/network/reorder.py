@@ -21,7 +21,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from _cases import renamed, two_racks
+from _cases import interleaved
 from _lab import Lab
 
 from trainkit.collectives import Topology
@@ -166,11 +166,9 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5, help="all-reduces a launch")
     parser.add_argument("--launches", type=int, default=2, help="launches of each, in turn")
     options = parser.parse_args()
-    given = two_racks().compute_nodes
-    interleaved = [host for pair in zip(given[:4], given[4:], strict=True) for host in pair]
     results: dict[str, list[tuple[float, float]]] = {}
-    with Lab(renamed(two_racks(), {}, interleaved)) as lab, tempfile.TemporaryDirectory() as scratch:
-        devices = {host: {"address": lab.address(host)} for host in interleaved}
+    with Lab(interleaved()) as lab, tempfile.TemporaryDirectory() as scratch:
+        devices = {host: {"address": lab.address(host)} for host in lab.topology.compute_nodes}
         network = probed(lab, Path(scratch)) if options.probe else replace(lab.topology, devices=devices)
         plan = ordered(network, Path(scratch))
         for launch_ in range(options.launches):

@@ -209,7 +209,7 @@ def measure(case: str, options: Any) -> dict[str, Any]:
 def main() -> None:
     """Measure the cases asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("cases", nargs="*", default=["E1", "E2", "E3", "E7"])
+    parser.add_argument("cases", nargs="*", default=["E1", "E2", "E3", "E7", "DC"])
     parser.add_argument("--mib", type=int, nargs="+", default=[16, 32])
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--chunks", type=int, default=64, help="pieces that a tree's share is cut into")

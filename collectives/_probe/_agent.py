@@ -41,13 +41,13 @@ class Agent:
             key: secret of the probe.
             about: what the conductor is told: "name", "rank" (or None), "devices".
             timeout_s: longest wait for another host.
-            join_s: longest wait for the conductor to be there.
+            join_s: longest wait for the conductor to be there, and then for the other hosts to come.
             source: own address to use; empty: the one that the route to the conductor has.
 
         Raises:
             ProbeError: the conductor cannot be reached in time, or has another key.
         """
-        self._timeout_s = timeout_s
+        self._timeout_s, self._join_s = timeout_s, join_s
         self._name = str(about.get("name"))
         connection = _reach(conductor, join_s, source)
         own = connection.getsockname()[0]
@@ -77,7 +77,7 @@ class Agent:
             ProbeError: a host failed: which and why.
         """
         try:
-            self._enrol(self._control.receive(_IDLE_S))
+            self._enrol(self._control.receive(self._join_s + _IDLE_S))
             threading.Thread(target=self._welcome, daemon=True).start()
             while True:
                 message = self._control.receive(_IDLE_S)

@@ -18,6 +18,8 @@ from trainkit.collectives._probe._wire import Channel, Gone, ProbeError, accept_
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many rounds are done and how many there are."""
 
+NAME = re.compile(r"[\w.:-]{1,200}")
+"""What a host may be called."""
 _LAST_WORDS_S = 2.0
 
 
@@ -56,6 +58,8 @@ class Conductor:
         """
         self._listener, self._key, self._timeout_s, self._streams = listener, key, timeout_s, streams
         self.members: list[Member] = []
+        self._came: list[tuple[int | None, Member]] = []
+        self._news = threading.Condition()
         self._inbox: queue.Queue[tuple[int, dict[str, Any] | Gone]] = queue.Queue()
         self._turn = 0
 
@@ -71,19 +75,15 @@ class Conductor:
         Raises:
             ProbeError: they did not all come in time; names those that did.
         """
-        end = time.monotonic() + join_s
-        came: list[tuple[int | None, Member]] = []
-        door: queue.Queue[tuple[int | None, Member]] = queue.Queue()
-        threading.Thread(target=self._welcome, args=(door,), daemon=True).start()
-        while len(came) < hosts:
-            try:
-                came.append(door.get(timeout=max(0.0, end - time.monotonic())))
-            except queue.Empty:
-                self.members = [member for _, member in came]
-                names = ", ".join(member.name for member in self.members) or "none"
-                raise ProbeError(f"{len(came)} of {hosts} hosts came within {join_s:g} s: {names}") from None
+        threading.Thread(target=self._welcome, args=(hosts,), daemon=True).start()
+        with self._news:
+            complete = self._news.wait_for(lambda: len(self._came) == hosts, join_s)
+            came = list(self._came)
+        self.members = [member for _, member in came]  # who is to be told, also if their ranks make no sense
+        if not complete:
+            names = ", ".join(member.name for member in self.members) or "none"
+            raise ProbeError(f"{len(came)} of {hosts} hosts came within {join_s:g} s: {names}")
         shut(self._listener)
-        self.members = [member for _, member in came]  # who is to be told if their ranks make no sense
         self.members = _numbered(came, hosts)
         session = secrets.token_hex(32)
         listed = [[member.name, member.address, member.port] for member in self.members]
@@ -135,26 +135,38 @@ class Conductor:
     def close(self) -> None:
         """Close all connections."""
         shut(self._listener)
-        for member in self.members:
-            member.channel.close()
+        with self._news:
+            for _, member in self._came:
+                member.channel.close()
 
-    def _welcome(self, door: "queue.Queue[tuple[int | None, Member]]") -> None:
+    def _welcome(self, hosts: int) -> None:
         """Take in who comes; each in a thread of its own, so that a silent stranger keeps nobody waiting."""
         while True:
             try:
                 connection, (address, *_) = self._listener.accept()
             except OSError:
                 return
-            threading.Thread(target=self._admit, args=(connection, address, door), daemon=True).start()
+            threading.Thread(target=self._admit, args=(connection, address, hosts), daemon=True).start()
 
-    def _admit(self, connection: socket.socket, address: str, door: "queue.Queue[tuple[int | None, Member]]") -> None:
+    def _admit(self, connection: socket.socket, address: str, hosts: int) -> None:
         try:
             channel, hello = accept_channel(connection, self._key, {}, self._timeout_s)
             rank = None if hello.get("rank") is None else whole(hello, "rank", 0, 1 << 20)
             name, devices = hello.get("name"), hello.get("devices")
-            if not isinstance(name, str) or not re.fullmatch(r"[\w.:-]{1,200}", name) or not isinstance(devices, dict):
+            if not isinstance(name, str) or not NAME.fullmatch(name) or not isinstance(devices, dict):
                 raise Gone("a host must say its name and devices")
-            door.put((rank, Member(channel, name, address, whole(hello, "port", 1, 65535), devices)))
+            member = Member(channel, name, address, whole(hello, "port", 1, 65535), devices)
+            with self._news:
+                full = len(self._came) == hosts
+                if not full:
+                    self._came.append((rank, member))
+                    self._news.notify_all()
+            if full:
+                reason = (
+                    f"host {name!r} came after the {hosts} that this probe is for: give each the true number of hosts"
+                )
+                channel.send({"do": "abort", "reason": reason}, self._timeout_s)
+                connection.close()
         except Gone:  # a stranger, or a host with another key: it may try again
             connection.close()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainkit.collectives._probe._agent import Agent
-from trainkit.collectives._probe._conductor import Conductor, Progress
+from trainkit.collectives._probe._conductor import NAME, Conductor, Progress
 from trainkit.collectives._probe._devices import read_devices
 from trainkit.collectives._probe._lead import lead
 from trainkit.collectives._probe._prior import Prior
@@ -63,7 +63,8 @@ def probe(
         host alone it is what the driver says of its GPUs.
 
     Raises:
-        ProbeError: a host failed, every rank names the same; or all ranks are on one host without GPUs.
+        ProbeError: a host failed, every rank names the same; or there is one rank, or all are on one host without GPUs.
+        ValueError: a rank has no such interface, or there is no group.
     """
     import torch.distributed as dist
 
@@ -72,11 +73,8 @@ def probe(
         raise ValueError("probe needs a process group: call torch.distributed.init_process_group first, or pass one")
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     if size < 2:
-        raise ValueError(f"probe needs at least 2 ranks, got {size}")
-    everyone: list[Any] = [None] * size
-    dist.all_gather_object(
-        everyone, {"host": _identity(), "name": socket.gethostname(), "address": _own(interface)}, group
-    )
+        raise ProbeError(f"a probe needs at least 2 ranks, got {size}: there is no network to measure")
+    everyone = seats(group, interface)
     hosts = list(dict.fromkeys(one["host"] for one in everyone))
     first = [next(r for r in range(size) if everyone[r]["host"] == host) for host in hosts]
     ranks = [[r for r in range(size) if everyone[r]["host"] == host] for host in hosts]
@@ -86,9 +84,14 @@ def probe(
     listener: socket.socket | None = None
     if leads:
         address = _own(interface, toward=everyone[first[-1]]["address"] if len(hosts) > 1 else "127.0.0.1")
-        listener = socket.create_server((address, 0), backlog=1024)
-        offer = [(*listener.getsockname()[:2], secrets.token_hex(32))]
+        try:
+            listener = socket.create_server((address, 0), backlog=1024)
+            offer = [(*listener.getsockname()[:2], secrets.token_hex(32))]
+        except OSError as error:
+            offer = [f"rank 0 cannot listen at {address}, its address toward the other hosts: {error}"]
     dist.broadcast_object_list(offer, dist.get_global_rank(group, 0), group)
+    if isinstance(offer[0], str):
+        raise ProbeError(offer[0])
     address, port, key = offer[0]
     outcome: list[Any] = [None]
     try:
@@ -159,6 +162,9 @@ def probe_hosts(
         raise ValueError(f"a probe needs at least 2 hosts, got {hosts}")
     if rank is not None and not 0 <= rank < hosts:
         raise ValueError(f"rank must be from 0 to {hosts - 1}, got {rank}")
+    name = name or socket.gethostname()
+    if not NAME.fullmatch(name):
+        raise ValueError(f"a host's name is letters, digits and . : - _, at most 200 of them, got {name!r}")
     listener: socket.socket | None = None
     if rank in (None, 0):
         try:
@@ -168,10 +174,30 @@ def probe_hosts(
                 raise ProbeError(
                     f"rank 0 leads and cannot listen at {rendezvous[0]}:{rendezvous[1]}: {error}"
                 ) from None
-    about = {"name": name or socket.gethostname(), "rank": rank, "devices": read_devices()}
+    about = {"name": name, "rank": rank, "devices": read_devices()}
     run = _Run(Plan(hosts, warm_s, measure_s), [1] * hosts, prior, progress, hops, join_s)
     source = _own(interface) if interface else ""
     return run.both(listener, rendezvous, key, about, timeout_s, streams, source)
+
+
+def seats(group: "ProcessGroup", interface: str | None) -> list[dict[str, str]]:
+    """What every rank says of itself: "host", equal for those that share one, "name" and "address".
+
+    Raises:
+        ValueError: a rank has no such interface; on every rank, so that none is left waiting.
+    """
+    import torch.distributed as dist
+
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    try:
+        own = {"host": _identity(), "name": socket.gethostname(), "address": _own(interface)}
+    except ValueError as error:
+        own = {"refused": f"{socket.gethostname()}: {error}"}
+    dist.all_gather_object(everyone, own, group)
+    refused = next((one["refused"] for one in everyone if "refused" in one), None)
+    if refused is not None:
+        raise ValueError(refused)
+    return everyone
 
 
 class _Run:
@@ -217,7 +243,7 @@ class _Run:
 
     def _follow(self, at: tuple[str, int], key: bytes, about: dict[str, Any], timeout_s: float, source: str) -> None:
         with suppress(ProbeError):  # the conductor, in this very process, says it better
-            Agent(at, key, about, timeout_s, timeout_s, source).run()
+            Agent(at, key, about, timeout_s, self._join_s, source).run()
 
     def _conduct(self, conductor: Conductor) -> Topology:
         conductor.collect(self._plan.hosts, self._join_s)

@@ -1,7 +1,7 @@
 """From the tree that was inferred to the Topology that is written."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
@@ -88,6 +88,35 @@ def topology(tree: Tree, trips: RoundTrips, hosts: Sequence[HostFacts], rounds: 
         confidence=confidence,
         devices=devices,
     )
+
+
+def seated(network: Topology, seats: Sequence[Mapping[str, str]]) -> Topology:
+    """The network with its compute nodes in the order of these ranks, where it knows their hosts.
+
+    A plan of ranks, or another launcher, gives a job an order that is not the probe's.
+
+    Args:
+        network: with the addresses of its hosts, as the probe writes it.
+        seats: "address" and "name" of each rank's host.
+
+    Raises:
+        ValueError: a host has another number of ranks than in the network.
+    """
+    addresses = [str(about.get("address")) if isinstance(about, Mapping) else "" for about in network.devices.values()]
+    known = {at: host for at, host in zip(addresses, network.devices, strict=True) if addresses.count(at) == 1}
+    hosts = [known.get(seat["address"], seat["name"]) for seat in seats]
+    nodes: dict[str, list[str]] = {}
+    for node in network.compute_nodes:
+        nodes.setdefault(node if node in network.devices else node.rpartition(".")[0], []).append(node)
+    if not set(hosts) <= set(nodes):
+        return network
+    for host, own in nodes.items():
+        if hosts.count(host) != len(own):
+            raise ValueError(
+                f"{network.name}: host {host!r} has {len(own)} ranks there and {hosts.count(host)} in this job: "
+                "probe with as many ranks a host as the job has"
+            )
+    return replace(network, compute_nodes=[nodes[host].pop(0) for host in hosts])
 
 
 def one_host(name: str, ranks: int, devices: Mapping[str, Any]) -> Topology:

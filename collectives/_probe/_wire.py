@@ -71,13 +71,13 @@ class Channel:
         data = bytearray()
         while len(data) < count:
             left = end - time.monotonic()
+            if left <= 0:
+                raise Gone("nothing came in time")
             try:
-                if left <= 0:
-                    raise TimeoutError
                 self.socket.settimeout(left)
                 part = self.socket.recv(count - len(data))
             except TimeoutError:
-                raise Gone("nothing came in time") from None
+                continue  # a send in another thread sets a shorter one on the same socket
             except OSError as error:
                 raise Gone(f"the connection failed: {error}") from None
             if not part:

@@ -27,5 +27,5 @@ def bytes_per_second(unit: str | None) -> Fraction:
 
 def check_unit(unit: str | None) -> None:
     """Refuse a unit that is not known."""
-    if unit is not None and unit not in BYTES_PER_SECOND:
+    if unit is not None and (not isinstance(unit, str) or unit not in BYTES_PER_SECOND):
         raise ValueError(f"unit must be one of {', '.join(BYTES_PER_SECOND)}, got {unit!r}")

@@ -19,7 +19,7 @@ from trainkit.collectives.schedule._units import bytes_per_second
 from trainkit.collectives.trees._capacity import Share
 from trainkit.collectives.trees._copying import choose_copying
 from trainkit.collectives.trees._flat import ForestError
-from trainkit.collectives.trees._forest import Forest, build
+from trainkit.collectives.trees._forest import Forest, build, check_counts
 from trainkit.collectives.trees._problem import Problem, Progress, problem
 from trainkit.collectives.trees._program import CutProgram, Solution
 
@@ -95,6 +95,7 @@ def allreduce_forest(
     Raises:
         ValueError: as `forest`.
     """
+    check_counts(trees_per_root=trees_per_root, max_height=max_height)
     down = choose_copying(problem(topology, group=group, progress=progress))
     up = choose_copying(problem(topology, "reduce_scatter", group=group, progress=progress))
     if trees_per_root is not None:

@@ -205,9 +205,7 @@ def forest(
         >>> trees.inv_rate, trees.k, trees.height
         (Fraction(1, 2), 1, 1)
     """
-    for what, value in (("trees_per_root", trees_per_root), ("max_height", max_height)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{what} must be a whole number >= 1, got {value!r}")
+    check_counts(trees_per_root=trees_per_root, max_height=max_height)
     asked = problem(topology, collective, root=root, weights=weights, group=group, progress=progress)
     asked = choose_copying(asked)
     share = best_share(asked) if trees_per_root is None else fixed_share(asked, trees_per_root)
@@ -218,6 +216,13 @@ def forest(
     )
     result.verify()
     return result
+
+
+def check_counts(**counts: int | None) -> None:
+    """Refuse counts that are neither None nor whole numbers of at least 1."""
+    for what, value in counts.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{what} must be a whole number >= 1, got {value!r}")
 
 
 def build(share: Share, max_height: int | None) -> Flat:

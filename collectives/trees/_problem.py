@@ -107,7 +107,10 @@ def problem(
         )
     rooted = collective in ("broadcast", "reduce")
     if rooted != (root is not None):
-        raise ValueError(f"root belongs to broadcast and reduce: collective {collective!r}, root {root!r}")
+        raise ValueError(
+            f"root belongs to broadcast and reduce: collective {collective!r}, root {root!r}"
+            + (f": name one of {', '.join(topology.compute_nodes[:8])}, ..." if rooted else "")
+        )
     if rooted and weights is not None:
         raise ValueError(f"weights are shard sizes: {collective} has no shards")
     members = list(topology.compute_nodes) if group is None else list(group)

@@ -76,7 +76,7 @@ def run(options: Options) -> int:
         return 0
     if options.out.is_dir() or not options.out.resolve().parent.is_dir():
         raise ValueError(f"--out must be a file in a folder that exists, got {options.out}")
-    network, leads = _over_address(options, hosts) if options.rendezvous else _over_torchrun(options)
+    network, leads = _over_address(options, hosts) if options.rendezvous else _over_torchrun(options, hosts)
     if not leads:
         return 0
     write_text_atomically(options.out, json.dumps(network.to_dict(), indent=1) + "\n")
@@ -143,7 +143,7 @@ def _over_address(options: Options, hosts: int) -> "tuple[Topology, bool]":
     return network, led
 
 
-def _over_torchrun(options: Options) -> "tuple[Topology, bool]":
+def _over_torchrun(options: Options, hosts: int) -> "tuple[Topology, bool]":
     from datetime import timedelta
 
     if "RANK" not in os.environ:
@@ -153,9 +153,11 @@ def _over_torchrun(options: Options) -> "tuple[Topology, bool]":
     import torch.distributed as dist
 
     from trainkit.collectives import probe
-    from trainkit.collectives._probe import read_prior
+    from trainkit.collectives._probe import Plan, read_prior
 
-    dist.init_process_group("gloo", timeout=timedelta(seconds=max(600.0, options.join)))
+    # ranks that do not measure wait in the group all the time that the others take
+    longest = 2 * Plan(hosts, options.warm, options.measure).seconds
+    dist.init_process_group("gloo", timeout=timedelta(seconds=max(600.0, options.join, longest)))
     try:
         with _bar() as progress:
             network = probe(
