@@ -54,7 +54,7 @@ def _loss_and_gradients(
 
 
 def _scaled(grad: Tensor, dx: Tensor, dweight: Tensor, factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    scale = (grad * factor).to(torch.float32)
+    scale = (grad * factor).to(torch.float32).reshape(1)  # without a dimension a GPU would round it to dx's type first
     return (dx * scale).to(dx.dtype), (dweight * scale).to(dtype)
 
 
