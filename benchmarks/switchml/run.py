@@ -4,10 +4,10 @@ Builds a star of network namespaces for each case and prints one row of a table:
 (bits of the fp32 bucket over seconds of the slowest rank) and the ratio. Needs root, `ip` and `tc`.
 """
 
+import argparse
 import json
 import statistics
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,14 @@ CASES = {
 }
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description="SwitchML beside gloo over the same links, in alternation; needs root."
+    )
+    parser.add_argument("cases", nargs="*", metavar="case", help=f"of {', '.join(CASES)}; all without one")
+    asked = parser.parse_args().cases or list(CASES)
+    if unknown := sorted({*asked} - {*CASES}):
+        parser.error(f"a case is one of {', '.join(CASES)}; got {', '.join(unknown)}")
     print("| case | ours, Mbit/s a worker | gloo, Mbit/s a worker | ratio | elements x slots | repeats |")
     print("|---|---|---|---|---|---|", flush=True)
-    for chosen in sys.argv[1:] or CASES:
+    for chosen in asked:
         CASES[chosen]()
