@@ -6,7 +6,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ Where = Literal["device", "cpu", "disk"]
 
 def check_where(where: str) -> None:
     """Raises ValueError unless a snapshot can lie there."""
-    if where not in ("device", "cpu", "disk"):
+    if where not in get_args(Where):
         raise ValueError(f"a snapshot lies on 'device', 'cpu' or 'disk', but got {where!r}: choose one of them")
 
 

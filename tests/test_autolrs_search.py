@@ -2,6 +2,10 @@
 
 import json
 import math
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -310,3 +314,15 @@ def test_a_faster_trial_that_rebounds_does_not_speak_against_a_slower_one():
     outcome = race(Rebound(), search, Search(0, 1000, 100, 2, 10_000), rules())
     assert [r.rate for r in outcome.trials] == pytest.approx([0.3, 0.3 * 10**0.5])
     assert outcome.trials[0].mean < 0.5 and outcome.rate == pytest.approx(0.3)
+
+
+def test_stages_of_a_given_length_end_near_the_best_rate() -> None:
+    """The benchmark's noisy quadratic, through the controller: no lean to faster rates where a trial's end is forecast."""
+    script = Path(__file__).parent.parent / "benchmarks" / "autolrs" / "quadratic.py"
+    words = [sys.executable, script, "--seeds", "1", "--arms", "ours"]
+    said = subprocess.run(words, capture_output=True, text=True, timeout=200, check=True).stdout
+    found = re.findall(r"stage (\d): chosen/best median (\S+) .* discarded max (\d+)", said)
+    assert [stage for stage, _, _ in found] == ["1", "2", "3"]
+    for (_, ratio, discarded), (worst, most) in zip(found, ((4, 1000), (3, 538), (3, 538)), strict=True):
+        assert float(ratio) <= worst
+        assert int(discarded) <= most
