@@ -27,7 +27,7 @@ class Strand:
 
     def __init__(self, chip, program, programs, run):
         self.chip, self.program, self.programs = chip, program, programs
-        self.products, self.stores = [], []
+        self.products, self.stores, self.copies = [], [], [[]]
         self.ready = lambda: True
         self.done, self.error = False, None
         self.go, self.back = threading.Lock(), threading.Lock()
@@ -40,6 +40,7 @@ class Strand:
         try:
             run()
             assert not self.products and not self.stores, "ended with a product or a store under way"
+            assert self.copies == [[]], "ended with a copy under way"
         except BaseException as error:
             self.error = error
         self.done = True

@@ -299,6 +299,27 @@ class Tma:
             stores.pop(0)()
 
 
+class AsyncCopy:
+    """Copies that land as late as they may: when their group is waited for."""
+
+    @staticmethod
+    def async_copy_global_to_shared(to, at, mask):
+        to.data[...] = np.nan
+        Chip.active.current.copies[-1].append(lambda: to.store(load(at, mask)))
+
+    @staticmethod
+    def commit_group():
+        Chip.active.current.copies.append([])
+
+    @staticmethod
+    def wait_group(n):
+        copies = Chip.active.current.copies
+        while len(copies) - 1 > n:
+            for land in copies.pop(0):
+                land()
+        pause()
+
+
 mbarrier, tma = Mbarrier, Tma
 
 
@@ -361,7 +382,8 @@ def jit(function=None, **options):
 OUTSIDE = {
     "triton.experimental.gluon.language": language,
     "gluon": SimpleNamespace(jit=jit), "ir": None, "builtin": identity, "fence_async_shared": unmodelled,
-    "mbarrier": Mbarrier, "tma": Tma, "warpgroup_mma": warpgroup_mma, "warpgroup_mma_wait": warpgroup_mma_wait,
+    "mbarrier": Mbarrier, "tma": Tma, "async_copy": AsyncCopy,
+    "warpgroup_mma": warpgroup_mma, "warpgroup_mma_wait": warpgroup_mma_wait,
 }  # fmt: skip
 
 

@@ -80,6 +80,8 @@ def test_planes_describe_layouts_in_place():
     assert _hopper.plane(fused)[0] is fused and _hopper.plane(fused)[1:] == ((20, 256), 768, 10, 0, 64)
     odd = torch.zeros(2, 10, 4, 65, dtype=torch.bfloat16)[..., :64]
     assert _hopper.plane(odd)[0].is_contiguous()
+    unaligned = torch.zeros(1 + 2 * 10 * 4 * 64, dtype=torch.bfloat16)[1:].view(2, 10, 4, 64)
+    assert unaligned.is_contiguous() and _hopper.plane(unaligned)[0].data_ptr() % 16 == 0
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,38 @@ def test_backward(name):
     backward(BACKWARD[name], 1)
 
 
+def rows(seed, vocabulary=8224):
+    """Loss and gradient of rows kept in shared memory; the third target does not count, the last is no token."""
+    from trainkit.kernels.fused._loss_hopper import cross_entropy
+
+    logits = (torch.randn(5, vocabulary, generator=torch.Generator().manual_seed(seed)) * 4).bfloat16()
+    target = torch.tensor([0, vocabulary - 1, -100, 4096, vocabulary])
+    leaf = logits.float().requires_grad_()
+    wants = torch.nn.functional.cross_entropy(leaf[:4], target[:4], reduction="none")
+    wants.sum().backward()
+    losses = torch.full((5,), float("nan"))
+    launch = kernels_gluon.launcher(seed)(cross_entropy, (5,))
+    with interpreter():
+        launch(logits, target, losses, vocabulary, -100, 1.0, 4096, -(-vocabulary // 4096), 8)
+    assert losses[4].isnan() and (losses[:4] - wants).abs().max() <= 1e-4
+    assert (logits[:4] - leaf.grad[:4]).abs().max() <= 2e-3 and (logits[2] == 0).all()
+
+
+def test_rows_of_a_loss(monkeypatch):
+    rows(1)
+    rows(2, vocabulary=8192)
+    path = kernels_gluon.source_of("trainkit.kernels.fused._loss_hopper")
+    text = Path(path).read_text()
+    for right, wrong in {
+        "wait_group(BLOCKS - 1 - i)": "wait_group(BLOCKS - i)",
+        "mask=at < V)": "mask=at <= V)",
+    }.items():
+        assert right in text
+        monkeypatch.setattr(kernels_gluon, "module", kernels_gluon.changed(path, text.replace(right, wrong)))
+        with pytest.raises((AssertionError, IndexError)):
+            rows(1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2, 12))
 def test_other_orders(seed):

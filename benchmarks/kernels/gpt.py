@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -207,6 +208,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--json")
     args = parser.parse_args()
+    # A graph compiled for one of SDPA's backends would be taken from the cache for another.
+    torch._functorch.config.enable_autograd_cache = False
     # TF32 for what stays in fp32 in every arm alike.
     torch.set_float32_matmul_precision("high")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from trainkit.kernels import _gluon
 from trainkit.kernels._attention import _triton
 from trainkit.kernels._attention._codegen import arguments
 from trainkit.kernels._attention._launch import Box, Kept, counter
@@ -15,24 +16,10 @@ from trainkit.kernels._attention._spec import Spec
 from trainkit.kernels._attention._triton import Call, Tiling
 
 HEADS = (64, 128, 256)
-GLUON = "3.6"
-"""Gluon is experimental: its names change from one version of Triton to the next."""
 ROWS = 128
 """Queries (or keys) a program of a backward kernel, 64 a warpgroup."""
 UNBOUNDED_CAP = 60.0
 """Soft caps up to this give exponentials between 2**-87 and 2**87: sums of them need no maximum."""
-
-
-@cache
-def _triton_version() -> str:
-    import triton
-
-    return ".".join(triton.__version__.split(".")[:2])
-
-
-@cache
-def _capability(device: int) -> int:
-    return torch.cuda.get_device_capability(device)[0]
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> str | None:
@@ -40,11 +27,7 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> str | None:
     lack = _triton.why_not(q, v, spec)
     if lack:
         return lack
-    if not q.is_cuda or _capability(q.device.index) != 9:
-        return "the device is no Hopper GPU"
-    if _triton_version() != GLUON:
-        return f"the Hopper kernels are written in the Gluon of Triton {GLUON}, got {_triton_version()}"
-    return unsupported(q, k, v, spec)
+    return _gluon.why_not(q) or unsupported(q, k, v, spec)
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> str | None:
@@ -85,7 +68,7 @@ def plane(x: Tensor) -> Plane:
         return Plane(x, (B * S, H * D), ss, S, 0, D)
     if even and sh == S * ss and (B == 1 or sb == H * sh) and ss >= D:
         return Plane(x, (B * H * S, D), ss, H * S, S, 0)
-    return plane(x.contiguous())
+    return plane(x.clone(memory_format=torch.contiguous_format))  # `contiguous()` would keep one that starts unaligned
 
 
 def descriptor(p: Plane, rows: int, width: int) -> Any:

@@ -10,7 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trainkit.kernels._gluon import why_not
 from trainkit.kernels.fused._launch import fusible
+
+KEPT_BLOCK = 4096
+KEPT_BYTES = 112 << 10
+"""A row that shared memory keeps: two of them fit in a multiprocessor's."""
 
 
 def reference(x: Tensor, weight: Tensor, target: Tensor, ignore_index: int) -> Tensor:
@@ -25,29 +30,39 @@ def _chunk(tokens: int, vocabulary: int) -> int:
     return min(tokens, max(1024, 1 << ((256 << 20) // vocabulary).bit_length() - 1))
 
 
+def _cross_entropy(x: Tensor, vocabulary: int) -> tuple[Any, dict[str, int]]:
+    """The kernel that turns rows of logits into their gradients, and its constants."""
+    blocks = -(-vocabulary // KEPT_BLOCK)
+    if vocabulary % 16 == 0 and blocks * KEPT_BLOCK * x.element_size() <= KEPT_BYTES and why_not(x) is None:
+        from trainkit.kernels.fused._loss_hopper import cross_entropy as kept
+
+        return kept, {"BLOCK": KEPT_BLOCK, "BLOCKS": blocks, "num_warps": 8}
+    from trainkit.kernels.fused._loss_kernels import cross_entropy
+
+    block = min(4096, 1 << (vocabulary - 1).bit_length()) if x.is_cuda else 64
+    return cross_entropy, {"BLOCK": block, "num_warps": max(1, block // 512)}
+
+
 def _loss_and_gradients(
     x: Tensor, weight: Tensor, target: Tensor, ignore_index: int, chunk: int, needs_x: bool, needs_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss, its gradients but for a factor (empty where not needed; the weight's in fp32), and that factor."""
-    from trainkit.kernels.fused import _loss_kernels as kernels
-
     tokens, vocabulary = x.shape[0], weight.shape[0]
     losses = torch.empty(tokens, dtype=torch.float32, device=x.device)
     dx = torch.empty_like(x) if needs_x else x.new_empty(0)
-    dweight = torch.zeros(weight.shape if needs_weight else 0, dtype=torch.float32, device=x.device)
+    dweight: Tensor | None = None
     target = target.contiguous()
-    block = min(4096, 1 << (vocabulary - 1).bit_length()) if x.is_cuda else 64
+    cross_entropy, options = _cross_entropy(x, vocabulary)
     for start in range(0, tokens, chunk):
         rows = slice(start, start + chunk)
         logits = x[rows] @ weight.T
-        kernels.cross_entropy[(logits.shape[0],)](
-            logits, target[rows], losses[rows], vocabulary, ignore_index, 1.0, BLOCK=block,
-            num_warps=max(1, block // 512),
-        )  # fmt: skip
+        cross_entropy[(logits.shape[0],)](logits, target[rows], losses[rows], vocabulary, ignore_index, 1.0, **options)
         if needs_x:
             torch.mm(logits, weight, out=dx[rows])
         if needs_weight:
-            _accumulate(dweight, logits, x[rows])
+            dweight = _added(dweight, logits, x[rows])
+    if dweight is None:
+        dweight = torch.zeros(weight.shape if needs_weight else 0, dtype=torch.float32, device=x.device)
     # Unscaled gradients keep 16-bit ones clear of underflow; the mean's factor comes last, in fp32.
     factor = 1.0 / (target != ignore_index).sum().clamp(min=1)
     return losses.sum() * factor, dx, dweight, factor
@@ -109,12 +124,15 @@ def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Any, ...]:
 loss_op.register_autograd(_backward, setup_context=_setup)
 
 
-def _accumulate(total: Tensor, gradient: Tensor, x: Tensor) -> None:
-    """Add gradient^T x to total, summed over chunks in fp32; in the product itself where this PyTorch's can."""
-    if x.is_cuda and x.dtype != torch.float32 and hasattr(torch.ops.aten.addmm, "dtype_out"):
-        torch.ops.aten.addmm.dtype_out(total, gradient.T, x, torch.float32, out=total)
-    else:
-        total += gradient.T @ x
+def _added(total: Tensor | None, gradient: Tensor, x: Tensor) -> Tensor:
+    """Add gradient^T x to a total, over chunks in fp32: in the product itself where this PyTorch's can."""
+    if not (x.is_cuda and x.dtype != torch.float32 and hasattr(torch.ops.aten.addmm, "dtype_out")):
+        product = (gradient.T @ x).float()
+        return product if total is None else total.add_(product)
+    if total is None:
+        return torch.ops.aten.mm.dtype(gradient.T, x, torch.float32)
+    torch.ops.aten.addmm.dtype_out(total, gradient.T, x, torch.float32, out=total)
+    return total
 
 
 def linear_cross_entropy(

@@ -15,6 +15,10 @@ def cross_entropy(LOGITS, TARGETS, LOSS, V, ignore_index, scale, BLOCK: tl.const
     row = tl.program_id(0).to(tl.int64)
     LOGITS += row * V
     target = tl.load(TARGETS + row)
+    counted = target != ignore_index
+    # A target outside the vocabulary gives NaN, not a neighbour's logit. Read before anything is written over it.
+    known = counted & (target >= 0) & (target < V)
+    chosen = tl.load(LOGITS + target, mask=known, other=float("nan")).to(tl.float32)
     m = float("-inf")
     total = 0.0
     for start in range(0, V, BLOCK):
@@ -23,10 +27,6 @@ def cross_entropy(LOGITS, TARGETS, LOSS, V, ignore_index, scale, BLOCK: tl.const
         top = tl.maximum(m, tl.max(x, 0))
         total = total * tl.exp(m - top) + tl.sum(tl.exp(x - top), 0)
         m = top
-    counted = target != ignore_index
-    # A target outside the vocabulary gives NaN, not a neighbour's logit.
-    known = (target >= 0) & (target < V)
-    chosen = tl.load(LOGITS + target, mask=counted & known, other=float("nan")).to(tl.float32)
     loss = m + tl.log(total) - chosen
     tl.store(LOSS + row, tl.where(counted, loss, 0.0))
     factor = tl.where(counted, scale, 0.0)
