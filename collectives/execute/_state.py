@@ -147,7 +147,8 @@ class ForestState:
                 self.error = self.error or error
             future.set_exception(error)  # type: ignore[arg-type]
 
-        done.add_done_callback(finish)
+        with runner.behind(tensor.device):  # the backward pass goes on meanwhile
+            done.add_done_callback(finish)
         # through then(), the error's own words survive the way through C++
         return future.then(lambda finished: finished.value())
 
