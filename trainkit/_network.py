@@ -94,7 +94,8 @@ class NetworkState:
         self._carry: Callable[[Any], _Tensors] = partial(_over_group, None)
         self._carrier: ForestState | SwitchMLState | None = None
         self._control: dist.ProcessGroup | None = None
-        self._sizes: list[int] = []
+        self._ring: dist.ProcessGroup | None = None
+        self._sizes: list[tuple[int, int]] = []
         self._clock = Stopwatch()
         self._step = self._since_plan = self._strikes = 0
 
@@ -104,7 +105,7 @@ class NetworkState:
             self.connect()
             self._next_step()
         buffer = bucket.buffer()
-        self._sizes.append(buffer.numel() * 4)
+        self._sizes.append((buffer.nbytes, buffer.itemsize))
         stop = self._clock.start(buffer.device)
         future = self._carry(bucket)
         return future.then(lambda done: (stop(), done.value())[1])  # type: ignore[func-returns-value]
@@ -147,7 +148,7 @@ class NetworkState:
         elif len(self._clock.steps) >= self._window:
             self._look_back(sizes)
 
-    def _look_back(self, sizes: Sequence[int]) -> None:
+    def _look_back(self, sizes: Sequence[tuple[int, int]]) -> None:
         measured = torch.tensor(median(self._clock.read()), dtype=torch.float64)
         if self.plan is None:
             return
@@ -168,14 +169,21 @@ class NetworkState:
             self._strikes, self._reference = 0, now.measured_s
             self._replan(sizes, None)
 
-    def _replan(self, sizes: Sequence[int], network: Topology | None) -> None:
-        """Plan for a network and change over to what is chosen; without one, for what a probe finds."""
+    def _replan(self, sizes: Sequence[tuple[int, int]], network: Topology | None) -> None:
+        """Plan for a network and change over to what is chosen; without one, for what a probe finds.
+
+        Args:
+            sizes: of each bucket, its bytes and those of one gradient.
+            network: None probes.
+        """
         try:
             network = network or probe(self._control, interface=self._interface)
         except ProbeError as error:
             # the same on every rank
             rank_zero_info(f"no network plan: {error}; gradients go on as before")
             return
+        left = self._carrier.groups if isinstance(self._carrier, SwitchMLState) else []
+        left += [self._ring] if self._ring is not None else []
         self.close()
         self.network = network
         # One rank plans: a search that ends by the clock could end differently elsewhere.
@@ -183,7 +191,9 @@ class NetworkState:
         if dist.get_rank() == 0:
             try:
                 backend: Literal["gloo", "nccl"] = "nccl" if dist.get_backend() == "nccl" else "gloo"
-                plan = plan_network(network, sizes, switch=self._switch and self._switch[1], backend=backend)
+                buckets, itemsizes = zip(*sizes, strict=True)
+                switch = self._switch and self._switch[1]
+                plan = plan_network(network, buckets, itemsizes=itemsizes, switch=switch, backend=backend)
                 # the others are for the table only; a schedule can be megabytes, and this may be a slow network
                 ways = (way if way is plan.chosen else replace(way, schedule=None) for way in plan.ways)
                 box[0] = replace(plan, ways=tuple(ways))
@@ -193,13 +203,24 @@ class NetworkState:
         if isinstance(box[0], Exception):
             raise box[0]
         self.plan = box[0]
+        self._destroy(left)
         self._adopt(self.plan.chosen)
         self._since_plan = self._strikes = 0
         self._clock.read()
         _show(self.plan)
 
+    def _destroy(self, groups: Sequence[dist.ProcessGroup]) -> None:
+        """Let go of the process groups of the way that was left; the same on all ranks."""
+        self._ring, self._carrier, self._carry = None, None, partial(_over_group, None)
+        if groups:
+            if torch.cuda.is_available():
+                torch.cuda.current_stream().synchronize()  # it waits for the last step's gradients
+            # a rank whose own part is done may still have what another one is to get
+            dist.barrier(group=self._control)
+        for group in groups:
+            dist.destroy_process_group(group)
+
     def _adopt(self, way: Way) -> None:
-        self._carrier = None
         if way.schedule is not None:
             forest = ForestState(
                 way.schedule, interface=self._interface, deadline_s=self._deadline_s, fallback=self._fallback
@@ -219,9 +240,8 @@ class NetworkState:
         elif way.name == "reordered ring":
             assert self.network is not None
             ranks = [self.network.compute_nodes.index(name) for name in way.order or ()]
-            self._carry = partial(_over_group, dist.new_group(ranks, sort_ranks=False))
-        else:
-            self._carry = partial(_over_group, None)
+            self._ring = dist.new_group(ranks, sort_ranks=False)
+            self._carry = partial(_over_group, self._ring)
         if self._carrier is not None:
             self._carrier.connect()
 

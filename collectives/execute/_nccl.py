@@ -6,6 +6,7 @@ Sums run on a stream of their own, a wave behind, while the next group is on its
 an operation is a reduction to one or a broadcast from one, and NCCL adds while it receives.
 """
 
+import weakref
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -19,6 +20,10 @@ from trainkit.collectives.execute._transport import Work
 from trainkit.collectives.schedule import Schedule
 
 _ALIGNED = 128  # bytes: NCCL copies what starts elsewhere at half the speed
+
+
+_communicators: "weakref.WeakKeyDictionary[dist.ProcessGroup, dict[int, dist.ProcessGroup]]"
+_communicators = weakref.WeakKeyDictionary()
 
 
 @dataclass
@@ -194,13 +199,17 @@ def _options(options: Any, root: int, here: bool) -> Any:
 
 
 def _urgent(group: dist.ProcessGroup, ctas: int) -> dist.ProcessGroup:
-    """A communicator of the same ranks whose kernels go before the sums that run beside them."""
+    """A communicator of the same ranks whose kernels go before the sums that run beside them; made once."""
+    made_before = _communicators.setdefault(group, {})
+    if ctas in made_before:
+        return made_before[ctas]
     options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)  # type: ignore[attr-defined]
     if ctas:
         options.config.min_ctas = ctas
     ranks = dist.get_process_group_ranks(group)
     made = dist.new_group(ranks, backend="nccl", pg_options=options, use_local_synchronization=True)
     assert isinstance(made, dist.ProcessGroup)
+    made_before[ctas] = made
     return made
 
 

@@ -105,7 +105,7 @@ class ForestState:
             if self.topology is not None:
                 self._schedules = Schedules(self.topology, self._chunk_bytes, seat.store, seat.rank)
             if self.fallback == "allreduce":
-                self._rescue = Rescue(self.runner, seat.group, self._options["deadline_s"])
+                self._rescue = Rescue(self.runner, self._options["deadline_s"])
         return self.runner
 
     def schedule_for(self, nbytes: int, device: str = "cpu") -> Schedule:
