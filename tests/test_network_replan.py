@@ -7,6 +7,7 @@ from execute_ranks import processes
 from torch.nn.parallel import DistributedDataParallel
 
 from trainkit._network import NetworkState, auto_network_hook
+from trainkit._planner import plan_network
 from trainkit.collectives import Topology, fabrics
 
 
@@ -97,3 +98,55 @@ def test_buckets_are_planned_for_by_their_own_bytes() -> None:
     # 1 Mbit/s to and from the slow host, 4 hops in a row of two links and 0.1 ms for each bucket
     assert one[1] == pytest.approx(6 * 64 * 65 * 8e-6 * 4 / 3 + 2 * 4e-4, rel=1e-3)
     assert all(other[2] == one[2] for other in others)
+
+
+def _trained(state: NetworkState, rank: int, steps: int) -> list[float]:
+    torch.manual_seed(0)
+    ddp = DistributedDataParallel(torch.nn.Linear(64, 64))
+    state.connect()
+    ddp.register_comm_hook(state, auto_network_hook)
+    data = torch.Generator().manual_seed(rank)
+    for _ in range(steps):
+        batch = torch.randn(8, 64, generator=data)
+        (ddp(batch) - batch).square().mean().backward()
+    dist.barrier()
+    return torch.cat([p.grad.flatten() for p in ddp.parameters() if p.grad is not None]).tolist()
+
+
+def _files_differ(rank: int) -> tuple[str, list[str], list[float]]:
+    mine = {0: NETWORKS["reordered ring"], 1: fabrics.star([1] * 4, unit="Mbit/s"), 2: None}[rank]
+    state = NetworkState(mine)
+    gradients = _trained(state, rank, 4)
+    assert state.plan is not None
+    assert state.network is not None
+    return state.plan.chosen.name, list(state.network.compute_nodes), gradients
+
+
+def test_rank_0s_network_is_everyones() -> None:
+    one, *others = processes(_files_differ, 3).values()
+    assert one[:2] == ("reordered ring", ["a", "b", "c"])
+    assert all(other == one for other in others)
+
+
+def star_of(hub: str, unit: str | None = "Mbit/s") -> Topology:
+    links = [link for host in "ab" for link in ((host, hub, 9), (hub, host, 9))]
+    return Topology(hub, ["a", "b", hub], "ab", links, unit=unit)
+
+
+def _no_better(rank: int) -> tuple[list[tuple[str, list[str]]], list[float]]:
+    state = NetworkState(star_of("known"), switch=("127.0.0.1:1", "known"))
+    state.connect()
+    state.plan = plan_network(star_of("known"), [1 << 20])
+    seen = []
+    # one that nobody can plan for, then one as a probe would find it
+    for network in (star_of("known", unit=None), star_of("found")):
+        state._replan([(1 << 20, 4)], network)
+        seen.append((state.plan.topology.name, sorted(way.name for way in state.plan.ways)))
+    return seen, _trained(state, rank, 2)
+
+
+def test_training_goes_on_where_no_better_plan_is_to_be_had() -> None:
+    one, other = processes(_no_better, 2).values()
+    ways = ["forest", "native", "ring", "tree"]
+    assert one[0] == [("known", ways), ("found", ways)]
+    assert other == one

@@ -50,7 +50,7 @@ class NetworkState:
 
     Args:
         network: what to plan for, or its file: one compute node a rank, in the order of the ranks unless the probe wrote
-            it, whose hosts are known by their addresses; None probes.
+            it, whose hosts are known by their addresses; rank 0's counts. None probes.
         switch: "host:port" of a SwitchML switch to consider, with its node in `network`: `(address, node)`.
         token_file: the switch's secret.
         interface: network interface to use; None takes the one that leads to torchrun's MASTER_ADDR.
@@ -123,15 +123,19 @@ class NetworkState:
         """
         if self._control is not None:
             return
-        world = dist.get_world_size()
-        if self.network is not None and len(self.network.compute_nodes) != world:
+        control = dist.new_group(backend="gloo")
+        # a file may differ from host to host, and ranks with other networks would wait for each other
+        box = [self.network]
+        dist.broadcast_object_list(box, src=0, group=control)
+        network, world = box[0], dist.get_world_size()
+        if network is not None and len(network.compute_nodes) != world:
             raise ValueError(
-                f"a network plan needs one compute node a rank: {self.network.name} has "
-                f"{len(self.network.compute_nodes)}, the job {world} ranks: probe with as many ranks a host as the job has"
+                f"a network plan needs one compute node a rank: {network.name} has "
+                f"{len(network.compute_nodes)}, the job {world} ranks: probe with as many ranks a host as the job has"
             )
-        self._control = dist.new_group(backend="gloo")
-        if self.network is not None:
-            self.network = seated(self.network, seats(self._control, self._interface))
+        if network is not None:
+            network = seated(network, seats(control, self._interface))
+        self.network, self._control = network, control
 
     def close(self) -> None:
         """Leave the switch or the executor; the next bucket would join anew."""
@@ -182,32 +186,40 @@ class NetworkState:
             # the same on every rank
             rank_zero_info(f"no network plan: {error}; gradients go on as before")
             return
+        # One rank plans: a search that ends by the clock could end differently elsewhere.
+        box: list[Any] = [self._planned(network, sizes) if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(box, src=0, group=self._control)
+        if isinstance(box[0], Exception):
+            if self.plan is None:
+                raise box[0]
+            rank_zero_info(f"no new network plan: {box[0]}; gradients go on as before")
+            return
         left = self._carrier.groups if isinstance(self._carrier, SwitchMLState) else []
         left += [self._ring] if self._ring is not None else []
         self.close()
-        self.network = network
-        # One rank plans: a search that ends by the clock could end differently elsewhere.
-        box: list[Any] = [None]
-        if dist.get_rank() == 0:
-            try:
-                backend: Literal["gloo", "nccl"] = "nccl" if dist.get_backend() == "nccl" else "gloo"
-                buckets, itemsizes = zip(*sizes, strict=True)
-                switch = self._switch and self._switch[1]
-                plan = plan_network(network, buckets, itemsizes=itemsizes, switch=switch, backend=backend)
-                # the others are for the table only; a schedule can be megabytes, and this may be a slow network
-                ways = (way if way is plan.chosen else replace(way, schedule=None) for way in plan.ways)
-                box[0] = replace(plan, ways=tuple(ways))
-            except Exception as error:  # whatever it is, the others must not wait for a plan
-                box[0] = error
-        dist.broadcast_object_list(box, src=0, group=self._control)
-        if isinstance(box[0], Exception):
-            raise box[0]
-        self.plan = box[0]
+        self.network, self.plan = network, box[0]
         self._destroy(left)
         self._adopt(self.plan.chosen)
         self._since_plan = self._strikes = 0
         self._clock.read()
         _show(self.plan)
+
+    def _planned(self, network: Topology, sizes: Sequence[tuple[int, int]]) -> NetworkPlan | Exception:
+        """The plan, or whatever is in its way: the other ranks must not wait for it."""
+        buckets, itemsizes = zip(*sizes, strict=True)
+        backend: Literal["gloo", "nccl"] = "nccl" if dist.get_backend() == "nccl" else "gloo"
+        switch = self._switch[1] if self._switch is not None else None
+        if self.plan is not None and switch not in network.nodes:
+            switch = None  # a probe finds no switch by its name
+        try:
+            plan = plan_network(network, buckets, itemsizes=itemsizes, switch=switch, backend=backend)
+        except ValueError as error:
+            return ValueError(str(error))  # without what may not bear the way to the other ranks
+        except Exception as error:
+            return RuntimeError(f"{type(error).__name__}: {error}")
+        # the others are for the table only; a schedule can be megabytes, and this may be a slow network
+        ways = (way if way is plan.chosen else replace(way, schedule=None) for way in plan.ways)
+        return replace(plan, ways=tuple(ways))
 
     def _destroy(self, groups: Sequence[dist.ProcessGroup]) -> None:
         """Let go of the process groups of the way that was left; the same on all ranks."""
