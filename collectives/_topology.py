@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from trainkit.collectives._files import write_whole
 from trainkit.collectives.schedule._units import check_unit
 
 if TYPE_CHECKING:
@@ -207,8 +208,8 @@ class Topology:
         return data
 
     def save(self, path: str | Path) -> None:
-        """Write `to_dict` as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        """Write `to_dict` as JSON; an existing file is replaced only by a whole one."""
+        write_whole(Path(path), json.dumps(self.to_dict(), indent=1) + "\n")
 
     @property
     def switches(self) -> tuple[str, ...]:

@@ -64,7 +64,7 @@ class Rescue:
             raise ValueError("fallback='allreduce' needs torch.distributed: call init_process_group first, or use None")
         self._options, self._rank, self._world = options, rank, world
         self._patience = 2 * options.deadline_s + 10
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self._patience))
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self._patience))
         self._link: Lanes | None = Lanes(options, rank, world)
         self.member = self._link.member
         self.error: SwitchMLError | None = None
@@ -169,7 +169,7 @@ class Rescue:
         self._unlink()
         mine = torch.tensor([self._finished])
         gathered = [torch.empty_like(mine) for _ in range(self._world)]
-        exchange = dist.all_gather(gathered, mine, group=self._group, async_op=True)
+        exchange = dist.all_gather(gathered, mine, group=self.group, async_op=True)
         assert exchange is not None
         exchange.wait(timedelta(seconds=patience))
         finished = [int(count) for count in gathered]
@@ -177,7 +177,7 @@ class Rescue:
         for number in range(min(finished), max(finished)):
             job = self._jobs.get(number)
             average = torch.from_numpy(job.out if job else self._kept[number].out)
-            dist.broadcast(average, group=self._group, group_src=source)
+            dist.broadcast(average, group=self.group, group_src=source)
             if job is not None:
                 self._complete(job)
         self._tried = time.monotonic()
@@ -195,7 +195,7 @@ class Rescue:
         if self._link is not None:
             return True
         now = torch.tensor([int(time.monotonic() - self._tried > _RETRY)])
-        dist.broadcast(now, group=self._group, group_src=0)
+        dist.broadcast(now, group=self.group, group_src=0)
         if not now.item():
             return False
         self._tried = time.monotonic()
@@ -206,7 +206,7 @@ class Rescue:
         except SwitchMLError as error:
             _log.info("rank %d: still without the switch: %s", self._rank, error)
         all_joined = torch.tensor([int(joined is not None)])
-        dist.all_reduce(all_joined, dist.ReduceOp.MIN, group=self._group)
+        dist.all_reduce(all_joined, dist.ReduceOp.MIN, group=self.group)
         if not all_joined.item() or joined is None:
             if joined is not None:
                 joined.close()
@@ -222,7 +222,7 @@ class Rescue:
     def _reduce(self, job: _Job) -> None:
         np.copyto(job.out, job.original)
         average = torch.from_numpy(job.out)
-        dist.all_reduce(average, group=self._group)
+        dist.all_reduce(average, group=self.group)
         average /= self._world
         self._kept.clear()  # all ranks have come this far
         if job.residual is not None:

@@ -103,6 +103,11 @@ class SwitchMLState:
         """Why the session failed; None while it works."""
         return self.link.error if self.link else None
 
+    @property
+    def groups(self) -> list["dist.ProcessGroup"]:
+        """Process groups that were made for the fallback; closing leaves them to torch.distributed."""
+        return [self.link.group] if isinstance(self.link, Rescue) else []
+
     def connect(self) -> Lanes | Rescue:
         """Join the session, unless that is done; blocks until all ranks have joined.
 

@@ -197,3 +197,20 @@ def test_nvidia_smi_matrix() -> None:
     assert ("GPU0", "GPU2", Fraction(50)) in direct.links
     with pytest.raises(TopologyError, match="not the output"):
         fb.from_nvidia_smi("nothing here")
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "net.json"
+    old = fb.star([1, 2], unit="GB/s")
+    old.save(file)
+    write = Path.write_text
+
+    def full(self: Path, text: str) -> int:
+        write(self, text[: len(text) // 2])
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="no space left"):
+        fb.star([3, 4, 5], unit="GB/s").save(file)
+    assert Topology.load(file) == old
+    assert list(tmp_path.iterdir()) == [file]

@@ -21,7 +21,7 @@ from trainkit.collectives import Op, Schedule, Topology, allreduce_forest, bfb, 
 from trainkit.collectives._native import execute_add
 from trainkit.collectives.execute import PeerLost, Runner, run_reference
 from trainkit.collectives.execute._mesh import Mesh, local_address
-from trainkit.collectives.execute._nccl import plan_waves, waves_of
+from trainkit.collectives.execute._nccl import adds_in_place, plan_groups, plan_waves, waves_of
 from trainkit.collectives.execute._program import COPY, OUT, compile_rank, cut, rank_order
 from trainkit.collectives.execute._tcp import DTYPES
 
@@ -35,9 +35,9 @@ def ranks() -> Iterator[Callable[[int], Engines]]:
         yield functools.cache(lambda size: stack.enter_context(engines(size)))
 
 
-def some_schedule(random_: random.Random) -> Schedule:
-    """Of a random strongly connected network of 2 to 8 ranks, some of them behind a switch."""
-    size = random_.randint(2, 8)
+def some_schedule(random_: random.Random, most: int = 8) -> Schedule:
+    """Of a random strongly connected network of 2 to `most` ranks, some of them behind a switch."""
+    size = random_.randint(2, most)
     names = [str(i) for i in range(size)]
     way = names[:]
     random_.shuffle(way)
@@ -221,6 +221,29 @@ def test_waves_of_nccl(seed: int) -> None:
             place[rank] += 1
     for rank in range(size):
         sums(rank, place[rank])
+    assert all(torch.equal(got, want) for got, want in zip(buffers, expected, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_waves_of_nccl_between_two(seed: int) -> None:
+    """The same groups on both ranks; within one, what happens first makes no difference."""
+    random_ = random.Random(seed)
+    schedule = some_schedule(random_, most=2)
+    while not adds_in_place(schedule):
+        schedule = some_schedule(random_, most=2)
+    elements = random_.choice(SIZES[1:])
+    buffers = some_buffers(2, elements, torch.float64, seed)
+    expected = [value.clone() for value in buffers]
+    run_reference(schedule, expected)
+    waves = waves_of(schedule, in_place=True)
+    groups, others = (plan_groups(compile_rank(schedule, rank), elements, waves) for rank in (0, 1))
+    assert groups == others
+    for group in groups:
+        for adds, root, first, end in random_.sample(group, len(group)):
+            if adds:
+                buffers[root][first:end] += buffers[1 - root][first:end]
+            else:
+                buffers[1 - root][first:end] = buffers[root][first:end]
     assert all(torch.equal(got, want) for got, want in zip(buffers, expected, strict=True))
 
 

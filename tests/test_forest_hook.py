@@ -29,6 +29,7 @@ from trainkit.collectives import (
     register_backend,
     ring_schedule,
 )
+from trainkit.collectives.execute._schedules import Schedules
 
 
 def clique(size: int) -> Topology:
@@ -220,6 +221,16 @@ def test_backend_under_fsdp2_ddp_and_everything_else(size: int) -> None:
     theirs = processes(_sharded, size, "gloo", size, backend="")
     for rank in range(size):
         assert ours[rank] == pytest.approx(theirs[rank], abs=1e-5)
+
+
+def test_every_rank_is_told_that_there_are_no_trees() -> None:
+    store = dist.HashStore()
+    ranks = [Schedules(clique(2), None, store, rank, group=["nowhere"]) for rank in range(2)]
+    with pytest.raises(ValueError, match="group must name") as first:
+        ranks[0].get("allreduce", 1000)
+    with pytest.raises(ValueError, match="rank 0 found no trees for allreduce: ") as second:  # without a wait
+        ranks[1].get("allreduce", 1000)
+    assert str(first.value) in str(second.value)
 
 
 def test_wrong_arguments_are_told(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from trainkit._planner import OVERHEAD_S, plan_network
+from trainkit._planner import OVERHEAD_S, Way, plan_network
 from trainkit.cli import main
 from trainkit.collectives import Topology, fabrics
 from trainkit.collectives._probe._devices import inside
@@ -96,7 +96,28 @@ def test_a_switch_that_adds_wins_on_a_star() -> None:
     hub = star.switches[0]
     plan = plan_network(star, BUCKETS, switch=hub)
     assert plan.chosen.name == "switchml"
-    assert plan.chosen.step_s == pytest.approx(sum(BUCKETS) * 8e-8 * 1102 / 1024, rel=0.01)
+    assert plan.chosen.step_s == pytest.approx(sum(BUCKETS) * 8e-8, rel=0.01)
+
+
+def test_a_switch_is_sent_int32_whatever_the_gradients_are() -> None:
+    star = fabrics.star([100] * 3, unit="Mbit/s")
+
+    def ways(itemsizes: int | list[int]) -> dict[str, Way]:
+        plan = plan_network(star, [MIB, MIB], itemsizes=itemsizes, switch=star.switches[0], order_seconds=0.1)
+        return {way.name: way for way in plan.ways}
+
+    wide, half, mixed = ways(4), ways(2), ways([4, 2])
+    assert half["switchml"].step_s == pytest.approx(2 * wide["switchml"].step_s, rel=0.01)
+    assert mixed["switchml"].seconds == (wide["switchml"].seconds[0], half["switchml"].seconds[0])
+    assert half["ring"].seconds == wide["ring"].seconds
+    # worth it for fp32 only
+    assert wide["switchml"].step_s < wide["native"].step_s < half["switchml"].step_s
+
+
+@pytest.mark.parametrize("itemsizes", [0, [4, 4], [4, 0, 4]])
+def test_sizes_of_gradients_are_checked(itemsizes: int | list[int]) -> None:
+    with pytest.raises(ValueError, match="itemsizes are the bytes of a gradient"):
+        plan_network(fabrics.star([1, 1], unit="GB/s"), BUCKETS, itemsizes=itemsizes)
 
 
 @pytest.mark.parametrize("buckets", [[], [0]])
@@ -123,4 +144,9 @@ def test_cli_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     facts = json.loads(capsys.readouterr().out)
     assert facts["chosen"] in facts["ways"]
     assert main(["plan", "--topology", str(file), "--buckets", "[1]", "--collective", "allgather"]) == 2
+    told = ["plan", "--topology", str(file), "--buckets", "[1048576]", "--switch-node", "core", "--json"]
+    assert main(told) == 0
+    fp32 = json.loads(capsys.readouterr().out)["ways"]["switchml"]["step_s"]
+    assert main([*told, "--itemsize", "2"]) == 0
+    assert json.loads(capsys.readouterr().out)["ways"]["switchml"]["step_s"] > 1.9 * fp32
     assert main(["plan", "--topology", str(file), "--switch-node", "core"]) == 2

@@ -50,7 +50,7 @@ class NetworkState:
 
     Args:
         network: what to plan for, or its file: one compute node a rank, in the order of the ranks unless the probe wrote
-            it, whose hosts are known by their addresses; None probes.
+            it, whose hosts are known by their addresses; rank 0's counts. None probes.
         switch: "host:port" of a SwitchML switch to consider, with its node in `network`: `(address, node)`.
         token_file: the switch's secret.
         interface: network interface to use; None takes the one that leads to torchrun's MASTER_ADDR.
@@ -94,7 +94,8 @@ class NetworkState:
         self._carry: Callable[[Any], _Tensors] = partial(_over_group, None)
         self._carrier: ForestState | SwitchMLState | None = None
         self._control: dist.ProcessGroup | None = None
-        self._sizes: list[int] = []
+        self._ring: dist.ProcessGroup | None = None
+        self._sizes: list[tuple[int, int]] = []
         self._clock = Stopwatch()
         self._step = self._since_plan = self._strikes = 0
 
@@ -104,7 +105,7 @@ class NetworkState:
             self.connect()
             self._next_step()
         buffer = bucket.buffer()
-        self._sizes.append(buffer.numel() * 4)
+        self._sizes.append((buffer.nbytes, buffer.itemsize))
         stop = self._clock.start(buffer.device)
         future = self._carry(bucket)
         return future.then(lambda done: (stop(), done.value())[1])  # type: ignore[func-returns-value]
@@ -122,15 +123,19 @@ class NetworkState:
         """
         if self._control is not None:
             return
-        world = dist.get_world_size()
-        if self.network is not None and len(self.network.compute_nodes) != world:
+        control = dist.new_group(backend="gloo")
+        # a file may differ from host to host, and ranks with other networks would wait for each other
+        box = [self.network]
+        dist.broadcast_object_list(box, src=0, group=control)
+        network, world = box[0], dist.get_world_size()
+        if network is not None and len(network.compute_nodes) != world:
             raise ValueError(
-                f"a network plan needs one compute node a rank: {self.network.name} has "
-                f"{len(self.network.compute_nodes)}, the job {world} ranks: probe with as many ranks a host as the job has"
+                f"a network plan needs one compute node a rank: {network.name} has "
+                f"{len(network.compute_nodes)}, the job {world} ranks: probe with as many ranks a host as the job has"
             )
-        self._control = dist.new_group(backend="gloo")
-        if self.network is not None:
-            self.network = seated(self.network, seats(self._control, self._interface))
+        if network is not None:
+            network = seated(network, seats(control, self._interface))
+        self.network, self._control = network, control
 
     def close(self) -> None:
         """Leave the switch or the executor; the next bucket would join anew."""
@@ -147,7 +152,7 @@ class NetworkState:
         elif len(self._clock.steps) >= self._window:
             self._look_back(sizes)
 
-    def _look_back(self, sizes: Sequence[int]) -> None:
+    def _look_back(self, sizes: Sequence[tuple[int, int]]) -> None:
         measured = torch.tensor(median(self._clock.read()), dtype=torch.float64)
         if self.plan is None:
             return
@@ -168,38 +173,66 @@ class NetworkState:
             self._strikes, self._reference = 0, now.measured_s
             self._replan(sizes, None)
 
-    def _replan(self, sizes: Sequence[int], network: Topology | None) -> None:
-        """Plan for a network and change over to what is chosen; without one, for what a probe finds."""
+    def _replan(self, sizes: Sequence[tuple[int, int]], network: Topology | None) -> None:
+        """Plan for a network and change over to what is chosen; without one, for what a probe finds.
+
+        Args:
+            sizes: of each bucket, its bytes and those of one gradient.
+            network: None probes.
+        """
         try:
             network = network or probe(self._control, interface=self._interface)
         except ProbeError as error:
             # the same on every rank
             rank_zero_info(f"no network plan: {error}; gradients go on as before")
             return
-        self.close()
-        self.network = network
         # One rank plans: a search that ends by the clock could end differently elsewhere.
-        box: list[Any] = [None]
-        if dist.get_rank() == 0:
-            try:
-                backend: Literal["gloo", "nccl"] = "nccl" if dist.get_backend() == "nccl" else "gloo"
-                plan = plan_network(network, sizes, switch=self._switch and self._switch[1], backend=backend)
-                # the others are for the table only; a schedule can be megabytes, and this may be a slow network
-                ways = (way if way is plan.chosen else replace(way, schedule=None) for way in plan.ways)
-                box[0] = replace(plan, ways=tuple(ways))
-            except Exception as error:  # whatever it is, the others must not wait for a plan
-                box[0] = error
+        box: list[Any] = [self._planned(network, sizes) if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(box, src=0, group=self._control)
         if isinstance(box[0], Exception):
-            raise box[0]
-        self.plan = box[0]
+            if self.plan is None:
+                raise box[0]
+            rank_zero_info(f"no new network plan: {box[0]}; gradients go on as before")
+            return
+        left = self._carrier.groups if isinstance(self._carrier, SwitchMLState) else []
+        left += [self._ring] if self._ring is not None else []
+        self.close()
+        self.network, self.plan = network, box[0]
+        self._destroy(left)
         self._adopt(self.plan.chosen)
         self._since_plan = self._strikes = 0
         self._clock.read()
         _show(self.plan)
 
+    def _planned(self, network: Topology, sizes: Sequence[tuple[int, int]]) -> NetworkPlan | Exception:
+        """The plan, or whatever is in its way: the other ranks must not wait for it."""
+        buckets, itemsizes = zip(*sizes, strict=True)
+        backend: Literal["gloo", "nccl"] = "nccl" if dist.get_backend() == "nccl" else "gloo"
+        switch = self._switch[1] if self._switch is not None else None
+        if self.plan is not None and switch not in network.nodes:
+            switch = None  # a probe finds no switch by its name
+        try:
+            plan = plan_network(network, buckets, itemsizes=itemsizes, switch=switch, backend=backend)
+        except ValueError as error:
+            return ValueError(str(error))  # without what may not bear the way to the other ranks
+        except Exception as error:
+            return RuntimeError(f"{type(error).__name__}: {error}")
+        # the others are for the table only; a schedule can be megabytes, and this may be a slow network
+        ways = (way if way is plan.chosen else replace(way, schedule=None) for way in plan.ways)
+        return replace(plan, ways=tuple(ways))
+
+    def _destroy(self, groups: Sequence[dist.ProcessGroup]) -> None:
+        """Let go of the process groups of the way that was left; the same on all ranks."""
+        self._ring, self._carrier, self._carry = None, None, partial(_over_group, None)
+        if groups:
+            if torch.cuda.is_available():
+                torch.cuda.current_stream().synchronize()  # it waits for the last step's gradients
+            # a rank whose own part is done may still have what another one is to get
+            dist.barrier(group=self._control)
+        for group in groups:
+            dist.destroy_process_group(group)
+
     def _adopt(self, way: Way) -> None:
-        self._carrier = None
         if way.schedule is not None:
             forest = ForestState(
                 way.schedule, interface=self._interface, deadline_s=self._deadline_s, fallback=self._fallback
@@ -219,9 +252,8 @@ class NetworkState:
         elif way.name == "reordered ring":
             assert self.network is not None
             ranks = [self.network.compute_nodes.index(name) for name in way.order or ()]
-            self._carry = partial(_over_group, dist.new_group(ranks, sort_ranks=False))
-        else:
-            self._carry = partial(_over_group, None)
+            self._ring = dist.new_group(ranks, sort_ranks=False)
+            self._carry = partial(_over_group, self._ring)
         if self._carrier is not None:
             self._carrier.connect()
 

@@ -31,8 +31,9 @@ MARGIN = 1.05
 _CHUNKS = {"gloo": (4, 16, 64), "nccl": (1, 2, 4)}
 _MOST_OPS = 40_000
 _LEAST_PIECE = 8192
-_SWITCHML_BYTES = Fraction(1024 + 20 + 16 + 42, 1024)
-"""Bytes on the wire for a byte of fp32 gradients: header, tag, UDP, IP and Ethernet around 256 values."""
+_SWITCHML_BYTES = 4
+"""Bytes that a gradient is on its way to the switch and back, of whatever type it is itself: int32. The headers around a
+full packet take what TCP's do, and the links' capacities are what TCP gets."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ def plan_network(
     topology: Topology,
     buckets: Sequence[int],
     *,
+    itemsizes: int | Sequence[int] = 4,
     switch: str | None = None,
     backend: Literal["gloo", "nccl"] = "gloo",
     overhead_s: float | None = None,
@@ -118,7 +120,8 @@ def plan_network(
 
     Args:
         topology: the network, with a unit; its compute nodes in the order of the ranks.
-        buckets: bytes of each gradient bucket of one training step, fp32.
+        buckets: bytes of each gradient bucket of one training step.
+        itemsizes: bytes of one gradient, in all buckets or in each: a switch is sent int32 for every one.
         switch: the node at which a SwitchML switch runs; None: there is none.
         backend: whose ring it is: gloo's all-reduce sends from rank r to r - 1, NCCL's to r + 1.
         overhead_s: seconds that a message between two processes costs beside its bytes and the links' latencies; None:
@@ -126,10 +129,17 @@ def plan_network(
         order_seconds: how long the search for a better rank order may take.
 
     Raises:
-        ValueError: no buckets, one below a byte, a network without a unit, an unknown switch.
+        ValueError: no buckets, one below a byte, sizes of gradients that do not fit them, a network without a unit, an
+            unknown switch.
     """
     if not buckets or min(buckets) < 1:
         raise ValueError(f"buckets are the bytes of each gradient bucket, at least one of 1 or more, got {buckets!r}")
+    widths = [itemsizes] * len(buckets) if isinstance(itemsizes, int) else list(itemsizes)
+    if len(widths) != len(buckets) or min(widths) < 1:
+        raise ValueError(
+            f"itemsizes are the bytes of a gradient, 1 or more, one number or one for each of {len(buckets)} buckets, "
+            f"got {itemsizes!r}"
+        )
     if switch is not None and switch not in topology.nodes:
         raise ValueError(
             f"switch is a node of {topology.name}, got {switch!r}: name one of {', '.join(topology.nodes)}"
@@ -147,7 +157,7 @@ def plan_network(
         _scheduled("tree", lambda chunks: double_binary_tree_schedule(network, chunks), buckets, backend),
         _scheduled("forest", lambda chunks: compose(up.schedule(chunks), down.schedule(chunks)), buckets, backend),
         _scheduled("native", native.schedule, buckets, backend),
-        *([_through_switch(network, switch, buckets)] if switch is not None else []),
+        *([_through_switch(network, switch, buckets, widths)] if switch is not None else []),
     ]
     ways.sort(key=lambda way: way.step_s)
     chosen = ways[0] if ring.step_s >= MARGIN * ways[0].step_s else ring
@@ -220,11 +230,12 @@ def _seconds(schedule: Schedule, nbytes: int, backend: Literal["gloo", "nccl"]) 
     return seconds + NCCL_GROUP_S * len(set(waves_of(schedule)))
 
 
-def _through_switch(network: Topology, switch: str, buckets: Sequence[int]) -> Way:
+def _through_switch(network: Topology, switch: str, buckets: Sequence[int], widths: Sequence[int]) -> Way:
     """Everybody sends its gradients to the switch and gets the sum back; both directions at once."""
     workers = [name for name in network.compute_nodes if name != switch]
-    hops = [hop for name in workers for hop in ((name, switch, _SWITCHML_BYTES), (switch, name, _SWITCHML_BYTES))]
+    hops = [hop for name in workers for hop in ((name, switch, Fraction(1)), (switch, name, Fraction(1)))]
     busiest, time = busiest_link(network, hops)
     trips = [sum(network.latency[link] for link in pairwise(route(network, u, v))) for u, v, _ in hops]
     rate = float(bytes_per_second(network.unit) / time)
-    return Way("switchml", tuple(nbytes / rate + 2 * max(trips) for nbytes in buckets), busiest)
+    sent = [nbytes / width * _SWITCHML_BYTES for nbytes, width in zip(buckets, widths, strict=True)]
+    return Way("switchml", tuple(nbytes / rate + 2 * max(trips) for nbytes in sent), busiest)

@@ -6,12 +6,12 @@ vertex-transitive: one host tells the cost of all.
 """
 
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from trainkit.collectives._files import write_whole
 from trainkit.collectives.direct._frontier import Frontier
 from trainkit.collectives.direct._search import Explorer, Pool, check_size
 
@@ -112,12 +112,7 @@ def _save(pool: Pool, file: Path, *, expanded: bool) -> None:
         "expanded": expanded,
         "names": sorted(pool.names()),
     }
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        partial.write_text(json.dumps(content, indent=1) + "\n")
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(file, json.dumps(content, indent=1) + "\n")
 
 
 def _restore(pool: Pool, file: Path) -> bool:

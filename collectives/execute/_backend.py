@@ -150,7 +150,8 @@ class Backend(dist.ProcessGroup):
             else:
                 future.set_exception(error)
 
-        done.add_done_callback(ended)
+        with runner.behind(tensor.device):
+            done.add_done_callback(ended)
         return torch._C._distributed_c10d._create_work_from_future(future)  # type: ignore[attr-defined]
 
     def _carries(self, tensor: torch.Tensor) -> bool:
@@ -164,6 +165,8 @@ class Backend(dist.ProcessGroup):
     def shutdown(self) -> None:
         """Let the connections go."""
         self._runner.close()
+        if "cuda" in self._inner:
+            self._runner_cuda.close()
         for inner in self._inner.values():
             inner.shutdown()
 

@@ -2,7 +2,9 @@
 
 import logging
 import threading
+from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,17 +25,16 @@ class Rescue:
 
     Args:
         runner: what runs the schedules; this object has its line of waits for itself.
-        group: the ranks' process group.
+        deadline_s: seconds that a message may take.
     """
 
-    def __init__(self, runner: Runner, group: "dist.ProcessGroup", deadline_s: float) -> None:
+    def __init__(self, runner: Runner, deadline_s: float) -> None:
         self._runner = runner
-        self._group = dist.new_group(
-            dist.get_process_group_ranks(group),
-            backend="gloo",
-            timeout=timedelta(seconds=max(deadline_s, 1)),
-            use_local_synchronization=True,
-        )
+        seat = runner.seat
+        # not by new_group: it would stay after this object, and under the name that the next one is to have
+        store = dist.distributed_c10d.PrefixStore("rescue", seat.store)  # type: ignore[arg-type]
+        timeout = timedelta(seconds=max(deadline_s, 1))
+        self._group: Any = dist.ProcessGroupGloo(store, seat.rank, seat.size, timeout)  # type: ignore[attr-defined]
         self._count = 0
         self._last: torch.Tensor | None = None
         self.cause: ExecutionError | None = None
@@ -58,7 +59,7 @@ class Rescue:
                 self._count += 1
                 self._last = tensor.clone()
                 return
-        self._guarded(lambda: dist.all_reduce(tensor, group=self._group))
+        self._guarded(lambda: self._group.allreduce([tensor]))
 
     def close(self) -> None:
         """Stop looking at the connections."""
@@ -69,20 +70,20 @@ class Rescue:
         self.cause = cause
         _log.warning("gradients go over the process group's all-reduce from now on: %s", cause)
         counts = [torch.zeros(1, dtype=torch.int64) for _ in range(self._runner.seat.size)]
-        self._guarded(lambda: dist.all_gather(counts, torch.tensor([self._count]), group=self._group))
+        self._guarded(lambda: self._group.allgather([counts], [torch.tensor([self._count])]))
         done = [int(count) for count in counts]
         if min(done) == max(done):
             return True
-        ahead = dist.get_global_rank(self._group, done.index(max(done)))
+        ahead = done.index(max(done))
         behind = self._count == min(done)
         value = tensor if behind else self._last
         assert value is not None  # who is behind was summing, and who is ahead has a sum
-        self._guarded(lambda: dist.broadcast(value, ahead, group=self._group))
+        self._guarded(lambda: self._group.broadcast(value, ahead))
         return not behind
 
-    def _guarded(self, call: object) -> None:
+    def _guarded(self, start: Callable[[], dist.Work]) -> None:
         try:
-            call()  # type: ignore[operator]
+            start().wait()
         except RuntimeError as error:
             raise ExecutionError(
                 f"the schedule failed ({self.cause}), and so did the process group's all-reduce after it: {error}"

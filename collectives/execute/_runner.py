@@ -6,6 +6,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -145,7 +146,7 @@ class Runner:
 
         Returns:
             A future that ends when this rank's part is complete, or with an `ExecutionError`. For a tensor on a GPU it
-            has ended at once, and the current stream waits.
+            has ended at once, and what is queued `behind` follows the collective.
 
         Raises:
             ValueError: the tensor is not contiguous, or its dtype cannot be carried.
@@ -157,17 +158,29 @@ class Runner:
             return done
         return self.later(work.wait)
 
+    def behind(self, device: torch.device) -> AbstractContextManager[object]:
+        """A context in which work on a GPU is queued behind the collectives submitted so far."""
+        if device.type != "cuda":
+            return nullcontext()
+        transport = self.transport("nccl")
+        assert isinstance(transport, NcclTransport)
+        return torch.cuda.stream(transport.stream)
+
     def later(self, task: Callable[[], None]) -> "Future[None]":
         """Run `task` behind the waits of all collectives submitted so far."""
         return self._line.submit(task)
 
     def run(self, schedule: Schedule, tensor: torch.Tensor) -> torch.Tensor:
-        """Run a collective in place and wait for it.
+        """Run a collective in place and wait for it; on a GPU, the current stream does.
 
         Raises:
             ExecutionError: a rank is lost, or the deadline passed.
         """
-        self.submit(schedule, tensor).result()
+        work = self.start(schedule, tensor)
+        if tensor.is_cuda:
+            work.wait()
+        else:
+            self.later(work.wait).result()
         return tensor
 
     def _way_of(self, device: torch.device) -> Way:

@@ -5,6 +5,7 @@ from datetime import timedelta
 from typing import Any
 
 from trainkit.collectives._topology import Topology
+from trainkit.collectives.execute._errors import PeerLost
 from trainkit.collectives.execute._mesh import Store
 from trainkit.collectives.schedule import Schedule
 from trainkit.collectives.trees import allreduce_forest, forest
@@ -59,16 +60,28 @@ class Schedules:
         """The trees, and the greatest part of the message that one carries."""
         key = f"trees/{name}"
         if self._rank == 0:
-            trees: Any
-            if collective == "allreduce":
-                trees = allreduce_forest(self.topology, group=self.group)
-            elif root is None:
-                trees = forest(self.topology, collective, group=self.group)  # type: ignore[arg-type]
-            else:
-                nodes = self.group or self.topology.compute_nodes
-                trees = forest(self.topology, "broadcast", root=nodes[root], group=self.group)
+            try:
+                trees = self._found(collective, root)
+            except Exception as error:  # the others must not wait for trees that do not come
+                self._store.set(key, pickle.dumps(f"rank 0 found no trees for {collective}: {error}"))  # type: ignore[arg-type]
+                raise
             self._store.set(key, pickle.dumps(trees))  # type: ignore[arg-type]
         else:
-            self._store.wait([key], _PLANNING)
+            try:
+                self._store.wait([key], _PLANNING)
+            except RuntimeError as error:
+                raise PeerLost(
+                    f"rank 0 did not hand over its trees within {_PLANNING}: is its process alive?", 0
+                ) from error
             trees = pickle.loads(self._store.get(key))  # written by rank 0 of this job
+            if isinstance(trees, str):
+                raise ValueError(trees)
         return trees, float(max((trees.reduce if collective == "allreduce" else trees).shares()))
+
+    def _found(self, collective: str, root: int | None) -> Any:
+        if collective == "allreduce":
+            return allreduce_forest(self.topology, group=self.group)
+        if root is None:
+            return forest(self.topology, collective, group=self.group)  # type: ignore[arg-type]
+        nodes = self.group or self.topology.compute_nodes
+        return forest(self.topology, "broadcast", root=nodes[root], group=self.group)

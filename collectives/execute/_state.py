@@ -105,7 +105,7 @@ class ForestState:
             if self.topology is not None:
                 self._schedules = Schedules(self.topology, self._chunk_bytes, seat.store, seat.rank)
             if self.fallback == "allreduce":
-                self._rescue = Rescue(self.runner, seat.group, self._options["deadline_s"])
+                self._rescue = Rescue(self.runner, self._options["deadline_s"])
         return self.runner
 
     def schedule_for(self, nbytes: int, device: str = "cpu") -> Schedule:
@@ -147,7 +147,8 @@ class ForestState:
                 self.error = self.error or error
             future.set_exception(error)  # type: ignore[arg-type]
 
-        done.add_done_callback(finish)
+        with runner.behind(tensor.device):  # the backward pass goes on meanwhile
+            done.add_done_callback(finish)
         # through then(), the error's own words survive the way through C++
         return future.then(lambda finished: finished.value())
 

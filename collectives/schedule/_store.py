@@ -1,11 +1,11 @@
 """Schedules on disk: one versioned JSON, read by the executor and by people's own tools."""
 
 import json
-import os
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from trainkit.collectives._files import write_whole
 from trainkit.collectives.schedule._form import Op, Schedule
 
 FORMAT = "trainkit.schedule"
@@ -75,13 +75,7 @@ def from_dict(data: dict[str, Any]) -> Schedule:
 
 def save(schedule: Schedule, path: str | Path) -> None:
     """Write `to_dict` to `path`, whole or not at all."""
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        partial.write_text(json.dumps(to_dict(schedule)) + "\n")
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(Path(path), json.dumps(to_dict(schedule)) + "\n")
 
 
 def load(path: str | Path) -> Schedule:

@@ -47,6 +47,8 @@ class Options:
     """bytes of a model's gradient buckets, as [1048576,26214400]: compare every way to all-reduce them"""
     switch_node: str | None = None
     """node of the network that a SwitchML switch runs at, for --buckets"""
+    itemsize: int = 4
+    """bytes of one gradient, for --switch-node: 2 for bf16"""
     export: str | None = None
     """json, msccl or mscclpp: write the schedule, to --out or standard output"""
     out: Path | None = None
@@ -90,7 +92,7 @@ def _compare(topology: "Topology", options: Options) -> int:
 
     if options.collective != "allreduce" or options.export is not None:
         raise ValueError("--buckets compares ways to all-reduce: leave --collective and --export out")
-    plan = plan_network(topology, options.buckets or [], switch=options.switch_node)
+    plan = plan_network(topology, options.buckets or [], itemsizes=options.itemsize, switch=options.switch_node)
     if options.json:
         print(json.dumps(plan.as_dict(), indent=1))
     else:
