@@ -130,7 +130,8 @@ def _added(total: Tensor | None, gradient: Tensor, x: Tensor) -> Tensor:
         product = (gradient.T @ x).float()
         return product if total is None else total.add_(product)
     if total is None:
-        return torch.ops.aten.mm.dtype(gradient.T, x, torch.float32)
+        total = torch.ops.aten.mm.dtype(gradient.T, x, torch.float32)
+        return total
     torch.ops.aten.addmm.dtype_out(total, gradient.T, x, torch.float32, out=total)
     return total
 
