@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 TRITON = "3.6"
-"""Gluon is experimental: its names change from one version of Triton to the next."""
+"""Gluon is experimental: its names, and Triton's launcher, change from one version to the next."""
 
 
 @cache
-def _triton_version() -> str:
+def triton_version() -> str:
     import triton
 
     return ".".join(triton.__version__.split(".")[:2])
@@ -25,6 +25,6 @@ def why_not(x: Tensor) -> str | None:
     """The reason they cannot, or None; Triton is installed."""
     if not x.is_cuda or _capability(x.device.index) != 9:
         return "the device is no Hopper GPU"
-    if _triton_version() != TRITON:
-        return f"the Hopper kernels are written in the Gluon of Triton {TRITON}, got {_triton_version()}"
+    if triton_version() != TRITON:
+        return f"the Hopper kernels are written in the Gluon of Triton {TRITON}, got {triton_version()}"
     return None

@@ -329,63 +329,6 @@ def test_rope_in_the_load(D, packed):
         assert (got - want).norm() <= 2e-2 * want.norm()
 
 
-def test_a_launch_is_kept_for_calls_like_it_alone():
-    available("hopper")
-    sinks = torch.randn(4, device="cuda")
-    options = [
-        {},
-        {"causal": True},
-        {"window": 50},
-        {"scale": 0.3},
-        {"softcap": 20.0},
-        {"softcap": 9.0},
-        {"sinks": sinks},
-    ]
-    for D in (64, 128, 256):
-        for _ in range(2):
-            for kind in options:
-                q, k, v = inputs(2, 260, 260, 4, 2, D, D, torch.bfloat16)
-                q, k, v = (x + torch.randn_like(x) for x in (q, k, v))
-                # Not aligned, then laid out otherwise: neither is the launch before.
-                off = torch.cat([q.flatten()[:1], q.flatten()])[1:].view(q.shape)
-                want = attention(q, k, v, backend="triton", **kind)
-                for x in (q, off, q.transpose(1, 2).contiguous().transpose(1, 2)):
-                    got = attention(x, k, v, backend="hopper", **kind)
-                    assert (got - want).norm() <= 1e-2 * want.norm(), kind
-
-
-def test_a_cuda_graph_replays_on_new_contents():
-    available("hopper")
-    tensors = inputs(2, 520, 520, 4, 2, 128, 128, torch.bfloat16)
-    want = attention(*tensors, causal=True)
-    graph = torch.cuda.CUDAGraph()
-    still = [torch.zeros_like(x) for x in tensors]
-    with torch.cuda.graph(graph):
-        out = attention(*still, causal=True)
-    for _ in range(3):
-        for x, y in zip(still, tensors, strict=True):
-            x.copy_(y)
-        out.zero_()
-        graph.replay()
-        assert torch.equal(out, want)
-        assert torch.equal(attention(*tensors, causal=True), want)
-
-
-def test_streams_do_not_share_a_counter_of_tiles():
-    available("hopper")
-    tensors = inputs(2, 2000, 2000, 8, 8, 128, 128, torch.bfloat16)
-    want = attention(*tensors, causal=True)
-    streams = [torch.cuda.Stream() for _ in range(3)]
-    torch.cuda.synchronize()
-    outs = []
-    for _ in range(20):
-        for stream in streams:
-            with torch.cuda.stream(stream):
-                outs.append(attention(*tensors, causal=True))
-    torch.cuda.synchronize()
-    assert all(torch.equal(out, want) for out in outs)
-
-
 def test_a_compiled_loss_and_gate_are_one_graph():
     from trainkit.kernels import linear_cross_entropy, swiglu
 

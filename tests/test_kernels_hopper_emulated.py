@@ -9,8 +9,9 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install 'trai
 
 import kernels_gluon
 from kernels_interpreter import interpreter
+from test_kernels_launch import LAYOUTS, filled
 
-from trainkit.kernels._attention import _hooks, _hopper
+from trainkit.kernels._attention import _hooks, _hopper, _launch
 from trainkit.kernels._attention._packed import make_packed
 from trainkit.kernels._attention._reference import reference
 from trainkit.kernels._attention._spec import Spec
@@ -78,6 +79,8 @@ def forward(case, seed):
     (q, k, v), turned, call, three = setup(case, seed)
     with interpreter(), pytest.MonkeyPatch.context() as patch:
         if three:
+            # Not what other calls of this form take.
+            patch.setattr(_launch, "_KEPT", {})
             patch.setattr(_hopper, "_seen", lambda *_: 1e9)
         out, lse = _hopper.forward(q, k, v, call.spec.sinks, call, kernels_gluon.launcher(seed, programs=1 + seed % 3))
     want, want_lse = reference(turned.float(), k.float(), v.float(), call.spec, call.packed)
@@ -108,6 +111,34 @@ def test_forward(name):
 @pytest.mark.parametrize("name", BACKWARD)
 def test_backward(name):
     backward(BACKWARD[name], 1)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+@pytest.mark.parametrize("side", ["q", "k", "v", "grad", "all"])
+def test_layouts(layout, side):
+    """In place or by a copy; the second time by the plan of the first."""
+    for seed in (1, 2):
+        (q, k, v), _, call, _ = setup((64, 64, 30, 20, {"causal": True}), seed)
+        tensors = {
+            "q": q,
+            "k": k,
+            "v": v,
+            "grad": torch.randn(q.shape, generator=torch.Generator().manual_seed(9)).bfloat16(),
+        }
+        leaves = [x.float().requires_grad_() for x in (q, k, v)]
+        out, lse = reference(*leaves, call.spec, None)
+        wants = torch.autograd.grad(out, leaves, tensors["grad"].float())
+        delta = (out.detach() * tensors["grad"].float()).sum(-1).transpose(1, 2).contiguous()
+        q, k, v, grad = (
+            filled(x.shape, 0, x.dtype, layout if side in (name, "all") else "dense").copy_(x)
+            for name, x in tensors.items()
+        )
+        with interpreter():
+            launch = kernels_gluon.launcher(seed)
+            assert (_hopper.forward(q, k, v, None, call, launch)[0] - out).abs().max() <= 2e-2
+            grads = _hopper.backward(q, k, v, lse.detach().contiguous(), grad, delta, call, launch)
+        for got, want in zip(grads, wants, strict=True):
+            assert (got - want).abs().max() <= 2e-2 * want.abs().max()
 
 
 def rows(seed, vocabulary=8224):

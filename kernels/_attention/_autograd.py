@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from trainkit.kernels._attention import _hooks, _hopper, _triton
 from trainkit.kernels._attention._reference import reference
@@ -16,7 +17,7 @@ from trainkit.kernels._attention._variant import build
 
 def run_forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
     """Compute out `[B, Sq, Hq, Dv]` and lse `[B, Hq, Sq]` by the call's kernels."""
-    if q.is_cuda and q.device.index != torch.cuda.current_device():
+    if q.is_cuda and q.get_device() != torch.cuda.current_device():
         # Kernels run on the current device.
         with torch.cuda.device(q.device):
             return run_forward(q, k, v, sinks, call)
@@ -30,6 +31,9 @@ def run_backward(
     grad_lse: Tensor | None, call: Call,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, list[Tensor]]:  # fmt: skip
     """Gradients of q, k, v, sinks and the captured tensors that learn."""
+    if q.is_cuda and q.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(q.device):
+            return run_backward(q, k, v, sinks, out, lse, grad, grad_lse, call)
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     delta = _triton.row_delta(out, grad, grad_lse)
     tables: list[Tensor] = []
@@ -85,6 +89,8 @@ def attend(
         return reference(q, k, v, spec, packed)
     tables = None if rope is None else (rope[0].float().contiguous(), rope[1].float().contiguous())
     call = Call(spec, packed, variant, hopper, tables)
+    if not torch.is_grad_enabled() and forward_ad._current_level < 0:
+        return run_forward(q, k, v, spec.sinks, call)
     out, lse = _Attention.apply(call, q, k, v, spec.sinks, *learned)  # type: ignore[no-untyped-call]
     return out, lse
 

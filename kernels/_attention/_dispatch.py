@@ -27,6 +27,8 @@ def _choose(
 ) -> Explanation:
     if backend == "reference":
         return Explanation("reference", "asked for")
+    if backend == "auto" and q.is_cuda and _hopper.why_not(q, k, v, spec) is None:
+        return Explanation("hopper", "16-bit attention on a Hopper GPU")
     refusal = _sdpa.why_not(q, k, v, spec, packed, return_lse)
     if backend == "auto" and not q.is_cuda and torch.compiler.is_compiling():
         # The search for kernels cannot be traced, and finds none off the GPU.
@@ -36,8 +38,6 @@ def _choose(
             raise ValueError(f"backend='sdpa' cannot serve this call: {refusal}; take backend='auto'")
         return Explanation("sdpa", "asked for")
     hopper = _hopper.why_not(q, k, v, spec)
-    if backend == "auto" and hopper is None:
-        return Explanation("hopper", "16-bit attention on a Hopper GPU")
     lacks = {"hopper": hopper, "triton": _triton.why_not(q, v, spec)}
     if backend in lacks:
         if lacks[backend]:

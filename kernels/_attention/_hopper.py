@@ -1,7 +1,6 @@
 """The Hopper path: Gluon kernels for bf16 and fp16 on compute capability 9, head_dim 64, 128 and 256."""
 
 import math
-import operator
 from functools import cache
 from typing import Any, ClassVar, NamedTuple
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from trainkit.kernels import _gluon
 from trainkit.kernels._attention import _triton
 from trainkit.kernels._attention._codegen import arguments
-from trainkit.kernels._attention._launch import Box, Kept, counter
+from trainkit.kernels._attention._launch import Box, Launch, counter, form, kept
 from trainkit.kernels._attention._spec import Spec
 from trainkit.kernels._attention._triton import Call, Tiling
 
@@ -51,41 +50,42 @@ def _cap(spec: Spec) -> float | None:
 class Plane(NamedTuple):
     """A tensor `[B, S, H, D]` as a matrix of rows: token i of (b, h) is row `b * batch + h * head + i`, column `h * col`."""
 
-    tensor: Tensor
     shape: tuple[int, int]
     stride: int
     batch: int
     head: int
     col: int
+    copied: bool = False
+    """Whether the matrix is that of a dense copy, neither tokens nor heads lying evenly."""
+
+    @property
+    def steps(self) -> tuple[int, int, int]:
+        return self.batch, self.head, self.col
+
+    def box(self, slot: int, rows: int, width: int) -> Box:
+        return Box(slot, self.shape, self.stride, (rows, width))
 
 
 def plane(x: Tensor) -> Plane:
-    """The tensor as TMA reads it: in place when its tokens or its heads lie evenly, else a copy."""
+    """The tensor as TMA reads it."""
     B, S, H, D = x.shape
     sb, ss, sh, sd = x.stride()
-    even = sd == 1 and x.data_ptr() % 16 == 0 and ss * x.element_size() % 16 == 0
+    even = sd == 1 and ss * x.element_size() % 16 == 0
     if even and sh == D and (B == 1 or sb == S * ss) and ss >= H * D:
-        return Plane(x, (B * S, H * D), ss, S, 0, D)
+        return Plane((B * S, H * D), ss, S, 0, D)
     if even and sh == S * ss and (B == 1 or sb == H * sh) and ss >= D:
-        return Plane(x, (B * H * S, D), ss, H * S, S, 0)
-    return plane(x.clone(memory_format=torch.contiguous_format))  # `contiguous()` would keep one that starts unaligned
+        return Plane((B * H * S, D), ss, H * S, S, 0)
+    return dense(*x.shape)._replace(copied=True)
 
 
-def descriptor(p: Plane, rows: int, width: int) -> Any:
-    """A TMA descriptor of `[rows, width]` boxes of a plane."""
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    return TensorDescriptor(
-        p.tensor, list(p.shape), [p.stride, 1], [rows, width], _swizzle(rows, width, p.tensor.dtype)
-    )
+def dense(B: int, S: int, H: int, D: int) -> Plane:
+    """A contiguous tensor."""
+    return Plane((B * S, H * D), H * D, S, 0, D)
 
 
-@cache
-def _swizzle(rows: int, width: int, dtype: torch.dtype) -> Any:
-    import triton.experimental.gluon.language as gl
-
-    element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}[dtype]
-    return gl.NVMMASharedLayout.get_default_for([rows, width], element)
+def aligned(x: Tensor) -> Tensor:
+    """The tensor, or a copy of it where TMA could not read it for its address."""
+    return x.clone(memory_format=torch.contiguous_format) if x.data_ptr() % 16 else x
 
 
 class Template:
@@ -150,23 +150,31 @@ def _processors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-# A kept launch, and shape and strides of the planes of q, k, v and out.
-_KEPT: dict[Any, tuple[Kept, list[tuple[tuple[int, int], tuple[int, int]]]]] = {}
+class Plan(NamedTuple):
+    """What calls of one form share: which of q, k, v (and the output's gradient) are copied, the launches, room for dQ."""
+
+    copied: tuple[bool, ...]
+    launches: tuple[Launch, ...]
+    ring: "Ring | None" = None
+
+    def inputs(self, *tensors: Tensor) -> list[Tensor]:
+        return [x.contiguous() if copy else x for x, copy in zip(tensors, self.copied, strict=True)]
 
 
-def _key(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: Call) -> Any:
-    """What a plain call's launch depends on but the addresses; None where there is more to it."""
+def _key(what: str, call: Call, *tensors: Tensor) -> Any:
+    """What a plan depends on; None where that is more than can be told: traced functions, masks, packed sequences."""
     spec, variant = call.spec, call.variant
-    scored = variant.score is not None and _cap(spec) is None
-    if scored or variant.mask is not None or call.packed is not None or not q.is_cuda:
-        return None
-    tensors = (q, k, v, *(() if sinks is None else (sinks,)), *(call.rope or ()))
-    if any(x.data_ptr() % 16 for x in tensors):
+    traced = variant.mask is not None or (variant.score is not None and _cap(spec) is None)
+    forms = None if traced or call.packed is not None else form(*tensors)
+    if forms is None:
         return None
     return (
-        q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype, q.device.index, spec.causal, spec.window,
-        spec.softcap, spec.scale, None if sinks is None else sinks.dtype, call.rope is None,
+        what, forms, spec.causal, spec.window, spec.softcap, spec.scale, spec.deterministic,
     )  # fmt: skip
+
+
+def _captured(call: Call) -> tuple[Any, ...]:
+    return tuple(() if x is None else arguments(x) for x in (call.variant.score, call.variant.mask))
 
 
 def forward(
@@ -175,33 +183,37 @@ def forward(
     """Compute out `[B, Sq, Hq, Dv]` and lse `[B, Hq, Sq]` fp32.
 
     Args:
-        launch: called with the kernel and grid instead of `kernel[grid]` (the tests compile without a GPU).
+        launch: as `Launch` takes it.
     """
+    q, k, v = aligned(q), aligned(k), aligned(v)
     out = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
-    count = counter(q.device)
-    spare = (count,) * 6
-    tables = (lse if sinks is None else sinks, *(call.rope or (lse, lse)))
-    key = _key(q, k, v, sinks, call)
-    kept = None if key is None else _KEPT.get(key)
-    if kept is not None:
-        kernel, planes = kept
-        boxes = (Box(x, *form) for x, form in zip((q, k, v, out), planes, strict=True))
-        kernel(*boxes, out, lse, *tables, count, *spare)
-        return out, lse
+    # None, one, two or three: how many tells which.
+    tables = (*(() if sinks is None else (sinks,)), *(call.rope or ()))
+    key = _key("forward", call, q, k, v, *tables)
+    plan = kept(key, lambda: _forward_plan(q, k, v, sinks, call))
+    tensors = (*plan.inputs(q, k, v), out, lse, counter(q.device), *tables)
+    for run in plan.launches:
+        run(tensors, launch)
+    return out, lse
+
+
+def _forward_plan(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: Call) -> Plan:
+    """Tensors of the launch: q, k, v, out, lse, the counter, then sinks, and cos and sin, as far as there are any."""
     from trainkit.kernels._attention import _hopper_forward
 
     spec, D, DV = call.spec, q.shape[3], v.shape[3]
     irregular = call.variant.mask is not None or call.packed is not None
     tile = _forward_tile(D, DV, _seen(k, spec, irregular), spec.causal)
     bm, bn = tile["BM"], tile["BN"]
-    grid, pointers, strides, listed = _triton.layout(call, q, k, Tiling(bm, bn, 4, tile["ST"]), False)
+    grid, lists, strides, listed = _triton.layout(call, q, k, Tiling(bm, bn, 4, tile["ST"]), False)
+    qp, kp, vp, op = plane(q), plane(k), plane(v), dense(q.shape[0], q.shape[1], q.shape[2], DV)
+    copied = (qp.copied, kp.copied, vp.copied)
     total = math.prod(grid)
     if total == 0:
-        return out, lse
+        return Plan(copied, ())
     cap = _cap(spec)
     functions = call.variant.functions("gluon")
-    captured = tuple(() if x is None else arguments(x) for x in (call.variant.score, call.variant.mask))
     template = Template(
         GROUP=q.shape[2] // k.shape[2], D=D, DV=DV, CAUSAL=spec.causal, WINDOW=spec.window is not None,
         SINK=sinks is not None, PACKED=call.packed is not None, LISTED=listed, CAP=cap is not None,
@@ -209,23 +221,16 @@ def forward(
         SCORE=None if cap is not None else functions.score, MASK=functions.mask, BF16=q.dtype == torch.bfloat16,
         ROPE=call.rope is not None, **tile,
     )  # fmt: skip
-    programs = min(total, _processors(q.device.index) if q.is_cuda else 132)
-    qp, kp, vp, op = plane(q), plane(k), plane(v), plane(out)
     constants = (
-        *strides, *qp[3:], *kp[3:], *vp[3:], q.shape[2] * DV, q.shape[2], q.shape[1], k.shape[1], spec.window or 0,
-        spec.scale, cap or 1.0, *captured, grid[0], total, template,
+        *strides, *qp.steps, *kp.steps, *vp.steps, q.shape[2] * DV, q.shape[2], q.shape[1], k.shape[1], spec.window or 0,
+        spec.scale, cap or 1.0, *_captured(call), grid[0], total, template,
     )  # fmt: skip
-    run = (launch or operator.getitem)(_hopper_forward.forward, (programs,))
-    compiled = run(
-        descriptor(qp, 64, D), descriptor(kp, bn, D), descriptor(vp, bn, DV), descriptor(op, 64, min(DV, 128)), out, lse,
-        *tables, count, *(x if p is None else p for x, p in zip(spare, pointers, strict=True)),
-        *constants, num_warps=4,
-    )  # fmt: skip
-    if key is not None and all(p.tensor is x for p, x in zip((qp, kp, vp), (q, k, v), strict=True)):
-        if len(_KEPT) >= 256:
-            _KEPT.pop(next(iter(_KEPT)), None)
-        _KEPT[key] = Kept(compiled, programs, constants), [(p.shape, (p.stride, 1)) for p in (qp, kp, vp, op)]
-    return out, lse
+    boxes = qp.box(0, 64, D), kp.box(1, bn, D), vp.box(2, bn, DV), op.box(3, 64, min(DV, 128))
+    first = 6 if sinks is None else 7
+    tables = (4 if sinks is None else 6, *((4, 4) if call.rope is None else (first, first + 1)))
+    pointers = (3, 4, *tables, 5, *(5 if p is None else p for p in lists))
+    programs = min(total, _processors(q.device.index) if q.is_cuda else 132)
+    return Plan(copied, (Launch(_hopper_forward.forward, (programs, 1, 1), boxes, pointers, constants),))
 
 
 class Pass(NamedTuple):
@@ -260,17 +265,22 @@ def _key_tile(d: int, dv: int, functions: bool) -> tuple[int, int, int]:
     return (32, 2, 2) if functions else (64, 2, 1)
 
 
-class Sums(NamedTuple):
+class Ring(NamedTuple):
     """Room for dQ in fp32 while it is summed: see `_hopper_ring`."""
 
-    tensor: Tensor
-    marks: Tensor
+    size: int
+    marks: int
     lag: int
     slots: int
     rows: int
 
+    def room(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Zeros to sum in, and to mark what is done in."""
+        zeros = torch.zeros(self.size + self.marks, dtype=torch.float32, device=device)
+        return zeros, zeros.narrow(0, self.size, self.marks).view(torch.int32)
 
-def _sums(q: Tensor, k: Tensor, tiles: int, call: Call) -> Sums:
+
+def _ring(q: Tensor, k: Tensor, tiles: int, call: Call) -> Ring:
     units = k.shape[2] * q.shape[0]
     # A box may reach over the last token, in packed sequences from any row on.
     rows = (-(-q.shape[1] // ROWS) + (call.packed is not None)) * ROWS
@@ -279,9 +289,7 @@ def _sums(q: Tensor, k: Tensor, tiles: int, call: Call) -> Sums:
     lag = min(units, max(2, math.ceil(2 * processors / tiles - 0.1)))
     # The last of a head's programs announce some microseconds after the first of the next head have started.
     slots = min(units, lag + 1 + min(lag, 400 // tiles**2))
-    size = slots * q.shape[2] // k.shape[2] * rows * q.shape[3]
-    room = torch.zeros(size + 2 * units, dtype=torch.float32, device=q.device)
-    return Sums(room[:size].view(-1, q.shape[3]), room[size:].view(torch.int32), lag, slots, rows)
+    return Ring(slots * q.shape[2] // k.shape[2] * rows * q.shape[3], 2 * units, lag, slots, rows)
 
 
 def backward(
@@ -294,20 +302,32 @@ def backward(
     call: Call,
     launch: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, contiguous; `delta` as `_triton.row_delta` gives it."""
+    """Gradients of q, k and v, contiguous; `delta` as `_triton.row_delta` gives it, `launch` as `Launch` takes it."""
+    q, k, v, grad = aligned(q), aligned(k), aligned(v), aligned(grad)
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    key = _key("backward", call, q, k, v, grad, lse, delta)
+    plan = kept(key, lambda: _backward_plan(q, k, v, grad, call))
+    room = () if plan.ring is None else plan.ring.room(q.device)
+    tensors = (*plan.inputs(q, k, v, grad), dq, dk, dv, lse, delta, *room)
+    for run in plan.launches:
+        run(tensors, launch)
+    return dq, dk, dv
+
+
+def _backward_plan(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, call: Call) -> Plan:
+    """Tensors of each launch: q, k, v, grad, dq, dk, dv, lse, delta; where dQ is summed, also the ring's room and marks."""
     from trainkit.kernels._attention import _hopper_backward_keys, _hopper_backward_queries
 
     spec, D, DV = call.spec, q.shape[3], v.shape[3]
     # dQ in the same pass saves two of seven products, for a sum in fp32 whose adds come in any order.
     fused = D == DV and D < 256 and not spec.deterministic
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     planes = qp, kp, vp, gp = plane(q), plane(k), plane(v), plane(grad)
-    dqp, dkp, dvp = plane(dq), plane(dk), plane(dv)
-    steps = tuple(n for p in planes for n in p[3:])
+    copied = tuple(p.copied for p in planes)
+    steps = tuple(n for p in planes for n in p.steps)
+    dqp, dkp, dvp = (dense(*x.shape) for x in (q, k, v))
     cap = _cap(spec)
     alibi = spec.alibi_slopes if spec.causal and spec.softcap is None and spec.score_mod is None else None
     functions = call.variant.functions("gluon")
-    captured = tuple(() if x is None else arguments(x) for x in (call.variant.score, call.variant.mask))
     constants = {
         "GROUP": q.shape[2] // k.shape[2], "D": D, "DV": DV, "CAUSAL": spec.causal, "WINDOW": spec.window is not None,
         "PACKED": call.packed is not None, "CAP": cap is not None, "ALIBI": 0 if alibi is None else alibi.dim(),
@@ -315,48 +335,55 @@ def backward(
     scored = call.variant.score is not None and cap is None and alibi is None
     derived = scored and not call.variant.adds
     traced = scored or functions.mask is not None
+    scalars = (q.shape[1], k.shape[1], spec.window or 0, spec.scale, cap or 1.0, *_captured(call))
 
-    kernel: Any = _hopper_backward_keys.backward_keys
+    launches = []
+    ring = None
     for want_dk, want_dv, bm, q_ring, grad_ring in _passes(D, DV, traced):
-        grid, pointers, strides, listed = _triton.layout(call, q, k, Tiling(bm, ROWS, 4, q_ring), True)
-        programs = (math.prod(grid),)
-        if programs[0] == 0:
+        grid, lists, strides, listed = _triton.layout(call, q, k, Tiling(bm, ROWS, 4, q_ring), True)
+        programs = math.prod(grid)
+        if programs == 0:
             continue
-        room: tuple[Any, ...] = (dq, delta, delta, 0, 0, 0)
-        sums = dqp
+        sums, turn, room = dqp.box(4, 64, D * bm // 128), (0, 0, 0), (8, 8)
         if fused:
-            ring = _sums(q, k, grid[0], call)
-            room = (dq, *ring)
-            sums = Plane(ring.tensor, (ring.tensor.shape[0], D), D, 0, 0, 0)
-            programs = (programs[0] + ring.lag * grid[0],)
+            ring = _ring(q, k, grid[0], call)
+            sums, turn, room = Box(9, (ring.size // D, D), D, (64, D * bm // 128)), ring[2:], (9, 10)
+            programs += ring.lag * grid[0]
         template = Template(
             **constants, BM=bm, ST=q_ring, SO=grad_ring, WANT_DK=want_dk, WANT_DV=want_dv, VALUES=want_dk or D != DV,
             FUSED=fused, LATE=fused and D == 128, LISTED=listed, SCORE=functions.score_t if scored else None,
             GRAD=functions.score_grad_t if derived else None, MASK=functions.mask_t,
         )  # fmt: skip
-        (launch(kernel, programs) if launch else kernel[programs])(
-            descriptor(qp, bm, D), descriptor(kp, 64, D), descriptor(vp, 64, DV), descriptor(gp, bm, DV),
-            descriptor(dkp, 64, D), descriptor(dvp, 64, DV), descriptor(sums, 64, D * bm // 128), *room, dk, dv, lse, delta,
-            *(delta if p is None else p for p in pointers), *strides, *steps, k.shape[2] * D, k.shape[2] * DV, q.shape[2],
-            *k.shape[2:3], q.shape[1], k.shape[1], spec.window or 0, spec.scale, cap or 1.0, *captured, grid[0], template,
-            num_warps=4,
+        boxes = (
+            qp.box(0, bm, D), kp.box(1, 64, D), vp.box(2, 64, DV), gp.box(3, bm, DV), dkp.box(5, 64, D), dvp.box(6, 64, DV),
+            sums,
+        )  # fmt: skip
+        launches.append(
+            Launch(
+                _hopper_backward_keys.backward_keys, (programs, 1, 1), boxes,
+                (4, *room, 5, 6, 7, 8, *(8 if p is None else p for p in lists)),
+                (
+                    *turn, *strides, *steps, k.shape[2] * D, k.shape[2] * DV, q.shape[2], k.shape[2], *scalars, grid[0],
+                    template,
+                ),
+            )
         )  # fmt: skip
     if fused:
-        return dq, dk, dv
+        return Plan(copied, tuple(launches), ring)
 
     bn, key_ring, value_ring = _key_tile(D, DV, traced)
-    grid, pointers, strides, listed = _triton.layout(call, q, k, Tiling(ROWS, bn, 4, key_ring), False)
-    kernel = _hopper_backward_queries.backward_queries
-    programs = (math.prod(grid),)
-    if programs[0]:
+    grid, lists, strides, listed = _triton.layout(call, q, k, Tiling(ROWS, bn, 4, key_ring), False)
+    if math.prod(grid):
         template = Template(
             **constants, BM=ROWS, BN=bn, ST=key_ring, SV=value_ring, LISTED=listed, SCORE=functions.score if scored else None,
             GRAD=functions.score_grad if derived else None, MASK=functions.mask,
         )  # fmt: skip
-        (launch(kernel, programs) if launch else kernel[programs])(
-            descriptor(qp, 64, D), descriptor(kp, bn, D), descriptor(vp, bn, DV), descriptor(gp, 64, DV),
-            descriptor(dqp, 64, D), dq, lse, delta, *(delta if p is None else p for p in pointers), *strides, *steps,
-            q.shape[2] * D, q.shape[2], q.shape[1], k.shape[1], spec.window or 0, spec.scale, cap or 1.0, *captured,
-            grid[0], template, num_warps=4,
+        sides = qp.box(0, 64, D), kp.box(1, bn, D), vp.box(2, bn, DV), gp.box(3, 64, DV), dqp.box(4, 64, D)
+        launches.append(
+            Launch(
+                _hopper_backward_queries.backward_queries, (math.prod(grid), 1, 1), sides,
+                (4, 7, 8, *(8 if p is None else p for p in lists)),
+                (*strides, *steps, q.shape[2] * D, q.shape[2], *scalars, grid[0], template),
+            )
         )  # fmt: skip
-    return dq, dk, dv
+    return Plan(copied, tuple(launches))

@@ -306,8 +306,8 @@ def keys_consumer(task, problem, places, ring, n0, count, W: gl.constexpr, c: gl
 
 @gluon.jit(do_not_specialize=["Hq", "Hkv", "Sq", "Sk", "w", "tiles", "lag", "slots", "rows"])
 def backward_keys(
-    q_d, k_d, v_d, do_d, dk_d, dv_d, dq_d, DQ, SUMS, MARKS, lag, slots, rows, DK, DV_OUT, LSE, DELTA, TILES, CU_Q, CU_K,
-    BLOCKS, COUNTS, FULL, sbb, sbh, NB, q_batch, q_head, q_col, k_batch, k_head, k_col, v_batch, v_head, v_col, do_batch,
+    q_d, k_d, v_d, do_d, dk_d, dv_d, dq_d, DQ, SUMS, MARKS, DK, DV_OUT, LSE, DELTA, TILES, CU_Q, CU_K, BLOCKS, COUNTS, FULL,
+    lag, slots, rows, sbb, sbh, NB, q_batch, q_head, q_col, k_batch, k_head, k_col, v_batch, v_head, v_col, do_batch,
     do_head, do_col, dk_stride, dv_stride, Hq, Hkv, Sq, Sk, w, scale, cap, score_args, mask_args, tiles, c: gl.constexpr,
 ):  # fmt: skip
     """Compute dK, dV, or both, of 128 keys of one key head.

@@ -1,36 +1,165 @@
-"""What keeps a kernel's launch short: descriptors unchecked, templates shared, compiled kernels kept by the caller's key."""
+"""What keeps a kernel's launch short: it is planned once for all calls of one form, and each call brings its addresses."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import operator
+from collections.abc import Callable, Sequence
+from functools import cache
+from inspect import getclosurevars
+from threading import Lock
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from trainkit.kernels import _gluon
+
+Plan = TypeVar("Plan")
+
+
+def form(*tensors: Tensor) -> Any:
+    """All that a launch depends on of its tensors but where they lie; None where one is not aligned to 16 bytes."""
+    parts: list[Any] = []
+    for x in tensors:
+        if x.data_ptr() % 16:
+            return None
+        parts += (x.shape, x.stride(), x.dtype, x.get_device())
+    return tuple(parts)
+
+
+def stream() -> int:
+    """The current stream of the current device, as CUDA names it."""
+    return torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
+
+
+_KEPT: dict[Any, Any] = {}
+_LOCK = Lock()
+MOST = 768
+"""Plans kept: forward, delta and backward of 256 forms of call."""
+
+
+def kept(key: Any, make: Callable[[], Plan]) -> Plan:
+    """What `make` returned for this key the first time; made anew where there is no key."""
+    plan: Plan | None = None if key is None else _KEPT.get(key)
+    if plan is None:
+        plan = make()
+        if key is not None:
+            # Backward runs in a thread for each device.
+            with _LOCK:
+                if len(_KEPT) >= MOST:
+                    del _KEPT[next(iter(_KEPT))]
+                _KEPT[key] = plan
+    return plan
+
 
 class Box(NamedTuple):
-    """A TMA descriptor to be: a plane of memory and the boxes it is read in, as Triton's launcher wants them."""
+    """A TMA descriptor to be: the call's tensor `slot` as a matrix with this step between rows, read in these boxes."""
 
-    base: Tensor
-    shape: Sequence[int]
-    strides: Sequence[int]
-    padding: str = "zero"
+    slot: int
+    shape: tuple[int, int]
+    stride: int
+    block: tuple[int, int]
+
+    def descriptor(self, x: Tensor) -> Any:
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+        layout = _swizzle(*self.block, x.dtype)
+        return TensorDescriptor(x, list(self.shape), [self.stride, 1], list(self.block), layout)
 
 
-class Kept(NamedTuple):
-    """A kernel that was launched before, and those of its arguments that do not change from call to call."""
+@cache
+def _swizzle(rows: int, width: int, dtype: torch.dtype) -> Any:
+    import triton.experimental.gluon.language as gl
 
-    compiled: Any
-    programs: int
-    constants: tuple[Any, ...]
+    element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}[dtype]
+    return gl.NVMMASharedLayout.get_default_for([rows, width], element)
 
-    def __call__(self, *arguments: Any) -> None:
-        """Launch with `arguments` before the constants; what Triton specializes on must be as it was the first time."""
-        compiled = self.compiled
-        stream = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
-        compiled.run(
-            self.programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments,
-            *self.constants,
+
+class Launch:
+    """A kernel's launch for every call of one form.
+
+    Args:
+        grid: three numbers of programs.
+        boxes: the kernel's first parameters.
+        pointers: its next ones: numbers of the call's tensors, None where the kernel has none, or a tensor of this
+            launch's own (which no other call may be given).
+        constants: all others, those known when compiling too. Tensors among them are this launch's own, as above.
+    """
+
+    def __init__(
+        self, kernel: Any, grid: tuple[int, int, int], boxes: tuple[Box, ...], pointers: Sequence[int | Tensor | None],
+        constants: tuple[Any, ...],
+    ) -> None:  # fmt: skip
+        self.kernel, self.grid, self.boxes, self.pointers, self.constants = kernel, grid, boxes, pointers, constants
+        self._compiled: Any = None
+        self._again: Callable[[Sequence[Tensor]], None] | None = None
+
+    def __call__(self, tensors: Sequence[Tensor], launch: Any = None) -> None:
+        """Run on the current stream.
+
+        Args:
+            launch: called with the kernel and grid instead of `kernel[grid]` (the tests have no GPU).
+        """
+        if launch is None and self._compiled is not None:
+            if self._again is None:
+                self._again = _again(self, self._compiled)
+            if self._again is not None:
+                return self._again(tensors)
+        compiled = (launch or operator.getitem)(self.kernel, self.grid)(
+            *(box.descriptor(tensors[box.slot]) for box in self.boxes),
+            *(tensors[p] if isinstance(p, int) else p for p in self.pointers), *self.constants, num_warps=4,
         )  # fmt: skip
+        if launch is None:
+            self._compiled = compiled
+        return None
+
+
+def _again(first: Launch, compiled: Any) -> Callable[[Sequence[Tensor]], None] | None:
+    """The launch past Triton's: what it asks of the arguments was answered, and is the same for every call of the form.
+
+    None where this Triton's launcher is not the known one, or the kernel wants memory of the launcher's.
+    """
+    runner = compiled.run
+    if _gluon.triton_version() != _gluon.TRITON or type(runner).__name__ != "CudaLauncher":
+        return None
+    if runner.global_scratch_size or runner.profile_scratch_size:
+        return None
+    from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
+    from triton.runtime import driver
+
+    # Behind a function that expands descriptors, where the kernel has any.
+    start = getclosurevars(runner.launch).nonlocals.get("launcher") if first.boxes else runner.launch
+    if start is None:
+        return None
+    encode = driver.active.utils.fill_tma_descriptor
+    maps = []
+    for box, meta in zip(first.boxes, compiled.metadata.tensordesc_meta if first.boxes else (), strict=True):
+        kind = TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]]
+        # Argument 8 of the encoding: what lies beyond the matrix reads as 0.
+        how = (meta["swizzle"], meta["elem_size"], kind, meta["block_size"], list(box.shape), [box.stride, 1], 0)
+        maps.append((box.slot, how, (*box.shape, box.stride, 1)))
+    grid, function = first.grid, compiled.function
+    options = (
+        runner.launch_cooperative_grid,
+        runner.launch_pdl,
+        None,
+        None,
+        compiled.packed_metadata,
+        None,
+        None,
+        None,
+    )
+    # -1 is the None that follows the addresses.
+    pointers = [-1 if p is None else operator.index(p) for p in first.pointers]  # type: ignore[arg-type]
+    constants = first.constants
+
+    def again(tensors: Sequence[Tensor]) -> None:
+        at: list[int | None] = [x.data_ptr() for x in tensors]
+        at.append(None)
+        described: list[Any] = []
+        for slot, how, sizes in maps:
+            described += (encode(at[slot], *how), *sizes)
+        start(*grid, stream(), function, *options, *described, *[at[p] for p in pointers], *constants)
+
+    return again
 
 
 _COUNTERS: dict[tuple[int, int], Tensor] = {}
@@ -44,7 +173,7 @@ def counter(device: torch.device) -> Tensor:
     """
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return torch.zeros(1, dtype=torch.int32, device=device)
-    key = (device.index, torch._C._cuda_getCurrentRawStream(device.index))
+    key = (device.index, stream())
     known = _COUNTERS.get(key)
     if known is None:
         known = _COUNTERS[key] = torch.zeros(1, dtype=torch.int32, device=device)

@@ -1,7 +1,7 @@
 """The Triton path: every variant, forward and backward, on any GPU that Triton serves (and on its interpreter)."""
 
 import importlib.util
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from trainkit.kernels._attention._codegen import arguments
 from trainkit.kernels._attention._dropout import threshold
+from trainkit.kernels._attention._launch import Launch, form, kept, stream
 from trainkit.kernels._attention._spec import Packed, Spec
 from trainkit.kernels._attention._variant import Variant
 
@@ -94,6 +95,15 @@ def strides_of(x: Tensor) -> tuple[int, int, int]:
 
 def packed_tiles(bounds: tuple[int, ...], size: int, device: torch.device) -> Tensor:
     """int32 `[tiles, 2]`: (sequence, tile) for each tile of `size` tokens, the sequences' last tiles first."""
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        # A captured graph outlives what is kept here.
+        return _packed_tiles.__wrapped__(bounds, size, device, 0)
+    return _packed_tiles(bounds, size, device, stream())
+
+
+@lru_cache(64)
+def _packed_tiles(bounds: tuple[int, ...], size: int, device: torch.device, _: int) -> Tensor:
+    """For one stream alone, whose kernels have read it when its memory is used again: copying it waits for the device."""
     tiles = [(i, t) for i in range(len(bounds) - 1) for t in range(-(-(bounds[i + 1] - bounds[i]) // size))]
     tiles.sort(key=lambda pair: -pair[1])
     return torch.tensor(tiles, dtype=torch.int32, device=device).reshape(-1, 2)
@@ -188,18 +198,24 @@ def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: Call) -
 
 def row_delta(out: Tensor, grad: Tensor, grad_lse: Tensor | None) -> Tensor:
     """rowsum(out * grad) minus lse's gradient, fp32 `[B, H, Sq]`."""
+    B, S, H, _ = out.shape
+    delta = torch.empty(B, H, S, dtype=torch.float32, device=out.device)
+    tensors = (out, grad, delta, *(() if grad_lse is None else (grad_lse.contiguous(),)))
+    if delta.numel():
+        forms = form(*tensors)
+        kept(None if forms is None else ("delta", forms), lambda: _delta(*tensors))(tensors)
+    return delta
+
+
+def _delta(out: Tensor, grad: Tensor, _: Tensor, grad_lse: Tensor | None = None) -> Launch:
     from trainkit.kernels._attention import _triton_backward
 
     B, S, H, DV = out.shape
-    delta = torch.empty(B, H, S, dtype=torch.float32, device=out.device)
     bm = 64 if out.is_cuda else 32
-    if delta.numel():
-        _triton_backward.delta[(-(-S // bm), H, B)](
-            out, grad, None if grad_lse is None else grad_lse.contiguous(), delta, *strides_of(out),
-            *strides_of(grad), H, S,
-            DV=DV, BDV=_padded(DV), BM=bm, GRAD_LSE=grad_lse is not None,
-        )  # fmt: skip
-    return delta
+    return Launch(
+        _triton_backward.delta, (-(-S // bm), H, B), (), (0, 1, None if grad_lse is None else 3, 2),
+        (*strides_of(out), *strides_of(grad), H, S, DV, _padded(DV), bm, grad_lse is not None),
+    )  # fmt: skip
 
 
 def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
