@@ -222,12 +222,11 @@ def _scheduled(
 
 
 def _seconds(schedule: Schedule, nbytes: int, backend: Literal["gloo", "nccl"]) -> float:
-    seconds = float(schedule.time(nbytes))
-    if backend == "gloo":
-        return seconds
-    from trainkit.collectives.execute import waves_of
+    from trainkit.collectives.execute import UNSENT, waves_of
 
-    return seconds + NCCL_GROUP_S * len(set(waves_of(schedule)))
+    if backend == "gloo":
+        return float(schedule.time(nbytes, held=UNSENT))
+    return float(schedule.time(nbytes)) + NCCL_GROUP_S * len(set(waves_of(schedule)))
 
 
 def _through_switch(network: Topology, switch: str, buckets: Sequence[int], widths: Sequence[int]) -> Way:
