@@ -220,3 +220,20 @@ def test_one_op_less_or_other_is_always_found(data: st.DataObject) -> None:
         broken = [o._replace(start=start, stop=start + shift) if o.id == victim else o for o in ops]
     with pytest.raises(ScheduleError):
         replace(whole, ops=broken, order=()).verify()
+
+
+def test_what_a_connection_holds_keeps_others_waiting() -> None:
+    quarter = [(Fraction(n, 4), Fraction(n + 1, 4)) for n in range(4)]
+    ops = [
+        *[Op(n, "send", 0, 1, *quarter[n], ("a", "s", "b")) for n in range(3)],
+        Op(3, "send", 4, 0, *quarter[3], ("e", "a")),  # comes in after half a second, and is to go on to d
+        Op(4, "send", 0, 2, *quarter[3], ("a", "s", "c"), depends=(3,)),
+        Op(5, "send", 2, 3, *quarter[3], ("c", "d"), depends=(4,)),
+    ]
+    links = {("a", "s"): 1, ("s", "b"): 1, ("s", "c"): 1, ("c", "d"): 1, ("e", "a"): 2}
+    relayed = Schedule("relayed", "broadcast", tuple("abcde"), ops, "pipelined", links=links, unit="B/s", root=0)
+    # it passes the third slice, which has not set out; or no slice, where all three are with the connection
+    assert relayed.time(4) == relayed.time(4, held=0) == 4
+    assert relayed.time(4, held=2) == relayed.time(4, held=1000) == 5
+    # of large slices a connection holds no second one
+    assert relayed.time(4 * 10**6, held=2) == 4 * 10**6

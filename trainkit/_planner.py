@@ -24,6 +24,8 @@ OVERHEAD_S = 1e-4
 """What a message between two processes costs beside its bytes and the links' latencies."""
 NCCL_OVERHEAD_S = 1e-5
 """The same between two steps of NCCL's own kernels."""
+NCCL_CALL_S = 1e-4
+"""What carrying a bucket over NCCL costs in a hook beside its bytes: dividing it, queueing it, starting it."""
 NCCL_GROUP_S = 1.5e-4
 """What a wave of a schedule over NCCL costs to queue and start: one group of messages (measured on two H200)."""
 MARGIN = 1.05
@@ -150,15 +152,17 @@ def plan_network(
     native = allreduce_forest(network)
     down, up = _fewest_trees(network, "allgather"), _fewest_trees(network, "reduce_scatter")
     flow = -1 if backend == "gloo" else 1
-    ring = _ring("ring", network, topology.compute_nodes, flow, buckets)
     ways = [
-        ring,
+        _ring("ring", network, topology.compute_nodes, flow, buckets),
         *_reordered(network, flow, buckets, order_seconds),
         _scheduled("tree", lambda chunks: double_binary_tree_schedule(network, chunks), buckets, backend),
         _scheduled("forest", lambda chunks: compose(up.schedule(chunks), down.schedule(chunks)), buckets, backend),
         _scheduled("native", native.schedule, buckets, backend),
         *([_through_switch(network, switch, buckets, widths)] if switch is not None else []),
     ]
+    if backend == "nccl":
+        ways = [replace(way, seconds=tuple(taken + NCCL_CALL_S for taken in way.seconds)) for way in ways]
+    ring = ways[0]
     ways.sort(key=lambda way: way.step_s)
     chosen = ways[0] if ring.step_s >= MARGIN * ways[0].step_s else ring
     return NetworkPlan(topology, tuple(buckets), float(native.seconds(sum(buckets))), tuple(ways), chosen)
@@ -222,12 +226,11 @@ def _scheduled(
 
 
 def _seconds(schedule: Schedule, nbytes: int, backend: Literal["gloo", "nccl"]) -> float:
-    seconds = float(schedule.time(nbytes))
-    if backend == "gloo":
-        return seconds
-    from trainkit.collectives.execute import waves_of
+    from trainkit.collectives.execute import UNSENT, waves_of
 
-    return seconds + NCCL_GROUP_S * len(set(waves_of(schedule)))
+    if backend == "gloo":
+        return float(schedule.time(nbytes, held=UNSENT))
+    return float(schedule.time(nbytes)) + NCCL_GROUP_S * len(set(waves_of(schedule)))
 
 
 def _through_switch(network: Topology, switch: str, buckets: Sequence[int], widths: Sequence[int]) -> Way:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
-from itertools import permutations, product
+from itertools import permutations
 from statistics import median
 from typing import Any
 
@@ -22,10 +22,8 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from trainkit.collectives import ForestState, Runner, Topology, allreduce_forest, forest, forest_hook
-from trainkit.collectives.execute._nccl import NcclTransport
 
 _START = time.monotonic()
-_WAYS: dict[str, Any] = {"waves": None, "broadcast": "broadcast", "send": "send"}
 
 
 def say(words: str) -> None:
@@ -142,27 +140,15 @@ def worker(rank: int, size: int, port: int, options: argparse.Namespace) -> None
     told("NCCL all-gather", lambda: dist.all_gather_into_tensor(other, value[: elements // size]), share * nbytes)
     both, gather = allreduce_forest(topology), forest(topology)
 
-    def ours(way: str, ctas: int) -> None:
-        name = f"{way}, {ctas or 'default'} CTAs"
-        stage(name)
-        runner = Runner()
-        runner._transports["nccl"] = NcclTransport(dist.group.WORLD, _WAYS[way], ctas)
-        try:
-            if not ctas:
-                check(runner, topology)
-                stage("results right")
-            for chunks in options.chunks if way != "send" else [1]:
-                schedule = both.schedule(chunks)
-                call = partial(runner.run, schedule, value)
-                told(f"our all-reduce, {name}, {chunks} chunks", call, 2 * share * nbytes)
-            told(f"our all-gather, {name}", partial(runner.run, gather.schedule(1), value), share * nbytes)
-            beside(runner, both.schedule(1), value)
-        except (AssertionError, RuntimeError) as error:
-            print(f"rank {rank}, {name}: {error}", flush=True)
-        runner.close()
-
-    for way, ctas in product(options.ways, options.ctas):
-        ours(way, ctas)
+    runner = Runner()
+    check(runner, topology)
+    stage("results right")
+    for chunks in options.chunks:
+        call = partial(runner.run, both.schedule(chunks), value)
+        told(f"our all-reduce, {chunks} chunks", call, 2 * share * nbytes)
+    told("our all-gather, 1 chunk", partial(runner.run, gather.schedule(1), value), share * nbytes)
+    beside(runner, both.schedule(1), value)
+    runner.close()
     check_ddp(topology)
     stage("DDP with the hook equals DDP")
     dist.destroy_process_group()
@@ -242,8 +228,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mb", type=int, default=256)
     parser.add_argument("--chunks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--ways", nargs="+", default=["waves", "broadcast", "send"])
-    parser.add_argument("--ctas", type=int, nargs="+", default=[0, 32])
     parser.add_argument("--plan", action="store_true")
     parser.add_argument("--deadline", type=float, default=120.0, help="seconds in all; what hangs is killed then")
     options = parser.parse_args()

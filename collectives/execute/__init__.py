@@ -3,6 +3,7 @@
 from trainkit.collectives.execute._backend import register_backend as register_backend
 from trainkit.collectives.execute._errors import ExecutionError as ExecutionError
 from trainkit.collectives.execute._errors import PeerLost as PeerLost
+from trainkit.collectives.execute._mesh import UNSENT as UNSENT
 from trainkit.collectives.execute._nccl import waves_of as waves_of
 from trainkit.collectives.execute._reference import run_reference as run_reference
 from trainkit.collectives.execute._runner import Runner as Runner

@@ -19,6 +19,8 @@ _KEY = 32
 _SHY = 2.0  # seconds that a stranger may take to say hello
 _SIOCGIFADDR = 0x8915
 _TCP_NOTSENT_LOWAT = 25
+UNSENT = 1 << 17
+"""Bytes that a connection takes in before they are on their way; nothing more urgent overtakes them."""
 
 
 class Store(Protocol):
@@ -192,8 +194,7 @@ def local_address(interface: str | None, towards: str | None) -> str:
 
 def _hand_over(one: socket.socket) -> int:
     one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    # what waits in the kernel can no longer be overtaken by anything more urgent
-    one.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, 1 << 17)
+    one.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, UNSENT)
     one.setblocking(False)
     return one.detach()
 

@@ -10,7 +10,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,7 @@ from trainkit.collectives.schedule import Schedule
 _ALIGNED = 128  # bytes: NCCL copies what starts elsewhere at half the speed
 
 
-_communicators: "weakref.WeakKeyDictionary[dist.ProcessGroup, dict[int, dist.ProcessGroup]]"
+_communicators: "weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup]"
 _communicators = weakref.WeakKeyDictionary()
 
 
@@ -54,14 +54,12 @@ class NcclTransport:
 
     Args:
         group: a `torch.distributed` process group or backend over NCCL.
-        paired: how two ranks let NCCL add: what is not added goes by "broadcast" or by "send"; None: they do not.
-        ctas: the fewest thread blocks that NCCL may move data with; 0 is NCCL's choice.
     """
 
     broken = False  # NCCL's own watchdog ends a process whose peer is gone
 
-    def __init__(self, group: Any, paired: Literal["broadcast", "send"] | None = "broadcast", ctas: int = 0) -> None:
-        self._group, self._paired, self._ctas = group, paired, ctas
+    def __init__(self, group: Any) -> None:
+        self._group = group
         self._plans: dict[tuple[int, int, int], tuple[Program, _Plan | list[_Group]]] = {}
         self._waves: dict[int, list[int]] = {}
         self._staging: dict[torch.dtype, torch.Tensor] = {}
@@ -74,7 +72,7 @@ class NcclTransport:
             # the first one's kernels go before sums and the model's own that run beside them
             self._streams = (torch.cuda.Stream(priority=-1), torch.cuda.Stream())  # type: ignore[no-untyped-call]
             if isinstance(self._group, dist.ProcessGroup):
-                self._group = _urgent(self._group, self._ctas)
+                self._group = _urgent(self._group)
             self._group.allreduce([torch.zeros(1, device="cuda")]).wait()
 
     @property
@@ -107,15 +105,10 @@ class NcclTransport:
                 backend._start_coalescing()
                 for adds, root, first, end in wave:
                     piece = buffer[first:end]
-                    together = self._paired == "broadcast"
                     if adds:
-                        backend.reduce([piece], _options(dist.ReduceOptions(), root, together))  # type: ignore[attr-defined]
-                    elif together:
-                        backend.broadcast([piece], _options(dist.BroadcastOptions(), root, together))  # type: ignore[attr-defined]
-                    elif root == rank:
-                        backend.send([piece], 1 - rank, 0)
+                        backend.reduce([piece], _options(dist.ReduceOptions(), root))  # type: ignore[attr-defined]
                     else:
-                        backend.recv([piece], root, 0)
+                        backend.broadcast([piece], _options(dist.BroadcastOptions(), root))  # type: ignore[attr-defined]
                     self._moved += piece.nbytes * (adds == (root == rank))
                 work = backend._end_coalescing()
                 if work is not None:  # it went to a stream of the process group's
@@ -171,7 +164,7 @@ class NcclTransport:
         key = (id(program), elements, align)
         if key not in self._plans:
             schedule = program.schedule
-            pair = self._paired is not None and adds_in_place(schedule)
+            pair = adds_in_place(schedule)
             if id(schedule) not in self._waves:
                 self._waves[id(schedule)] = waves_of(schedule, in_place=pair)
             planned = plan_groups if pair else plan_waves
@@ -189,27 +182,22 @@ class NcclTransport:
         self._waves.clear()
 
 
-def _options(options: Any, root: int, here: bool) -> Any:
+def _options(options: Any, root: int) -> Any:
     options.rootRank = root
-    if here and hasattr(
-        options, "asyncOp"
-    ):  # since PyTorch 2.8: on the current stream, without a detour over the group's own
+    if hasattr(options, "asyncOp"):  # since PyTorch 2.8: on the current stream, without a detour over the group's own
         options.asyncOp = False
     return options
 
 
-def _urgent(group: dist.ProcessGroup, ctas: int) -> dist.ProcessGroup:
+def _urgent(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """A communicator of the same ranks whose kernels go before the sums that run beside them; made once."""
-    made_before = _communicators.setdefault(group, {})
-    if ctas in made_before:
-        return made_before[ctas]
+    if group in _communicators:
+        return _communicators[group]
     options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)  # type: ignore[attr-defined]
-    if ctas:
-        options.config.min_ctas = ctas
     ranks = dist.get_process_group_ranks(group)
     made = dist.new_group(ranks, backend="nccl", pg_options=options, use_local_synchronization=True)
     assert isinstance(made, dist.ProcessGroup)
-    made_before[ctas] = made
+    _communicators[group] = made
     return made
 
 

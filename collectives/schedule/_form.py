@@ -155,12 +155,13 @@ class Schedule:
 
         verify(self)
 
-    def time(self, nbytes: int | Fraction, alpha: float | Fraction | None = None) -> Fraction:
+    def time(self, nbytes: int | Fraction, alpha: float | Fraction | None = None, *, held: int = 0) -> Fraction:
         """Seconds for a message of `nbytes`.
 
         Args:
             nbytes: M, the whole message in bytes (what allgather returns, what reduce_scatter takes).
             alpha: seconds of latency per step ("steps") or per op ("pipelined"). None takes the links' latencies.
+            held: bytes that a connection takes in beside the slice that is on its way (mode "pipelined").
 
         Returns:
             Exact seconds under the model of `_time`.
@@ -170,7 +171,7 @@ class Schedule:
         """
         from trainkit.collectives.schedule._time import seconds
 
-        return seconds(self, Fraction(nbytes), alpha)
+        return seconds(self, Fraction(nbytes), alpha, held)
 
     def save(self, path: str | Path) -> None:
         """Write the versioned JSON; an existing file is replaced only by a whole one."""
