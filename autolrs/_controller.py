@@ -264,7 +264,8 @@ class Controller:
         return max(min(_LEAN * fallen, _LEAN_LEFT * left), 0.0)
 
     def _fallback(self, lowest: float) -> float:
-        return min(lowest / 10.0, self._present)
+        known = self._record.stages[-1].rate if self._record.stages else self._default
+        return min(lowest / 10.0, known if known > 0.0 else math.inf)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values only: loads with `weights_only`."""
