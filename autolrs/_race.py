@@ -209,7 +209,7 @@ def _works(record: TrialRecord, rules: Rules) -> bool:
 
 
 def _beats(new: TrialRecord, best: TrialRecord, backend: Backend, rules: Rules) -> bool:
-    """Whether the new trial's posterior mean lies below the best one's, bias included, the faster one forgiven a little."""
+    """Whether the new trial's posterior mean lies below the best one's, the faster one forgiven a little."""
     decades = math.log10(new.rate / best.rate)
     if rules.climb:  # what was measured on the same batches needs no smoothing
         (mean, std), (best_mean, best_std) = (new.mean, new.std), (best.mean, best.std)
@@ -263,7 +263,7 @@ def _trial(
             and ripe
             and trials.agree(
                 losses[-1] - losses[0] > rules.damage(losses[0])
-                if rules.faster(rate)
+                if rules.faster(rate) or (search.decay > 0 and best is not None and rate > best.rate)
                 else best is not None and _dominated(steps, losses, prediction, best, forgiven)
             )
         ):
