@@ -19,7 +19,10 @@ from trainkit.autolrs._skopt import SkoptSearch
 
 _VERSION = 1
 # Trials judged by where they end flatter a small rate: it loses the noise at once and the progress only in the long run.
-_TILT, _LEAN = 0.5, 0.04
+_TILT = 0.5
+# What a faster trial is forgiven a decade on a plateau: this share of what the run has fallen, at most that one of what is
+# left of its loss.
+_LEAN, _LEAN_LEFT = 0.04, 0.1
 
 
 class Controller:
@@ -49,7 +52,7 @@ class Controller:
         s = self.settings
         if s.backend == "skopt" or s.preset == "paper":
             return SkoptSearch(s.low, s.high, s.seed)
-        return LRSearch(s.low, s.high, s.seed, known=self._known)
+        return LRSearch(s.low, s.high, s.seed)
 
     @property
     def keeps_winner(self) -> bool:
@@ -127,15 +130,19 @@ class Controller:
             report(f"stage {stage + 1} trial {trial}/{of} lr {rate:.1e}")
 
         guided = isinstance(self._backend, LRSearch)
+        look = guided and stage == 0 and self._known is not None
         rules = Rules(
             stage=stage,
             rate_at=lambda rate, step: rate * self.schedule.warmup(step),
             forecaster=self._forecast,
             fallback=self._fallback,
             fallen=self._fallen(),
+            left=self._left,
             # The run's first steps reward rates that damage it later: there the well-known rate need only work.
-            look=guided and stage == 0 and self._known is not None,
-            climb=guided and search.decay > 0,
+            begin=(self._known if look else self._present if search.decay else None) if guided else None,
+            look=look,
+            low=self.settings.low,
+            high=self.settings.high,
             tilt=_TILT if self.settings.stage_steps is None else 0.0,
             lean=lambda loss: self._lean(search, loss),
             halving=self.keeps_winner,
@@ -191,6 +198,11 @@ class Controller:
         """The rate of steps that no search decided."""
         return min(max(self._default, self.settings.low), self.settings.high)
 
+    @property
+    def _present(self) -> float:
+        """The rate of the steps before a search."""
+        return self._record.stages[-1].rate if self._record.stages else self._safe
+
     def _make_schedule(self) -> LRSchedule:
         if self.plan is None:
             return LRSchedule(())
@@ -218,10 +230,17 @@ class Controller:
     def _forecast(self, steps: Sequence[float], losses: Sequence[float], horizon: float) -> Forecast:
         if self.settings.preset == "paper":
             return paper_forecast(losses, horizon, steps=steps)
-        # Cross entropies and squared errors end at 0; a loss that was ever negative has no such floor.
-        seen = (v for record in self._record.trials for v in record.losses)
-        positive = all(v >= 0.0 for v in losses) and not any(v < 0.0 for v in seen)
-        return forecast(losses, horizon, steps=steps, floor=0.0 if positive else None)
+        floor = 0.0 if self._positive and all(v >= 0.0 for v in losses) else None
+        return forecast(losses, horizon, steps=steps, floor=floor)
+
+    @property
+    def _positive(self) -> bool:
+        """Cross entropies and squared errors end at 0; a loss that was ever negative has no such floor."""
+        return not any(v < 0.0 for record in self._record.trials for v in record.losses)
+
+    def _left(self, loss: float) -> float:
+        """How far a loss can fall at most."""
+        return loss if self._positive and loss >= 0.0 else math.inf
 
     def _fallen(self) -> float:
         """How far the search loss has fallen in the trials that were kept, from the run's start."""
@@ -232,16 +251,20 @@ class Controller:
         """What a faster trial is forgiven a decade: a share of what the run has fallen, on a plateau.
 
         What leaves a plateau does not show in short trials. A run that would fall as far again at its present pace is on
-        none, and its trials are believed. So are those that are forecast to a stage's end.
+        none, nor is one that would come to its floor, were it to go on falling with the logarithm of its steps: their trials
+        are believed. So are those that are forecast to a stage's end.
         """
         kept = [record for record in self._record.trials if record.status == "kept" and record.losses]
         if not kept or self.settings.stage_steps is not None:
             return 0.0
-        pace = (kept[-1].losses[-1] - loss) / max(search.start - kept[-1].loss_steps[-1], 1)
-        return _LEAN * max(self._fallen() - max(pace, 0.0) * (self.kept_total - search.start), 0.0)
+        since, start, end = max(kept[-1].loss_steps[-1], 1), search.start, self.kept_total
+        drop = max(kept[-1].losses[-1] - loss, 0.0)
+        fallen = kept[0].losses[0] - loss - drop * (end - start) / max(start - since, 1)
+        left = self._left(loss) - drop * math.log(end / start) / math.log(max(start, since + 1) / since)
+        return max(min(_LEAN * fallen, _LEAN_LEFT * left), 0.0)
 
     def _fallback(self, lowest: float) -> float:
-        known = self.history.stages[-1].rate if self.history.stages else self._default
+        known = self._record.stages[-1].rate if self._record.stages else self._default
         return min(lowest / 10.0, known if known > 0.0 else math.inf)
 
     def state_dict(self) -> dict[str, Any]:

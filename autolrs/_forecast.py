@@ -4,8 +4,9 @@ AutoLRS (Jin et al., ICLR 2021, section 4.2) fits one exponential `a exp(b t) + 
 a hundred noisy losses seldom tell which, so the answer here is an average over many curve shapes by their evidence.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -62,18 +63,26 @@ def _shapes() -> _Shapes:
 
 
 def _terms(shapes: _Shapes, u: Array) -> Array:
-    """The two terms of every model at times `u` (in windows): [M, len(u), 2], each 1 at u = 0 and 0 at u = 1."""
-    rates, powers = shapes.rates[:, None, :], shapes.powers
+    """The two terms of every model at times `u` (in windows): [2, M, len(u)], each 1 at u = 0 and 0 at u = 1."""
+    rates, (exponent, scale) = shapes.rates.T[:, :, None], shapes.powers.T[:, :, None]
     with np.errstate(invalid="ignore", divide="ignore"):
-        value = np.exp(-rates * u[None, :, None])
         last = np.exp(-rates)
-        terms = np.where(rates > 0, (value - last) / (1.0 - last), 0.0)
-        exponent, scale = powers[:, :1], powers[:, 1:]
-        value = (1.0 + u[None, :] / scale) ** -exponent
+        terms = np.where(rates > 0, (np.exp(-rates * u) - last) / (1.0 - last), 0.0)
         last = (1.0 + 1.0 / scale) ** -exponent
-        law = np.where(exponent > 0, (value - last) / (1.0 - last), 0.0)
-    terms[:, :, 0] += law
+        terms[0] += np.where(exponent > 0, ((1.0 + u / scale) ** -exponent - last) / (1.0 - last), 0.0)
     return np.asarray(terms)
+
+
+def _moments(terms: Array) -> Array:
+    """[5, M, n]: the terms a and b, aa, ab, bb; their sums over the points are what a regression needs."""
+    a, b = terms
+    return np.stack([a, b, a * a, a * b, b * b])
+
+
+@lru_cache(maxsize=16)
+def _table(times: bytes) -> Array:
+    """The moments of all table shapes at times `u`, given as bytes: most curves have the same few grids of steps."""
+    return _moments(_terms(_shapes(), np.frombuffer(times)))
 
 
 def _difference_noise(t: Array, y: Array) -> float:
@@ -97,34 +106,62 @@ def _binned(t: Array, y: Array) -> tuple[Array, Array, Array]:
 class _Fit:
     log_weight: Array  # [M] log posterior weight, not normalised
     mean: Array  # [M, 3]
-    covariance: Array  # [M, 3, 3]
-    fitted: Array  # [M, n]
+    root: Array  # [M, 3, 3] inverse of the information's Cholesky factor: its square is the covariance
 
 
-def _fit(design: Array, y: Array, weight: Array, noise: float, log_prior: Array) -> _Fit:
+def _fit(moments: Sequence[Array], y: Array, weight: Array, noise: float, log_prior: Array) -> _Fit:
     """Gaussian linear regression of every model at once, with its log evidence and its terms' signs weighed."""
     precision = weight / noise**2
-    weighted = design * precision[None, :, None]
-    information = np.swapaxes(weighted, 1, 2) @ design
-    information += np.eye(3) / _PRIOR_STD**2
-    covariance = np.asarray(np.linalg.inv(information), dtype=np.float64)
-    mean = np.einsum("mij,mj->mi", covariance, np.swapaxes(weighted, 1, 2) @ y)
-    fitted = np.einsum("mni,mi->mn", design, mean)
-    misfit = ((y - fitted) ** 2 * precision).sum(1) + (mean**2).sum(1) / _PRIOR_STD**2
-    _, log_det = np.linalg.slogdet(information)
-    log_evidence = -0.5 * misfit - 0.5 * log_det - 3.0 * np.log(_PRIOR_STD)
-    std = np.sqrt(np.maximum(np.diagonal(covariance, axis1=1, axis2=2), 0.0))
-    used = np.abs(design).max(1) > 0
-    falling = np.where(used[:, 1:], log_ndtr(mean[:, 1:] / np.maximum(std[:, 1:], 1e-300)), 0.0).sum(1)
-    return _Fit(log_prior + log_evidence + np.logaddexp(falling, np.log(_RISING)), mean, covariance, fitted)
+    a, b, aa, ab, bb = np.concatenate([part @ precision for part in moments], axis=1)
+    ay, by = np.concatenate([part[:2] @ (precision * y) for part in moments], axis=1)
+    prior = 1.0 / _PRIOR_STD**2
+    # information = L L', L by rows of (1, a, b)
+    l00 = float(np.sqrt(precision.sum() + prior))
+    l10, l20 = a / l00, b / l00
+    l11 = np.sqrt(aa + prior - l10**2)
+    l21 = (ab - l20 * l10) / l11
+    l22 = np.sqrt(bb + prior - l20**2 - l21**2)
+    root = np.zeros((len(a), 3, 3))
+    root[:, 0, 0], root[:, 1, 1], root[:, 2, 2] = 1.0 / l00, 1.0 / l11, 1.0 / l22
+    root[:, 1, 0] = -l10 / (l00 * l11)
+    root[:, 2, 0] = -(l20 / l00 + l21 * root[:, 1, 0]) / l22
+    root[:, 2, 1] = -l21 / (l11 * l22)
+    against = np.stack([np.full(len(a), precision @ y), ay, by], axis=1)
+    half = np.einsum("mij,mj->mi", root, against)
+    mean = np.einsum("mji,mj->mi", root, half)
+    log_evidence = 0.5 * (half**2).sum(1) - np.log(l00 * l11 * l22)
+    std = np.sqrt((root[:, :, 1:] ** 2).sum(1))
+    used = np.stack([aa, bb], axis=1) > 0
+    falling = np.where(used, log_ndtr(mean[:, 1:] / std), 0.0).sum(1)
+    return _Fit(log_prior + log_evidence + np.logaddexp(falling, np.log(_RISING)), mean, root)
+
+
+def _between_ends(low: float, high: float, count: int) -> Array:
+    """`count` values from `low` to `high` in equal ratios."""
+    return np.asarray(low * (high / low) ** (np.arange(count) / (count - 1)))
 
 
 def _explained(phi: Array, y: Array, weight: Array) -> Array:
     """[M] sum of squares that each shape [M, n] and a constant explain."""
     total = weight.sum()
-    phi = phi - (phi * weight).sum(1, keepdims=True) / total
-    gain = (phi * weight) @ (y - (y * weight).sum() / total)
-    return np.asarray(gain**2 / np.maximum((phi**2 * weight).sum(1), 1e-300))
+    gain = phi @ (weight * (y - (y * weight).sum() / total))
+    spread = phi**2 @ weight - (phi @ weight) ** 2 / total
+    return np.asarray(gain**2 / np.maximum(spread, 1e-300))
+
+
+def _laws(exponents: Array, scales: Array, u: Array) -> Array:
+    """[len(scales) * len(exponents), len(u)] power laws."""
+    return np.asarray(np.exp(-exponents[:, None] * np.log1p(u / scales[:, None, None]))).reshape(-1, len(u))
+
+
+_RATES, _EXPONENTS, _SCALES = _between_ends(0.02, 60.0, 60), np.linspace(0.2, 1.4, 13), _between_ends(0.003, 0.3, 9)
+
+
+@lru_cache(maxsize=16)
+def _coarse(times: bytes) -> tuple[Array, Array]:
+    """The first round's exponentials and power laws."""
+    u = np.frombuffer(times)
+    return np.exp(-_RATES[:, None] * u), _laws(_EXPONENTS, _SCALES, u)
 
 
 def _refined(u: Array, y: Array, weight: Array) -> tuple[float, float, float]:
@@ -132,19 +169,20 @@ def _refined(u: Array, y: Array, weight: Array) -> tuple[float, float, float]:
 
     Between the table's entries a nearly noise-free curve would fit none of them.
     """
-    rates = np.geomspace(0.02, 60.0, 60)
-    exponents, scales = np.linspace(0.2, 1.4, 13), np.geomspace(0.003, 0.3, 9)
-    for _ in range(3):
-        best = int(np.argmax(_explained(np.exp(-rates[:, None] * u), y, weight)))
-        rate = float(rates[best])
-        rates = np.geomspace(rates[max(best - 1, 0)], rates[min(best + 1, len(rates) - 1)], 17)
-        laws = (1.0 + u / scales[:, None, None]) ** -exponents[:, None]
-        flat = int(np.argmax(_explained(laws.reshape(-1, len(u)), y, weight)))
-        i, j = divmod(flat, len(exponents))
-        scale, exponent = float(scales[i]), float(exponents[j])
-        scales = np.geomspace(scales[max(i - 1, 0)], scales[min(i + 1, len(scales) - 1)], 7)
-        exponents = np.linspace(exponents[max(j - 1, 0)], exponents[min(j + 1, len(exponents) - 1)], 7)
-    return rate, exponent, scale
+    rates, exponents, scales = _RATES, _EXPONENTS, _SCALES
+    falls, laws = _coarse(u.tobytes())
+    for last in (False, False, True):
+        best = int(np.argmax(_explained(falls, y, weight)))
+        i, j = divmod(int(np.argmax(_explained(laws, y, weight))), len(exponents))
+        if last:
+            break
+        rates = _between_ends(rates[max(best - 1, 0)], rates[min(best + 1, len(rates) - 1)], 17)
+        scales, exponents = (
+            _between_ends(scales[max(i - 1, 0)], scales[min(i + 1, len(scales) - 1)], 7),
+            np.linspace(exponents[max(j - 1, 0)], exponents[min(j + 1, len(exponents) - 1)], 7),
+        )
+        falls, laws = np.exp(-rates[:, None] * u), _laws(exponents, scales, u)
+    return float(rates[best]), float(exponents[j]), float(scales[i])
 
 
 def _above(mean: Array, std: Array, floor: float) -> tuple[Array, Array]:
@@ -214,29 +252,31 @@ def _average(t: Array, y: Array, count: Array, horizon: float, floor: float | No
     """Mean and std at the horizon of the evidence-weighted mixture, in the curve's own units."""
     window = t[-1] - t[0]
     u, ahead = (t - t[0]) / window, np.array([max(horizon - t[0], 0.0) / window])
-    shapes = _shapes()
     rate, exponent, scale = _refined(u, y, count)
-    shapes = _Shapes(
-        np.vstack([shapes.rates, [[rate, 0.0], [0.0, 0.0]]]),
-        np.vstack([shapes.powers, [[0.0, 0.0], [exponent, scale]]]),
-        np.append(shapes.log_prior, np.log(_REFINED_SHARES)),
+    shapes = _shapes()
+    refined = _Shapes(
+        np.array([[rate, 0.0], [0.0, 0.0]]), np.array([[0.0, 0.0], [exponent, scale]]), np.log(_REFINED_SHARES)
     )
-    design = np.concatenate([np.ones((len(shapes.rates), len(u), 1)), _terms(shapes, u)], axis=2)
-    at_horizon = np.concatenate([np.ones((len(shapes.rates), 1)), _terms(shapes, ahead)[:, 0, :]], axis=1)
+    moments = (_table(u.tobytes()), _moments(_terms(refined, u)))
+    log_prior = np.append(shapes.log_prior, refined.log_prior)
+    later = np.concatenate([_terms(shapes, ahead), _terms(refined, ahead)], axis=1)[:, :, 0]
+    at_horizon = np.stack([np.ones(len(log_prior)), *later], axis=1)
 
     noise = max(_difference_noise(u, y), _LEAST_NOISE)
     weight = count / count.mean()
     for _ in range(2):  # the first round finds outliers, the second what they hid
-        fit = _fit(design, y, weight, noise, shapes.log_prior)
-        residual = y - fit.fitted[int(np.argmax(fit.log_weight))]
+        fit = _fit(moments, y, weight, noise, log_prior)
+        best = int(np.argmax(fit.log_weight))
+        part, row = (moments[0], best) if best < len(shapes.rates) else (moments[1], best - len(shapes.rates))
+        residual = y - fit.mean[best, 0] - fit.mean[best, 1:] @ part[:2, row]
         spread = max(1.4826 * float(np.median(np.abs(residual))), _LEAST_NOISE)
         weight = count / count.mean() / np.maximum(np.abs(residual) / (_OUTLIER * spread), 1.0) ** 2
         noise = max(_noise_level(residual, weight), _LEAST_NOISE)
-    fit = _fit(design, y, weight, noise, shapes.log_prior)
+    fit = _fit(moments, y, weight, noise, log_prior)
 
     posterior = np.exp(fit.log_weight - fit.log_weight.max())
     means = np.einsum("mi,mi->m", at_horizon, fit.mean)
-    stds = np.sqrt(np.maximum(np.einsum("mi,mij,mj->m", at_horizon, fit.covariance, at_horizon), 0.0))
+    stds = np.sqrt((np.einsum("mij,mj->mi", fit.root, at_horizon) ** 2).sum(1))
     # No family is the true one: part of every drop still to come is doubt.
     stds = np.hypot(stds, _DOUBT * np.abs(means - fit.mean[:, 0]))
     if floor is not None:

@@ -25,8 +25,10 @@ _LEAST_SEEN = 0.5
 _EXPLODED = 2.0
 _RISEN = 0.5
 # What is to be annealed rises first when the rate does. A faster trial is given up only when that is more than this share
-# of what the run has gained before.
+# of what the run has gained before, or of what is left of the loss.
 _DAMAGED = 0.1
+# A climb's step, and the nearest two rates that are worth a trial each, in decades.
+_RUNG, _APART = 0.5, 0.12
 # Two trials are on the same path when, after the same sum of rates, they differ by at most this share of the drop.
 _SAME_PATH = 0.2
 
@@ -85,9 +87,12 @@ class Rules:
         forecaster: (steps, losses, horizon) -> forecast.
         fallback: least rate tried -> the rate to go on with when every trial diverged.
         fallen: how far the loss has fallen in the run so far; what a trial may rise is measured by it.
-        look: whether the first trial that works ends the search.
-        climb: whether a faster trial that is worse than one that works ends it: short trials flatter small rates, so these
-            are tried only when the present one does not work.
+        left: loss at the search's start -> how far it can fall at most.
+        begin: the present rate, where a climb begins: half a decade faster follows while that is better, slower ones only
+            while none works, for short trials flatter small rates. None: the backend proposes.
+        look: whether the first trial that works ends the climb, so that it only goes down.
+        low: least rate of a climb.
+        high: its greatest.
         tilt: standard deviations by which a faster trial may seem worse and still win: what follows is annealed, which
             takes the faster one's noise away.
         lean: loss at the search's start -> what a trial is forgiven for each decade that it is faster.
@@ -101,13 +106,29 @@ class Rules:
     forecaster: Forecaster
     fallback: Callable[[float], float]
     fallen: float = 0.0
+    left: Callable[[float], float] = lambda loss: math.inf
+    begin: float | None = None
     look: bool = False
-    climb: bool = False
+    low: float = 0.0
+    high: float = math.inf
     tilt: float = 0.0
     lean: Callable[[float], float] = lambda loss: 0.0
     halving: bool = True
     keep: bool = True
     report: Callable[[int, int, float], None] = lambda trial, of, rate: None
+
+    @property
+    def climb(self) -> bool:
+        """Whether faster rates than the present one are tried."""
+        return self.begin is not None and not self.look
+
+    def faster(self, rate: float) -> bool:
+        """Whether `rate` is a climb's and above the present one."""
+        return self.climb and self.begin is not None and rate > self.begin
+
+    def damage(self, loss: float) -> float:
+        """How far the loss may rise above the one at the search's start."""
+        return _DAMAGED * min(self.fallen, self.left(loss))
 
 
 def race(trials: Trials, backend: Backend, search: Search, rules: Rules) -> Outcome:
@@ -130,12 +151,12 @@ def race(trials: Trials, backend: Backend, search: Search, rules: Rules) -> Outc
         spent = sum(r.steps for r in records) - best_steps
         if records and spent + max(search.trial_steps, best_steps) > search.discards:
             break
-        rate = trials.agree(backend.ask())
+        rate = trials.agree(backend.ask() if rules.begin is None else _rung(trials, rules, records, best))
+        if rate is None:
+            break
         rules.report(len(records) + 1, search.candidates, rate)
         records.append(_trial(trials, search, rules, rate, records, records[best] if best is not None else None))
         backend.tell(rate, records[-1].mean, records[-1].std)
-        if rules.halving and hasattr(backend, "bias"):
-            backend.bias(rules.lean(records[0].losses[0]))
         if rules.halving:
             _reconsider(trials, backend, search, rules, records)
         if records[-1].status == "finished" and trials.agree(
@@ -146,12 +167,6 @@ def race(trials: Trials, backend: Backend, search: Search, rules: Rules) -> Outc
             best = len(records) - 1
             if rules.keep:
                 trials.keep()
-        if (
-            best is not None
-            and _works(records[best], rules)
-            and (rules.look or (rules.climb and records[-1].rate > records[best].rate))
-        ):
-            break
     taken = sum(r.steps for r in records)
     if best is None:
         return Outcome(rules.fallback(min((r.rate for r in records), default=math.inf)), 0, tuple(records), taken)
@@ -161,17 +176,40 @@ def race(trials: Trials, backend: Backend, search: Search, rules: Rules) -> Outc
     return Outcome(records[best].rate, records[best].steps, tuple(records), taken - records[best].steps)
 
 
+def _rung(trials: Trials, rules: Rules, records: Sequence[TrialRecord], best: int | None) -> float | None:
+    """The climb's next rate; None at its end, where the best rate's neighbours are worse."""
+    assert rules.begin is not None
+    if not records:
+        start = trials.restart().values
+        # On a plateau the present rate does nothing, as the steps before the search have shown.
+        rung = int(rules.climb and bool(start) and rules.lean(start[-1]) > 0.0)
+    else:
+        won = best == len(records) - 1
+        works = best is not None and _works(records[best], rules)
+        rungs = [round(math.log10(r.rate / rules.begin) / _RUNG) for r in records]
+        if best is None or (won and not works):
+            rung = min(rungs) - 1
+        elif won and rules.climb and rungs[-1] == max(rungs):
+            rung = rungs[-1] + 1
+        else:
+            return None
+    rate = min(max(rules.begin * 10.0 ** (_RUNG * rung), rules.low), rules.high)
+    return rate if all(abs(math.log10(rate / r.rate)) >= _APART for r in records) else None
+
+
 def _works(record: TrialRecord, rules: Rules) -> bool:
     """Whether the loss falls and never comes back by half; once it had fallen, whether it is not damaged."""
     losses, first = record.losses, record.losses[0]
     if rules.look:
         least = min(losses)
         return least < first and max(losses[losses.index(least) :]) < (first + least) / 2
-    return float(np.mean(losses[-max(len(losses) // 4, 1) :])) - first < _DAMAGED * rules.fallen
+    risen = float(np.mean(losses[-max(len(losses) // 4, 1) :])) - first
+    # the present rate may stay although it does a little harm
+    return risen < (0.0 if rules.faster(record.rate) else rules.damage(first))
 
 
 def _beats(new: TrialRecord, best: TrialRecord, backend: Backend, rules: Rules) -> bool:
-    """Whether the new trial's posterior mean lies below the best one's, bias included, the faster one forgiven a little."""
+    """Whether the new trial's posterior mean lies below the best one's, the faster one forgiven a little."""
     decades = math.log10(new.rate / best.rate)
     if rules.climb:  # what was measured on the same batches needs no smoothing
         (mean, std), (best_mean, best_std) = (new.mean, new.std), (best.mean, best.std)
@@ -222,12 +260,11 @@ def _trial(
         ripe = _LEAST_SEEN * search.trial_steps <= done < search.trial_steps
         if (
             rules.halving
-            and best is not None
             and ripe
             and trials.agree(
-                losses[-1] - losses[0] > _DAMAGED * rules.fallen
-                if search.decay and rate > best.rate
-                else _dominated(steps, losses, prediction, best, forgiven)
+                losses[-1] - losses[0] > rules.damage(losses[0])
+                if rules.faster(rate) or (search.decay > 0 and best is not None and rate > best.rate)
+                else best is not None and _dominated(steps, losses, prediction, best, forgiven)
             )
         ):
             status = "stopped"

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import tempfile
+from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ class LRSchedule:
 
     def __init__(self, pieces: Iterable[Piece], warmup_steps: int = 0, ratios: Iterable[float] = (1.0,)) -> None:
         self.pieces = tuple(pieces)
+        self._starts = [piece.start for piece in self.pieces]
         self.warmup_steps = warmup_steps
         self.ratios = tuple(ratios)
 
@@ -59,8 +61,8 @@ class LRSchedule:
             raise ValueError(
                 f"a rate needs a step from 0 to {len(self) - 1}, but got {step}: train first, or load a file"
             )
-        piece = next((p for p in reversed(self.pieces) if p.start <= step), self.pieces[0])
-        return self.warmup(step) * piece.at(step)
+        rate = self.pieces[max(bisect_right(self._starts, step) - 1, 0)].at(step)
+        return rate if step >= self.warmup_steps else rate * self.warmup(step)
 
     def warmup(self, step: int) -> float:
         """The warmup's factor at kept step `step`."""
@@ -161,8 +163,9 @@ def group_ratios(optimizer: torch.optim.Optimizer) -> list[float]:
 def set_rate(optimizer: torch.optim.Optimizer, rate: float, ratios: Iterable[float]) -> None:
     """Gives every group `rate` times its ratio; a tensor rate (capturable optimizers, CUDA graphs) is filled in place."""
     for group, ratio in zip(optimizer.param_groups, ratios, strict=True):
-        if isinstance(group["lr"], torch.Tensor):
-            group["lr"].fill_(rate * ratio)
+        held = group["lr"]
+        if isinstance(held, torch.Tensor):
+            held.fill_(rate * ratio)
         else:
             group["lr"] = rate * ratio
 

@@ -18,8 +18,6 @@ _GRID = 257
 _COLD = (0.5, 0.75, 0.25)
 # A warm search starts at the last choice and goes on in such steps, in decades.
 _WARM = 0.5
-# With a well-known rate to begin from, the search tries that, and lower ones if it does not work.
-_AROUND = (0.0, -0.5, -1.0, -1.5)
 # Per stage: what an old observation loses in weight, and how far the optimum may drift (decades).
 _OLD_NOISE = 1.0
 _SURPRISE = 10.0
@@ -61,19 +59,14 @@ class LRSearch:
         high: greatest rate.
         seed: of the small random shifts of the first points; the same seed asks the same rates.
         kappa: None asks by expected improvement; a number asks by the lower confidence bound mean - kappa * std.
-        known: a rate that usually does well, from which the first stage goes down; None: the whole range at once.
 
     Raises:
         ValueError: unless 0 < low < high.
     """
 
-    def __init__(
-        self, low: float, high: float, seed: int = 0, *, kappa: float | None = None, known: float | None = None
-    ) -> None:
+    def __init__(self, low: float, high: float, seed: int = 0, *, kappa: float | None = None) -> None:
         check_range(low, high)
         self.low, self.high, self.seed, self.kappa = low, high, seed, kappa
-        self.known = None if known is None else min(max(known, low), high)
-        self._slope = 0.0
         self._told: list[_Observation] = []
         self._before: list[_Observation] = []
         self._centre: float | None = None
@@ -104,10 +97,6 @@ class LRSearch:
                 gain[self._grid > math.log10(seen.lr)] = -np.inf
         best = int(np.argmax(gain))
         return float(10.0 ** self._grid[best]) if np.isfinite(gain[best]) else max(self.best(), self.low)
-
-    def bias(self, slope: float) -> None:
-        """Forgives every rate, until the next stage, a loss of `slope` for each decade that it is faster."""
-        self._slope = slope
 
     def tell(self, lr: float, mean: float, std: float) -> None:
         """Reports a trial; a rate told again replaces what was told of it.
@@ -146,7 +135,6 @@ class LRSearch:
         self._centre = self._centre if chosen is None else chosen
         self._told = []
         self._stage += 1
-        self._slope = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """Plain Python values, JSON-able but for non-finite floats."""
@@ -165,9 +153,7 @@ class LRSearch:
     def _design(self) -> float | None:
         """The next fixed point of this stage, None when improvement should lead."""
         low, high = math.log10(self.low), math.log10(self.high)
-        if self._centre is None and self.known is not None:
-            offsets, shift = [math.log10(self.known) + d for d in _AROUND], 0.0
-        elif self._centre is None:
+        if self._centre is None:
             offsets = [low + f * (high - low) for f in _COLD]
             shift = np.random.default_rng([self.seed, self._stage]).uniform(-0.05, 0.05) * (high - low)
         else:
@@ -180,7 +166,7 @@ class LRSearch:
 
     def _around(self) -> list[float]:
         """Decades from the last choice to look at: there, faster, on the better side, and on while that falls."""
-        losses = [o.mean - self._slope * math.log10(o.lr) for o in self._told]
+        losses = [o.mean for o in self._told]
         offsets = [0.0, _WARM if not losses or math.isfinite(losses[0]) else -_WARM]
         if len(losses) >= 2:
             offsets.append(2 * offsets[1] if losses[1] <= losses[0] else -offsets[1])
@@ -202,8 +188,7 @@ class LRSearch:
                 spread *= 1.0 + _SURPRISE * float(np.var(residual)) / spread**2
                 x, y = np.concatenate([x, bx]), np.concatenate([y, by])
                 noise = np.concatenate([noise, np.hypot(bnoise, _OLD_NOISE * spread)])
-        belief = posterior(x, y, noise, self._grid)
-        return Posterior(belief.mean - self._slope * self._grid, belief.std)
+        return posterior(x, y, noise, self._grid)
 
 
 def _sorted(x: Array, y: Array) -> tuple[Array, Array]:

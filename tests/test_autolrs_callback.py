@@ -304,6 +304,28 @@ def test_search_loss_by_function_and_from_the_validation_loader(script):
     assert seen and not any(seen)
 
 
+def test_a_callback_of_an_ended_fit_searches_again(script):
+    import pytorch_lightning as pl
+
+    from trainkit import AutoLRS
+
+    callback, searches = AutoLRS(search_loss="train"), []
+    for _ in range(2):
+        trainer = pl.Trainer(
+            max_steps=70,
+            accelerator="cpu",
+            callbacks=[callback],
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            logger=False,
+            enable_checkpointing=False,
+        )
+        torch.manual_seed(0)
+        trainer.fit(script.Model(), script.Loader(0))
+        searches.append([(t.rate, t.start, t.losses) for t in callback.history.trials])
+    assert searches[0] and searches[0] == searches[1]
+
+
 def test_paper_and_skopt_run(script, tmp_path):
     end = script.fit(
         tmp_path / "paper", auto={"preset": "paper", "stage_steps": 20, "trial_steps": 5, "candidates": 3}, steps=120

@@ -55,6 +55,34 @@ def build(total=200, measured=True, **arguments):
     return model, optimizer, tuner, used
 
 
+def test_near_a_floor_no_faster_rate_is_forgiven_its_noise():
+    """A quadratic under noise, of whose fall a thousandth is left: 1.0 ends at three times the best rate's loss, 0.3 at 1.8."""
+    curvature = torch.logspace(-2, 0, 50, dtype=torch.float64)
+    model = nn.ParameterList([nn.Parameter(torch.ones(50, dtype=torch.float64))])
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def loss(model, noise):
+        return 0.5 * (curvature * model[0] ** 2).sum()
+
+    def train_step(noise):
+        optimizer.zero_grad()
+        (loss(model, noise) + (noise * model[0]).sum()).backward()
+        optimizer.step()
+        return loss(model, noise)
+
+    def noises():
+        draw = torch.Generator().manual_seed(0)
+        while True:
+            yield 0.1 * torch.randn(50, generator=draw, dtype=torch.float64)
+
+    tuner = Tuner(model, optimizer, train_step, 3000, loss=loss, high=1.9)
+    steps = tuner.run(noises())
+    while tuner.history.stages == () or tuner.history.stages[-1].start == 0:
+        next(steps)
+    assert tuner.history.trials[-1].rate == pytest.approx(1.0)
+    assert tuner.history.stages[-1].rate == pytest.approx(10**-0.5)
+
+
 @pytest.mark.parametrize("measured", [True, False], ids=["held-out losses", "training losses"])
 def test_a_plain_loop(measured):
     model, _, tuner, used = build(measured=measured)

@@ -1,5 +1,6 @@
 """AutoLRS as a Lightning callback."""
 
+import math
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
@@ -117,6 +118,8 @@ class AutoLRS(Callback):
         self._playback = Playback()
         self._rng: dict[str, Any] | None = None
         self._states: list[Any] | None = None
+        # Kept step from which a hook has more to do than to count and to set the rate.
+        self._event = 0.0
         self._fetcher: Lookahead | None = None
         self._given_steps: int | None = None
         self._state_text = ""
@@ -159,7 +162,7 @@ class AutoLRS(Callback):
                 "AutoLRS runs the optimizer steps of trials itself, but the module has automatic_optimization=False: "
                 "use automatic optimisation, or trainkit.autolrs.Tuner in your own loop"
             )
-        self._controller = Controller(self._settings)
+        self._controller, self._event = Controller(self._settings), 0.0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts back the random numbers of a checkpoint taken at an epoch's end, before the next epoch is shuffled."""
@@ -210,7 +213,7 @@ class AutoLRS(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Searches if it is time; sets the step's rate."""
         controller, step = self._ready(), trainer.global_step
-        if not self._playback and self._window_starts(trainer):
+        if step >= self._event and not self._playback and self._window_starts(trainer):
             search = controller.due(step)
             if search is not None:
                 self._search(trainer, batch, search)
@@ -219,13 +222,19 @@ class AutoLRS(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Counts."""
-        self._playback.batch_ended()
+        """Counts; around a search, shows its kept steps and remembers the loader's state."""
         controller = self._ready()
         controller.kept = trainer.global_step
-        self._states = None
-        if not self._playback and controller.kept == controller.next_start:
-            self._remember_loader(trainer)
+        if controller.kept < self._event:
+            return
+        self._playback.batch_ended()
+        self._states, self._event = None, 0.0
+        if not self._playback:
+            coming = controller.next_start
+            if controller.kept == coming:
+                self._remember_loader(trainer)
+            else:
+                self._event = math.inf if coming is None else coming
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Records the number of kept steps."""
