@@ -123,7 +123,7 @@ def assert_same_run(out: Path, whole: Path) -> None:
 
 
 def test_killed_and_resumed_it_ends_with_the_same_weights(whole: Path, tmp_path: Path) -> None:
-    kill_and_resume(tmp_path / "run", kills=3, seed=1)
+    kill_and_resume(tmp_path / "run", kills=2, seed=1)
     assert_same_run(tmp_path / "run", whole)
 
 
@@ -134,6 +134,7 @@ def test_killed_ten_times_it_ends_with_the_same_weights(whole: Path, tmp_path: P
     assert_same_run(tmp_path / "run", whole)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_named(tmp_path: Path) -> None:
     out = tmp_path / "run"
     words = demo(out, "--size", "tiny", "--workers", "4", "--steps", "4000", "--deadline", "10")
@@ -181,6 +182,7 @@ def test_port_in_use(tmp_path: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_unreachable_switch(tmp_path: Path) -> None:
     done = finish(tmp_path / "run", *FRESH, "--switch", "127.0.0.1:9", "--deadline", "3")
     assert done.returncode == 2

@@ -143,6 +143,7 @@ def test_reordered_ring_runs_in_a_group_of_its_own(tmp_path: Path) -> None:
     assert results[0]["plan"]["ways"]["reordered ring"]["order"] in (["a", "c", "b"], ["c", "b", "a"], ["b", "a", "c"])
 
 
+@pytest.mark.slow
 def test_on_one_host_there_is_nothing_to_plan_and_training_goes_on(tmp_path: Path) -> None:
     # by the registered name, in a fresh process
     results = train(tmp_path, None, strategy="by name", steps=5)
@@ -151,6 +152,7 @@ def test_on_one_host_there_is_nothing_to_plan_and_training_goes_on(tmp_path: Pat
     assert "all 2 ranks are on host" in results[0]["errors"]
 
 
+@pytest.mark.slow
 def test_drift_has_the_network_probed_anew(tmp_path: Path) -> None:
     # no two windows take equal times: every third look is drift; here the probe then finds one host, the plan stays
     results = train(tmp_path, fabrics.star([1, 4], unit="Mbit/s"), steps=20, drift=1e-9)

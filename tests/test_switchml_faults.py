@@ -219,6 +219,7 @@ def test_switch_killed_without_fallback_is_named_on_every_rank(scene: Scene, lis
         assert scene.address in answer["words"]
 
 
+@pytest.mark.slow
 def test_pause_of_5_s_within_a_deadline_of_10_s_costs_time_only(scene: Scene) -> None:
     scene.switch()
     workers = scene.workers(steps=20, pace=0.02, deadline_s=10.0, again=True)
