@@ -4,7 +4,6 @@ import inspect
 import json
 import math
 import os
-import tempfile
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from trainkit._files import write_text_atomically
 
 _FORMAT = "trainkit.lr_schedule"
 
@@ -102,16 +103,7 @@ class LRSchedule:
         """Writes JSON, whole or not at all."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(self.as_dict(), file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(name, target)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        write_text_atomically(target, json.dumps(self.as_dict(), indent=1))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "LRSchedule":

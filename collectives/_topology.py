@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from trainkit.collectives._files import write_whole
+from trainkit._files import write_text_atomically
 from trainkit.collectives.schedule._units import check_unit
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ class Topology:
 
     def save(self, path: str | Path) -> None:
         """Write `to_dict` as JSON; an existing file is replaced only by a whole one."""
-        write_whole(Path(path), json.dumps(self.to_dict(), indent=1) + "\n")
+        write_text_atomically(Path(path), json.dumps(self.to_dict(), indent=1) + "\n")
 
     @property
     def switches(self) -> tuple[str, ...]:

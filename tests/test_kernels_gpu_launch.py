@@ -9,6 +9,19 @@ from trainkit.kernels import attention
 pytestmark = pytest.mark.gpu
 
 
+def on_streams(rounds, call):
+    """What `call` returns on three streams that run beside each other."""
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    torch.cuda.synchronize()
+    found = []
+    for _ in range(rounds):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                found.append(call())
+    torch.cuda.synchronize()
+    return found
+
+
 def test_a_launch_is_kept_for_calls_like_it_alone():
     available("hopper")
     sinks = torch.randn(4, device="cuda")
@@ -131,15 +144,9 @@ def test_backward_on_several_streams(packed):
     grad = torch.randn_like(leaves[0])
     cu = torch.tensor([0, 3, 700, 2000], dtype=torch.int32, device="cuda") if packed else None
     want = torch.autograd.grad(attention(*leaves, causal=True, cu_seqlens=cu, backend="triton"), leaves, grad)
-    streams = [torch.cuda.Stream() for _ in range(3)]
-    torch.cuda.synchronize()
-    found = []
-    for _ in range(10):
-        for stream in streams:
-            with torch.cuda.stream(stream):
-                found.append(torch.autograd.grad(attention(*leaves, causal=True, cu_seqlens=cu), leaves, grad))
-    torch.cuda.synchronize()
-    for grads in found:
+    for grads in on_streams(
+        10, lambda: torch.autograd.grad(attention(*leaves, causal=True, cu_seqlens=cu), leaves, grad)
+    ):
         for got, exact in zip(grads, want, strict=True):
             assert (got - exact).norm() <= 2e-2 * exact.norm()
 
@@ -165,12 +172,4 @@ def test_streams_do_not_share_a_counter_of_tiles():
     available("hopper")
     tensors = inputs(2, 2000, 2000, 8, 8, 128, 128, torch.bfloat16)
     want = attention(*tensors, causal=True)
-    streams = [torch.cuda.Stream() for _ in range(3)]
-    torch.cuda.synchronize()
-    outs = []
-    for _ in range(20):
-        for stream in streams:
-            with torch.cuda.stream(stream):
-                outs.append(attention(*tensors, causal=True))
-    torch.cuda.synchronize()
-    assert all(torch.equal(out, want) for out in outs)
+    assert all(torch.equal(out, want) for out in on_streams(20, lambda: attention(*tensors, causal=True)))

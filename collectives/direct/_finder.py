@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from trainkit.collectives._files import write_whole
+from trainkit._files import write_text_atomically
 from trainkit.collectives.direct._frontier import Frontier
 from trainkit.collectives.direct._search import Explorer, Pool, check_size
 
@@ -112,7 +112,7 @@ def _save(pool: Pool, file: Path, *, expanded: bool) -> None:
         "expanded": expanded,
         "names": sorted(pool.names()),
     }
-    write_whole(file, json.dumps(content, indent=1) + "\n")
+    write_text_atomically(file, json.dumps(content, indent=1) + "\n")
 
 
 def _restore(pool: Pool, file: Path) -> bool:

@@ -5,7 +5,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from trainkit.collectives._files import write_whole
+from trainkit._files import write_text_atomically
 from trainkit.collectives.schedule._form import Op, Schedule
 
 FORMAT = "trainkit.schedule"
@@ -75,7 +75,7 @@ def from_dict(data: dict[str, Any]) -> Schedule:
 
 def save(schedule: Schedule, path: str | Path) -> None:
     """Write `to_dict` to `path`, whole or not at all."""
-    write_whole(Path(path), json.dumps(to_dict(schedule)) + "\n")
+    write_text_atomically(Path(path), json.dumps(to_dict(schedule)) + "\n")
 
 
 def load(path: str | Path) -> Schedule:
