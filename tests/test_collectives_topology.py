@@ -1,6 +1,7 @@
 """Networks: what is accepted, what is refused and with which words, and the named fabrics."""
 
 import json
+import os
 from fractions import Fraction
 from pathlib import Path
 
@@ -203,13 +204,11 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     file = tmp_path / "net.json"
     old = fb.star([1, 2], unit="GB/s")
     old.save(file)
-    write = Path.write_text
 
-    def full(self: Path, text: str) -> int:
-        write(self, text[: len(text) // 2])
+    def full(file: int) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="no space left"):
         fb.star([3, 4, 5], unit="GB/s").save(file)
     assert Topology.load(file) == old
