@@ -443,13 +443,14 @@ def launcher(seed, programs=None, resident=3):
     """What `_hopper.forward` and `backward` take in place of a launch.
 
     Args:
-        programs: how many, where the kernel leaves that free.
+        programs: how many at most, where they take tiles from a counter.
         resident: how many run at a time.
     """
 
     def launch(kernel, grid):
         def run(*args, **options):
-            count = grid[0] if programs is None else min(programs, grid[0])
+            counted = programs is not None and "COUNTER" in kernel.arg_names
+            count = min(programs, grid[0]) if counted else grid[0]
             # Threads of a library would only be in the way of these.
             with threadpool_limits(1):
                 Chip(seed).run(function(kernel), [argument(x) for x in args], count, resident)
