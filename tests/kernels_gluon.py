@@ -97,11 +97,21 @@ class Pointer:
 class Shared:
     """Shared memory, or a part of it."""
 
-    def __init__(self, data, dtype, bars=None):
-        self.data, self.dtype, self.bars = data, dtype, bars
+    def __init__(self, data, dtype, bars=None, under=None):
+        self.data, self.dtype, self.bars, self.under = data, dtype, bars, under
 
     def index(self, i):
-        return Shared(self.data[int(i)], self.dtype, None if self.bars is None else self.bars[int(i)])
+        return Shared(self.data[int(i)], self.dtype, None if self.bars is None else self.bars[int(i)], self.under)
+
+    def _reinterpret(self, dtype, shape, layout):
+        """The same bytes under another type: what is written by one name cannot be read by the other."""
+        other = Shared(np.full(shape, np.nan, np.float32), dtype, under=self.data)
+        Chip.active.renamed.setdefault(self.address, []).append(other.data)
+        return other
+
+    @property
+    def address(self):
+        return self.data.__array_interface__["data"][0]
 
     def slice(self, start, size, dim):
         return Shared(self.data[(slice(None),) * dim + (slice(start, start + size),)], self.dtype)
@@ -111,6 +121,8 @@ class Shared:
 
     def store(self, x):
         assert not isinstance(x, Product)
+        for lost in [*Chip.active.renamed.get(self.address, ()), *([] if self.under is None else [self.under])]:
+            lost[...] = np.nan
         self.data[...] = self.dtype.rounded(x)
 
     def load(self, layout):

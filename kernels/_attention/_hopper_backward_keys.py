@@ -47,7 +47,7 @@ def take(COUNTER, total):
     """The next tile. Each program asks until there is none: the last of all answers leaves the counter ready for the next
     launch.
     """
-    t = gl.atomic_add(COUNTER, 1)
+    t = gl.atomic_add(COUNTER, 1, sem="relaxed")
     if t == total + gl.num_programs(0) - 1:
         gl.store(COUNTER, 0)
     return t
@@ -306,7 +306,7 @@ def keys_consumer(task, results, ring, W: gl.constexpr, c: gl.constexpr):
     dk_d, dv_d, dq_d = descs[4], descs[5], descs[6]
     BLOCKS, COUNTS, FULL, sbb, sbh, NB = lists
     w, scale, cap, score_args, mask_args = scalars
-    ks, vs, outs, box = memory[2], memory[3], memory[8], memory[9]
+    ks, vs, dqs, outs, box = memory[2], memory[3], memory[7], memory[8], memory[9]
     kv_ready, kv_free, t_ready, t_free = bars[0], bars[1], bars[8], bars[9]
     DK, DV_OUT, dk_stride, dv_stride = results
     done = 0
@@ -380,14 +380,20 @@ def keys_consumer(task, results, ring, W: gl.constexpr, c: gl.constexpr):
                 add_dq(dq, base - 1, start, before, dq_d, memory, bars, W, c)
         if c.STAGED:
             mbarrier.arrive(kv_free.index(0), pred=live > 0)
+        if c.FUSED:
+            # The last sums of dQ leave from there before.
+            room = dqs.index(W)._reinterpret(ks.dtype, [128 // c.D, 64, c.D], dk_d.layout)
+            dk_room = room.index(0)
+            dv_room = room.index(128 // c.D - 1)
+        else:
+            dk_room = (outs if c.STAGED else ks).index(W)
+            dv_room = (outs if c.STAGED else vs if c.VALUES else ks).index(W)
         kv_head = posted(box, page, 3)
         out_row = posted(box, page, 4)
         if c.WANT_DV:
-            to = (outs if c.STAGED else vs if c.VALUES else ks).index(W)
-            put(dv_d, DV_OUT, dv.to(vs.dtype), to, out_row, n0, kv_head * c.DV, dv_stride, Sk, W, c.DV, LV)
+            put(dv_d, DV_OUT, dv.to(vs.dtype), dv_room, out_row, n0, kv_head * c.DV, dv_stride, Sk, W, c.DV, LV)
         if c.WANT_DK:
-            to = (outs if c.STAGED else ks).index(W)
-            put(dk_d, DK, (dk * scale).to(ks.dtype), to, out_row, n0, kv_head * c.D, dk_stride, Sk, W, c.D, LK)
+            put(dk_d, DK, (dk * scale).to(ks.dtype), dk_room, out_row, n0, kv_head * c.D, dk_stride, Sk, W, c.D, LK)
         if not c.STAGED:
             tma.store_wait(0)
             gl.thread_barrier()
@@ -411,7 +417,7 @@ def backward_keys(
 ):  # fmt: skip
     """Compute dK, dV, or both, in tiles of 128 keys of one key head.
 
-    FUSED: dQ too, and STAGED: results have room of their own to leave from, so that the next tile's keys may come.
+    FUSED: dQ too. STAGED: results leave from room other than their keys', so that the next tile's keys may come.
     """
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     half: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, c.BM], q_d.dtype)
@@ -431,7 +437,8 @@ def backward_keys(
     if c.FUSED:
         dss = gl.allocate_shared_memory(q_d.dtype, [4, 64, c.BM], half)
         dqs = gl.allocate_shared_memory(gl.float32, [2, 64, c.D * c.BM // 128], dq_d.layout)
-    if c.STAGED:
+        sums = gl.allocate_shared_memory(gl.float32, [1, 64, c.D * c.BM // 128], dq_d.layout)
+    elif c.STAGED:
         outs = gl.allocate_shared_memory(k_d.dtype, [2, 64, c.D], k_d.layout)
     memory = (qs, dos, ks, vs, lses, deltas, dss, dqs, outs, box)
     # Ready ones complete after two arrivals: the row statistics, and the bytes of the tile.
@@ -456,7 +463,7 @@ def backward_keys(
             (keys_consumer, (task, results, ring, 0, c)),
             (keys_consumer, (task, results, ring, 1, c)),
             (keys_producer, (task, planes, stats, COUNTER, slots, rows, units, c)),
-            (rounder, (box, bars[8], bars[9], total, ring, 2, c)),
+            (rounder, (dq_d, sums, barriers(1, 1), box, bars[8], bars[9], total, ring, 2, c)),
         ], [4, 1, 2], [240, 24, 24])  # fmt: skip
     else:
         gl.warp_specialize([

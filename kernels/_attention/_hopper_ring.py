@@ -10,7 +10,7 @@ for unit u - lag + slots. A tile waits only for tiles that were taken before it.
 
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from trainkit.kernels._attention._hopper_tiles import posted
 
@@ -57,15 +57,19 @@ def enter(unit, last, waits, ring):
 
 
 @gluon.jit
-def rounder(box, t_ready, t_free, total, ring, warps: gl.constexpr, c: gl.constexpr):
-    """At each tile, round and clear its share of the unit `lag` before, once all of that has been summed."""
+def rounder(sums_d, sums, arrived, box, t_ready, t_free, total, ring, warps: gl.constexpr, c: gl.constexpr):
+    """At each tile, round and clear its share of the unit `lag` before, once all of that has been summed.
+
+    The sums come by TMA, so that few registers do.
+    """
     SUMS, DQ, MARKS, units, lag, slots, tiles, Hkv, Sq, rows, scale = ring
-    lanes: gl.constexpr = min(c.D // 4, 32)
-    B: gl.constexpr = gl.BlockedLayout([1, 4], [32 // lanes, lanes], [warps, 1], [1, 0])
-    height: gl.constexpr = 2 * warps * 32 // lanes
-    cols = gl.arange(0, c.D, gl.SliceLayout(0, B))[None, :]
+    B: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [warps, 1], [1, 0])
+    cols = gl.arange(0, 64, gl.SliceLayout(0, B))[None, :]
+    lines = gl.arange(0, 8, gl.SliceLayout(1, B))[:, None]
+    pitch = Hkv * c.GROUP * c.D
     share = gl.cdiv(Sq, tiles)
     turn = 0
+    boxes = 0
     mbarrier.wait(t_ready.index(0), 0)
     while posted(box, turn & 1, 0, warps) < total:
         t = posted(box, turn & 1, 0, warps)
@@ -78,16 +82,25 @@ def rounder(box, t_ready, t_free, total, ring, warps: gl.constexpr, c: gl.conste
             first = t % tiles * share
             last = gl.minimum(first + share, Sq)
             for g in range(c.GROUP):
-                h = done % Hkv * c.GROUP + g
-                sums = SUMS + ((done % slots) * c.GROUP + g).to(gl.int64) * rows * c.D
-                dq = DQ + ((done // Hkv).to(gl.int64) * Sq * Hkv * c.GROUP + h) * c.D
-                for r in range(first, last, height):
-                    at = r + gl.arange(0, height, gl.SliceLayout(1, B))[:, None]
-                    inside = (at < last) & (cols >= 0)
-                    x = gl.load(sums + at * c.D + cols, mask=inside, other=0.0, cache_modifier=".cg")
-                    gl.store(sums + at * c.D + cols, gl.zeros([height, c.D], gl.float32, B), mask=inside)
-                    row = at.to(gl.int64) * (Hkv * c.GROUP * c.D)
-                    gl.store(dq + row + cols, (x * scale).to(DQ.dtype.element_ty), mask=inside)
+                slot_row = (done % slots * c.GROUP + g) * rows
+                dq = DQ + ((done // Hkv).to(gl.int64) * Sq * Hkv * c.GROUP + done % Hkv * c.GROUP + g) * c.D
+                for r in range(first, last, 64):
+                    for j in range(0, c.D, 64):
+                        gl.thread_barrier()
+                        mbarrier.expect(arrived.index(0), sums_d.block_type.nbytes)
+                        tma.async_copy_global_to_shared(
+                            sums_d, [slot_row + r, j], arrived.index(0), sums.index(0)
+                        )
+                        mbarrier.wait(arrived.index(0), boxes & 1)
+                        boxes += 1
+                        summed = SUMS + (slot_row + r + lines).to(gl.int64) * c.D + (j + cols)
+                        to = dq + (r + lines).to(gl.int64) * pitch + (j + cols)
+                        for i in gl.static_range(8):
+                            inside = (lines < last - r - 8 * i) & (cols >= 0)
+                            x = sums.index(0).slice(8 * i, 8, 0).load(B) * scale
+                            gl.store(summed + 8 * i * c.D, gl.zeros([8, 64], gl.float32, B), mask=inside)
+                            gl.store(to, x.to(DQ.dtype.element_ty), mask=inside)
+                            to += 8 * pitch
             settle(warps)
             count(MARKS + units + done)
         turn += 1
