@@ -53,6 +53,8 @@ def test_forward():
         (128, ("causal", "rope"), 0),
         (256, ("causal", "rope"), 7),
         (128, ("documents",), 71),
+        (128, ("causal", "capped"), 0),
+        (64, ("causal", "capped", "long"), 29),
     ],
 )
 def test_other_forwards(width, flags, spills):

@@ -18,8 +18,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from trainkit.kernels._attention._elementwise_gluon import tanh
+from trainkit.kernels._attention._elementwise_gluon import exp2_polynomial, tanh
 from trainkit.kernels._attention._hopper_tiles import LN2, LOG2E, barriers, block_at, key_list, locate, masked, post, posted
+
+POLYNOMIALS = gl.constexpr(6)
+"""Of eight capped scores, how many exponentials are polynomials: with six, the units for special functions (64 tanh and
+16 exponentials of a thread's 64 scores, 8 clocks each) and for issuing instructions are busy equally long."""
 
 
 @gluon.jit
@@ -178,6 +182,13 @@ def clipped(S, rows, n0, Sk, off, w, L: gl.constexpr, c: gl.constexpr):
 
 
 @gluon.jit
+def exp2_by_both(x, factor, c: gl.constexpr):
+    """2**(x * factor), POLYNOMIALS of eight columns on the FMA units; which ones is known when the kernel is compiled."""
+    eights = gl.arange(0, c.BN // 2, gl.SliceLayout(0, x.type.layout)) // 4
+    return gl.where((eights * POLYNOMIALS % 8 < POLYNOMIALS)[None, :], exp2_polynomial(x, factor), gl.exp2(x * factor))
+
+
+@gluon.jit
 def fold(S, m, den, n0, rows, problem, MASKED: gl.constexpr, L: gl.constexpr, c: gl.constexpr):
     """One online-softmax step on a tile of raw scores: (weights, new maximum, new denominator, factor of the old)."""
     b, h, _, Sk, off, w, scale, cap, score_args, _ = problem
@@ -198,8 +209,12 @@ def fold(S, m, den, n0, rows, problem, MASKED: gl.constexpr, L: gl.constexpr, c:
     even, odd = halves(S, c.BN)
     if c.BOUNDED:
         # Capped scores are small enough for exponentials as they are.
-        even = gl.exp2(even * factor)
-        odd = gl.exp2(odd * factor)
+        if MASKED:
+            even = gl.exp2(even * factor)
+            odd = gl.exp2(odd * factor)
+        else:
+            even = exp2_by_both(even, factor, c)
+            odd = exp2_by_both(odd, factor, c)
         den = den + gl.sum(even + odd, 1)
         fade = den
     else:
