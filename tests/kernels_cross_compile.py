@@ -13,6 +13,22 @@ import tempfile
 from pathlib import Path
 
 
+def spills(sass):
+    return len(re.findall(r"\b(?:LDL|STL)\b", sass))
+
+
+def innermost(sass):
+    """The machine code of each loop with products that has none within it; what jumps back unasked is no loop."""
+    lines = [(int(m[1], 16), m[2]) for m in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
+    jumps = [(int(m[1], 16), at) for at, text in lines if (m := re.match(r"@.*\bBRA\b.*0x([0-9a-f]+)", text))]
+    loops = {
+        (first, last): body
+        for first, last in jumps
+        if "HGMMA" in (body := "\n".join(text for at, text in lines if first <= at <= last))
+    }
+    return [b for (f, t), b in loops.items() if not any((f, t) != x and f <= x[0] and x[1] <= t for x in loops)]
+
+
 def inspect(compiled):
     """Registers' overflow and matrix instructions of a compiled kernel."""
     import triton
@@ -23,9 +39,10 @@ def inspect(compiled):
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         sass = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
     return {
+        "in loops": max(map(spills, innermost(sass)), default=0),
         "wgmma": len(re.findall(r"\bHGMMA", sass)),
         "waits": len(re.findall(r"\bWARPGROUP\.DEPBAR", sass)),
-        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "spills": spills(sass),
         "shared": compiled.metadata.shared,
         "tma": "cp.async.bulk.tensor" in compiled.asm["ptx"],
     }
