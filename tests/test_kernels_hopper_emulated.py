@@ -11,7 +11,7 @@ import kernels_gluon
 from kernels_interpreter import interpreter
 from test_kernels_launch import LAYOUTS, filled
 
-from trainkit.kernels._attention import _hooks, _hopper, _launch
+from trainkit.kernels._attention import _blocks, _hooks, _hopper, _launch
 from trainkit.kernels._attention._packed import make_packed
 from trainkit.kernels._attention._reference import reference
 from trainkit.kernels._attention._spec import Spec
@@ -37,6 +37,12 @@ FORWARD = {
     "soft cap": (64, 64, 257, 300, {"softcap": 20.0, "three": True}),
     "sinks and ALiBi": (64, 64, 200, 100, {"sinks": torch.tensor([-1.0, 3.0]), "alibi_slopes": torch.tensor([0.5, 0.1])}),
     "documents": (64, 64, 300, 300, {"mask_mod": lambda b, h, q, k: (DOC[q] == DOC[k]) & (q >= k)}),
+    "documents, evaluated": (64, 64, 300, 300, {"mask_mod": lambda b, h, q, k: (DOC[q] == DOC[k]) & (q >= k), "evaluated": True}),
+    "documents, causal": (128, 128, 333, 420, {"mask_mod": lambda b, h, q, k: DOC[q] == DOC[k], "causal": True}),
+    "documents by batch, wide": (256, 256, 150, 200, {"mask_mod": lambda b, h, q, k: DOC[q + 30 * b] == DOC[k], "batch": 2}),
+    "mask by head, window": (64, 64, 200, 300, {"mask_mod": lambda b, h, q, k: (k - h) % 5 > h, "window": 90, "heads": (4, 2)}),
+    "mask by batch and head, score": (64, 128, 150, 290, {"mask_mod": lambda b, h, q, k: (q * k) % 7 > 2 * b + h, "batch": 2,
+        "score_mod": lambda s, b, h, q, k: s + BIAS[h, (q - k) % 64]}),
     "mask that sees nothing": (64, 64, 300, 300, {"mask_mod": lambda b, h, q, k: k < q - 200}),
     "score": (64, 64, 100, 300, {"score_mod": lambda s, b, h, q, k: s + BIAS[h, (q - k) % 64] * torch.tanh(s / 5)}),
     "packed": (128, 128, 300, 350, {"cu": EMPTY, "causal": True}),
@@ -54,13 +60,14 @@ BACKWARD = {
 }
 
 
-def setup(case, seed, heads=(2, 1)):
+def setup(case, seed):
     D, DV, Sq, Sk, options = case
     options = dict(options)
     dtype, cu = options.pop("dtype", torch.bfloat16), options.pop("cu", None)
-    three, rope = options.pop("three", False), options.pop("rope", False)
+    how = {name for name in ("three", "evaluated") if options.pop(name, False)}
+    rope, batch, heads = options.pop("rope", False), options.pop("batch", 1), options.pop("heads", (2, 1))
     g = torch.Generator().manual_seed(seed)
-    shapes = (1, Sq, heads[0], D), (1, Sk, heads[1], D), (1, Sk, heads[1], DV)
+    shapes = (batch, Sq, heads[0], D), (batch, Sk, heads[1], D), (batch, Sk, heads[1], DV)
     q, k, v = (torch.randn(s, generator=g).to(dtype) for s in shapes)
     cu = None if cu is None else tuple(torch.tensor(x, dtype=torch.int32) for x in cu)
     packed = make_packed(cu, q, k)
@@ -72,13 +79,15 @@ def setup(case, seed, heads=(2, 1)):
     if rope:
         cu_q, cu_k = cu or (None, None)
         turned = _hooks.rope_formula(q, tables, _hooks.rope_offset(q, k, cu_q, cu_k), cu_q)
-    return (q, k, v), turned, call, three
+    return (q, k, v), turned, call, how
 
 
 def forward(case, seed):
-    (q, k, v), turned, call, three = setup(case, seed)
+    (q, k, v), turned, call, how = setup(case, seed)
     with interpreter(), pytest.MonkeyPatch.context() as patch:
-        if three:
+        if "evaluated" in how:
+            patch.setattr(_blocks, "LARGEST", 0)
+        if "three" in how:
             # Not what other calls of this form take.
             patch.setattr(_launch, "_KEPT", {})
             patch.setattr(_hopper, "_seen", lambda *_: 1e9)

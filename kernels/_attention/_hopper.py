@@ -173,8 +173,17 @@ def _key(what: str, call: Call, *tensors: Tensor) -> Any:
     )  # fmt: skip
 
 
-def _captured(call: Call) -> tuple[Any, ...]:
-    return tuple(() if x is None else arguments(x) for x in (call.variant.score, call.variant.mask))
+def _captured(call: Call, masked: bool = True) -> tuple[Any, ...]:
+    score, mask = call.variant.score, call.variant.mask if masked else None
+    return tuple(() if x is None else arguments(x) for x in (score, mask))
+
+
+def _bits(call: Call, q: Tensor, k: Tensor, bm: int, bn: int, by_keys: bool) -> tuple[Tensor, Tensor] | None:
+    """The mask's bits in blocks of bm queries and bn keys, where it need not be evaluated: `_blocks.bits`."""
+    from trainkit.kernels._attention import _blocks
+
+    shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    return _blocks.bits(call.variant, call.spec, *shape, bm, bn, q.device, by_keys)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def forward(
@@ -214,21 +223,22 @@ def _forward_plan(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: C
         return Plan(copied, ())
     cap = _cap(spec)
     functions = call.variant.functions("gluon")
+    bits = _bits(call, q, k, bm, bn, False) if listed else None
     template = Template(
         GROUP=q.shape[2] // k.shape[2], D=D, DV=DV, CAUSAL=spec.causal, WINDOW=spec.window is not None,
         SINK=sinks is not None, PACKED=call.packed is not None, LISTED=listed, CAP=cap is not None,
         BOUNDED=cap is not None and cap <= UNBOUNDED_CAP and q.dtype == torch.bfloat16,
-        SCORE=None if cap is not None else functions.score, MASK=functions.mask, BF16=q.dtype == torch.bfloat16,
-        ROPE=call.rope is not None, **tile,
+        SCORE=None if cap is not None else functions.score, MASK=functions.mask if bits is None else None,
+        BITS=bits is not None, BF16=q.dtype == torch.bfloat16, ROPE=call.rope is not None, **tile,
     )  # fmt: skip
     constants = (
         *strides, *qp.steps, *kp.steps, *vp.steps, q.shape[2] * DV, q.shape[2], q.shape[1], k.shape[1], spec.window or 0,
-        spec.scale, cap or 1.0, *_captured(call), grid[0], total, template,
+        spec.scale, cap or 1.0, *_captured(call, bits is None), grid[0], total, template,
     )  # fmt: skip
     boxes = qp.box(0, 64, D), kp.box(1, bn, D), vp.box(2, bn, DV), op.box(3, 64, min(DV, 128))
     first = 6 if sinks is None else 7
     tables = (4 if sinks is None else 6, *((4, 4) if call.rope is None else (first, first + 1)))
-    pointers = (3, 4, *tables, 5, *(5 if p is None else p for p in lists))
+    pointers = (3, 4, *tables, 5, *(5 if p is None else p for p in (*lists, *(bits or (None, None)))))
     programs = min(total, _processors(q.device.index) if q.is_cuda else 132)
     return Plan(copied, (Launch(_hopper_forward.forward, (programs, 1, 1), boxes, pointers, constants),))
 
