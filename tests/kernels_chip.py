@@ -74,7 +74,7 @@ class Chip:
     def run(self, kernel, args, programs, resident):
         waiting = list(range(programs))
         running = []
-        self.turn_barriers = {}
+        self.turn_barriers, self.renamed = {}, {}
         try:
             while waiting or running:
                 while waiting and len(running) < resident:

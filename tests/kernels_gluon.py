@@ -97,11 +97,21 @@ class Pointer:
 class Shared:
     """Shared memory, or a part of it."""
 
-    def __init__(self, data, dtype, bars=None):
-        self.data, self.dtype, self.bars = data, dtype, bars
+    def __init__(self, data, dtype, bars=None, under=None):
+        self.data, self.dtype, self.bars, self.under = data, dtype, bars, under
 
     def index(self, i):
-        return Shared(self.data[int(i)], self.dtype, None if self.bars is None else self.bars[int(i)])
+        return Shared(self.data[int(i)], self.dtype, None if self.bars is None else self.bars[int(i)], self.under)
+
+    def _reinterpret(self, dtype, shape, layout):
+        """The same bytes under another type: what is written by one name cannot be read by the other."""
+        other = Shared(np.full(shape, np.nan, np.float32), dtype, under=self.data)
+        Chip.active.renamed.setdefault(self.address, []).append(other.data)
+        return other
+
+    @property
+    def address(self):
+        return self.data.__array_interface__["data"][0]
 
     def slice(self, start, size, dim):
         return Shared(self.data[(slice(None),) * dim + (slice(start, start + size),)], self.dtype)
@@ -111,6 +121,8 @@ class Shared:
 
     def store(self, x):
         assert not isinstance(x, Product)
+        for lost in [*Chip.active.renamed.get(self.address, ()), *([] if self.under is None else [self.under])]:
+            lost[...] = np.nan
         self.data[...] = self.dtype.rounded(x)
 
     def load(self, layout):
@@ -446,13 +458,14 @@ def launcher(seed, programs=None, resident=3):
     """What `_hopper.forward` and `backward` take in place of a launch.
 
     Args:
-        programs: how many, where the kernel leaves that free.
+        programs: how many at most, where they take tiles from a counter.
         resident: how many run at a time.
     """
 
     def launch(kernel, grid):
         def run(*args, **options):
-            count = grid[0] if programs is None else min(programs, grid[0])
+            counted = programs is not None and "COUNTER" in kernel.arg_names
+            count = min(programs, grid[0]) if counted else grid[0]
             # Threads of a library would only be in the way of these.
             with threadpool_limits(1):
                 Chip(seed).run(function(kernel), [argument(x) for x in args], count, resident)

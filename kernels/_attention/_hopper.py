@@ -146,8 +146,17 @@ def _seen(k: Tensor, spec: Spec, listed: bool) -> float:
 
 
 @cache
-def _processors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def _of_device(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def _processors(x: Tensor) -> int:
+    """Multiprocessors, each of which holds one program; an H100's where there is no GPU."""
+    return _of_device(x.device.index) if x.is_cuda else 132
+
+
+def _programs(x: Tensor, tiles: int) -> int:
+    return min(tiles, _processors(x))
 
 
 class Plan(NamedTuple):
@@ -239,8 +248,7 @@ def _forward_plan(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: C
     first = 6 if sinks is None else 7
     tables = (4 if sinks is None else 6, *((4, 4) if call.rope is None else (first, first + 1)))
     pointers = (3, 4, *tables, 5, *(5 if p is None else p for p in (*lists, *(bits or (None, None)))))
-    programs = min(total, _processors(q.device.index) if q.is_cuda else 132)
-    return Plan(copied, (Launch(_hopper_forward.forward, (programs, 1, 1), boxes, pointers, constants),))
+    return Plan(copied, (Launch(_hopper_forward.forward, (_programs(q, total), 1, 1), boxes, pointers, constants),))
 
 
 class Pass(NamedTuple):
@@ -295,7 +303,7 @@ def _ring(q: Tensor, k: Tensor, tiles: int, call: Call) -> Ring:
     # A box may reach over the last token, in packed sequences from any row on.
     rows = (-(-q.shape[1] // ROWS) + (call.packed is not None)) * ROWS
     # Under a causal mask a head's longest program outlasts those on all processors twice.
-    processors = _processors(q.device.index) if q.is_cuda else 132
+    processors = _processors(q)
     lag = min(units, max(2, math.ceil(2 * processors / tiles - 0.1)))
     # The last of a head's programs announce some microseconds after the first of the next head have started.
     slots = min(units, lag + 1 + min(lag, 400 // tiles**2))
@@ -318,14 +326,16 @@ def backward(
     key = _key("backward", call, q, k, v, grad, lse, delta)
     plan = kept(key, lambda: _backward_plan(q, k, v, grad, call))
     room = () if plan.ring is None else plan.ring.room(q.device)
-    tensors = (*plan.inputs(q, k, v, grad), dq, dk, dv, lse, delta, *room)
+    tensors = (*plan.inputs(q, k, v, grad), dq, dk, dv, lse, delta, counter(q.device), *room)
     for run in plan.launches:
         run(tensors, launch)
     return dq, dk, dv
 
 
 def _backward_plan(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, call: Call) -> Plan:
-    """Tensors of each launch: q, k, v, grad, dq, dk, dv, lse, delta; where dQ is summed, also the ring's room and marks."""
+    """Tensors of each launch: q, k, v, grad, dq, dk, dv, lse, delta, the counter; where dQ is summed, also the ring's room
+    and marks.
+    """
     from trainkit.kernels._attention import _hopper_backward_keys, _hopper_backward_queries
 
     spec, D, DV = call.spec, q.shape[3], v.shape[3]
@@ -351,17 +361,18 @@ def _backward_plan(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, call: Call) ->
     ring = None
     for want_dk, want_dv, bm, q_ring, grad_ring in _passes(D, DV, traced):
         grid, lists, strides, listed = _triton.layout(call, q, k, Tiling(bm, ROWS, 4, q_ring), True)
-        programs = math.prod(grid)
-        if programs == 0:
+        total = math.prod(grid)
+        if total == 0:
             continue
         sums, turn, room = dqp.box(4, 64, D * bm // 128), (0, 0, 0), (8, 8)
         if fused:
             ring = _ring(q, k, grid[0], call)
-            sums, turn, room = Box(9, (ring.size // D, D), D, (64, D * bm // 128)), ring[2:], (9, 10)
-            programs += ring.lag * grid[0]
+            sums, turn, room = Box(10, (ring.size // D, D), D, (64, D * bm // 128)), ring[2:], (10, 11)
+            total += ring.lag * grid[0]
         template = Template(
             **constants, BM=bm, ST=q_ring, SO=grad_ring, WANT_DK=want_dk, WANT_DV=want_dv, VALUES=want_dk or D != DV,
-            FUSED=fused, LATE=fused and D == 128, LISTED=listed, SCORE=functions.score_t if scored else None,
+            FUSED=fused, LATE=fused and D == 128, STAGED=D == DV and D < 256, LISTED=listed,
+            SCORE=functions.score_t if scored else None,
             GRAD=functions.score_grad_t if derived else None, MASK=functions.mask_t,
         )  # fmt: skip
         boxes = (
@@ -370,11 +381,11 @@ def _backward_plan(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, call: Call) ->
         )  # fmt: skip
         launches.append(
             Launch(
-                _hopper_backward_keys.backward_keys, (programs, 1, 1), boxes,
-                (4, *room, 5, 6, 7, 8, *(8 if p is None else p for p in lists)),
+                _hopper_backward_keys.backward_keys, (_programs(q, total), 1, 1), boxes,
+                (4, *room, 5, 6, 7, 8, 9, *(8 if p is None else p for p in lists)),
                 (
                     *turn, *strides, *steps, k.shape[2] * D, k.shape[2] * DV, q.shape[2], k.shape[2], *scalars, grid[0],
-                    template,
+                    total, template,
                 ),
             )
         )  # fmt: skip

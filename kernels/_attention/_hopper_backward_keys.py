@@ -20,8 +20,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from trainkit.kernels._attention._hopper_gradients import put, row_stats, score_gradient, slope_of, weigh
-from trainkit.kernels._attention._hopper_ring import announce, enter, leave
-from trainkit.kernels._attention._hopper_tiles import barriers, block_at, locate, opaque_zero, query_blocks
+from trainkit.kernels._attention._hopper_ring import enter, occupied, rounder
+from trainkit.kernels._attention._hopper_tiles import (
+    barriers,
+    block_at,
+    locate,
+    opaque_zero,
+    post,
+    posted,
+    query_blocks,
+)
 
 
 @builtin
@@ -35,63 +43,138 @@ def reduce_add(desc, coord, src, _semantic=None):
 
 
 @gluon.jit
-def keys_producer(task, starts, stats, count, c: gl.constexpr):
-    """Bring the tile's keys and values once, then each query head's blocks of queries and output gradients."""
-    descs, lists, walk, memory, bars = task
-    q_d, k_d, v_d, do_d, _, _, _ = descs
-    BLOCKS, COUNTS, _, row, row_head, NB, live = lists
-    first, _, _, _ = walk
-    qs, dos, ks, vs, lses, deltas, _, _ = memory
-    kv_ready, q_ready, q_free, do_ready, do_free, _, _ = bars
-    qr, qc, q_head, q_col, kr, kc, vr, vc, dr, dc, do_head, do_col = starts
-    LSE, DELTA, head0, total_q, Sq = stats
-    # The weights alone need no values: dV by itself leaves their room to longer blocks.
-    values: gl.constexpr = 2 if c.VALUES else 0
-    if live:
-        mbarrier.expect(kv_ready.index(0), 2 * k_d.block_type.nbytes + values * v_d.block_type.nbytes)
-        for j in gl.static_range(2):
-            tma.async_copy_global_to_shared(k_d, [kr + 64 * j, kc], kv_ready.index(0), ks.index(j))
-        for j in gl.static_range(values):
-            tma.async_copy_global_to_shared(v_d, [vr + 64 * j, vc], kv_ready.index(0), vs.index(j))
-    base = 0
-    lanes = gl.arange(0, c.BM, gl.BlockedLayout([1], [32], [1], [0]))
-    for g in range(c.GROUP):
-        blocks = BLOCKS
-        if c.LISTED:
-            blocks = BLOCKS + (row + g * row_head).to(gl.int64) * NB
-            count = gl.load(COUNTS + row + g * row_head) * live
-        for i in range(0, count):
-            at = block_at(blocks, first, i, 1, c.LISTED) * c.BM
-            here = (head0 + g) * total_q
-            lse, delta = row_stats(LSE + here, DELTA + here, at + lanes, Sq)
-            n = base + i
-            s = n % c.ST
-            o = n % c.SO
-            # Row statistics travel with their tiles: lse with q, delta with the output's gradient.
-            mbarrier.wait(q_free.index(s), ((n // c.ST) & 1) ^ 1)
-            lses.index(s).store(lse)
-            mbarrier.arrive(q_ready.index(s))
-            mbarrier.expect(q_ready.index(s), q_d.block_type.nbytes)
-            tma.async_copy_global_to_shared(q_d, [qr + g * q_head + at, qc + g * q_col], q_ready.index(s), qs.index(s))
-            mbarrier.wait(do_free.index(o), ((n // c.SO) & 1) ^ 1)
-            deltas.index(o).store(delta)
-            mbarrier.arrive(do_ready.index(o))
-            mbarrier.expect(do_ready.index(o), do_d.block_type.nbytes)
-            tma.async_copy_global_to_shared(
-                do_d, [dr + g * do_head + at, dc + g * do_col], do_ready.index(o), dos.index(o)
-            )
-        base += count
+def take(COUNTER, total):
+    """The next tile. Each program asks until there is none: the last of all answers leaves the counter ready for the next
+    launch.
+    """
+    t = gl.atomic_add(COUNTER, 1, sem="relaxed")
+    if t == total + gl.num_programs(0) - 1:
+        gl.store(COUNTER, 0)
+    return t
 
 
 @gluon.jit
-def issue_dq(n, memory, bars, W: gl.constexpr, c: gl.constexpr):
-    """Start this warpgroup's half of block n's dQ, columns or rows, from both warpgroups' dS; what n = -1 gives is unused."""
+def keys_producer(task, planes, stats, COUNTER, slots, rows, units, c: gl.constexpr):
+    """Bring each tile's keys and values once, and each query head's blocks of queries and output gradients.
+
+    Tiles are taken from a counter, the first one too: what is waited for in the ring was taken by a program that runs.
+    """
+    descs, tables, lists, sizes, scalars, memory, bars, total = task
+    q_d, k_d, v_d, do_d, _dk_d, _dv_d, _dq_d = descs
+    BLOCKS, COUNTS, _FULL, sbb, sbh, NB = lists
+    Hq, Hkv, total_q, total_k, tiles = sizes
+    qs, dos, ks, vs, lses, deltas, _dss, _dqs, _outs, box = memory
+    kv_ready, kv_free, q_ready, q_free, do_ready, do_free, _s_ready, _s_free, t_ready, t_free = bars
+    q_batch, q_head, q_col, k_batch, k_head, k_col, v_batch, v_head, v_col, do_batch, do_head, do_col = planes
+    LSE, DELTA = stats
+    # The weights alone need no values: dV by itself leaves their room to longer blocks.
+    values: gl.constexpr = 2 if c.VALUES else 0
+    lanes = gl.arange(0, c.BM, gl.BlockedLayout([1], [32], [1], [0]))
+    done = 0
+    kept = 0
+    base = 0
+    t = take(COUNTER, total)
+    while t < total:
+        unit = t // tiles
+        # The last tiles, `lag` times a head's, have no keys: with them the last heads' dQ is rounded.
+        live = (unit < units).to(gl.int32)
+        last = gl.minimum(unit, units - 1) * tiles + t % tiles
+        tile, b, g, zb, q0, k0, _stats, Sq, Sk = locate(last, tables, (Hkv, total_q, total_k, tiles), False, c.PACKED)
+        Sk *= live
+        n0 = tile * 128
+        h0 = g * c.GROUP
+        first, n1, n2, count = 0, 0, 0, 0
+        if not c.LISTED:
+            first, n1, n2, count = query_blocks(
+                n0, 128, c.BM, Sq, Sk - Sq, scalars[0], c.CAUSAL, c.WINDOW, c.MASK is not None
+            )
+            count *= live
+            n1 = gl.minimum(n1, count)
+            n2 = gl.minimum(n2, count)
+            if c.FUSED:  # noqa: SIM102 (one is known when compiling, the other is not)
+                # dQ sums over the tile's keys: those beyond the end must weigh nothing.
+                if n0 + 128 > Sk:
+                    n1 = count
+                    n2 = count
+        page = done & 1
+        mbarrier.wait(t_free.index(page), ((done >> 1) & 1) ^ 1)
+        dq_row = unit % slots * c.GROUP * rows + q0
+        post(box, page, (t, n0, b, g, zb * total_k + k0, dq_row, Sq, Sk, first, n1, n2, count, unit, live))
+        mbarrier.arrive(t_ready.index(page))
+        mine = -1
+        missing = live
+        for j in range(c.GROUP):
+            h = h0 + j
+            blocks = BLOCKS
+            if c.LISTED:
+                row = b * sbb + h * sbh + tile
+                blocks = BLOCKS + row.to(gl.int64) * NB
+                count = gl.load(COUNTS + row) * live
+            here = (zb * Hq + h) * total_q + q0
+            for i in range(0, count):
+                at = block_at(blocks, first, i, 1, c.LISTED) * c.BM
+                lse, delta = row_stats(LSE + here, DELTA + here, at + lanes, Sq)
+                n = base + i
+                s = n % c.ST
+                o = n % c.SO
+                # Row statistics travel with their tiles: lse with q, delta with the output's gradient.
+                mbarrier.wait(q_free.index(s), ((n // c.ST) & 1) ^ 1)
+                lses.index(s).store(lse)
+                mbarrier.arrive(q_ready.index(s))
+                mbarrier.expect(q_ready.index(s), q_d.block_type.nbytes)
+                q_row = zb * q_batch + h * q_head + q0 + at
+                tma.async_copy_global_to_shared(q_d, [q_row, h * q_col], q_ready.index(s), qs.index(s))
+                # After the first block's queries, whose room is free sooner.
+                if missing > 0:
+                    bring_keys(k_d, v_d, zb * k_batch + g * k_head + k0 + n0, g * k_col,
+                               zb * v_batch + g * v_head + k0 + n0, g * v_col, ks, vs, kv_ready, kv_free, kept, values)  # fmt: skip
+                    missing = 0
+                mbarrier.wait(do_free.index(o), ((n // c.SO) & 1) ^ 1)
+                deltas.index(o).store(delta)
+                mbarrier.arrive(do_ready.index(o))
+                mbarrier.expect(do_ready.index(o), do_d.block_type.nbytes)
+                do_row = zb * do_batch + h * do_head + q0 + at
+                tma.async_copy_global_to_shared(do_d, [do_row, h * do_col], do_ready.index(o), dos.index(o))
+                # Late, since what is promised early balances the load worse at the end.
+                if (j == c.GROUP - 1) & (i == count - 2):
+                    mine = take(COUNTER, total)
+            base += count
+        if missing > 0:
+            bring_keys(k_d, v_d, zb * k_batch + g * k_head + k0 + n0, g * k_col,
+                       zb * v_batch + g * v_head + k0 + n0, g * v_col, ks, vs, kv_ready, kv_free, kept, values)  # fmt: skip
+        if mine < 0:
+            mine = take(COUNTER, total)
+        kept += live
+        t = mine
+        done += 1
+    page = done & 1
+    mbarrier.wait(t_free.index(page), ((done >> 1) & 1) ^ 1)
+    post(box, page, (t,))
+    mbarrier.arrive(t_ready.index(page))
+
+
+@gluon.jit
+def bring_keys(k_d, v_d, kr, kc, vr, vc, ks, vs, ready, free, kept, values: gl.constexpr):
+    """Keys and values of the tile, of which there were `kept` before, once its last readers are done."""
+    mbarrier.wait(free.index(0), (kept & 1) ^ 1)
+    mbarrier.expect(ready.index(0), 2 * k_d.block_type.nbytes + values * v_d.block_type.nbytes)
+    for j in gl.static_range(2):
+        tma.async_copy_global_to_shared(k_d, [kr + 64 * j, kc], ready.index(0), ks.index(j))
+    for j in gl.static_range(values):
+        tma.async_copy_global_to_shared(v_d, [vr + 64 * j, vc], ready.index(0), vs.index(j))
+
+
+@gluon.jit
+def issue_dq(n, start, memory, bars, W: gl.constexpr, c: gl.constexpr):
+    """Start this warpgroup's half of block n's dQ, columns or rows, from both warpgroups' dS; what a block before the
+    tile's first, number `start`, gives is unused.
+    """
     HALF: gl.constexpr = c.D * c.BM // 128
     LQ: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HALF, 16])
     ks, dss = memory[2], memory[6]
     u = (n + 2) % 2
-    if n >= 0:
-        mbarrier.wait(bars[5].index(u), (n // 2) & 1)
+    if n >= start:
+        mbarrier.wait(bars[6].index(u), (n // 2) & 1)
     zero = opaque_zero(n + 1)
     near = ks.index(zero)
     far = ks.index(1 + zero)
@@ -109,15 +192,15 @@ def issue_dq(n, memory, bars, W: gl.constexpr, c: gl.constexpr):
 
 
 @gluon.jit
-def add_dq(dq, n, row, dq_d, memory, bars, W: gl.constexpr, c: gl.constexpr):
+def add_dq(dq, n, start, row, dq_d, memory, bars, W: gl.constexpr, c: gl.constexpr):
     """Give block n's dS back, and add its dQ to the sums."""
     dqs = memory[7]
     tma.store_wait(0)
     gl.thread_barrier()
     dqs.index(W).store(dq)
     fence_async_shared()
-    if n >= 0:
-        mbarrier.arrive(bars[6].index((n + 2) % 2))
+    if n >= start:
+        mbarrier.arrive(bars[7].index((n + 2) % 2))
         if c.BM == 64:
             reduce_add(dq_d, [row, c.D // 2 * W], dqs.index(W))
         else:
@@ -126,10 +209,10 @@ def add_dq(dq, n, row, dq_d, memory, bars, W: gl.constexpr, c: gl.constexpr):
 
 @gluon.jit
 def keys_step(
-    dk, dv, cols, alibi, n, at, before, problem, dq_d, dq_row, memory, bars, MASKED: gl.constexpr, W: gl.constexpr,
+    dk, dv, cols, alibi, n, start, at, before, problem, dq_d, dq_row, memory, bars, MASKED: gl.constexpr, W: gl.constexpr,
     L: gl.constexpr, c: gl.constexpr,
 ):  # fmt: skip
-    """Block n of the ring, queries from `at` on; `before` is where dQ of block n - 1 goes.
+    """Block n of the ring, the tile's first being `start`, queries from `at` on; `before` is where dQ of block n - 1 goes.
 
     Nothing is in flight when it starts or ends: ptxas makes every product wait for the one before where an accumulator
     is being written across the edge of a loop. LATE: dQ of the block before is multiplied here, when both warpgroups'
@@ -138,8 +221,8 @@ def keys_step(
     LK: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, c.D, 16])
     LV: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, c.DV, 16])
     Sq, Sk = problem[2], problem[3]
-    qs, dos, ks, vs, lses, deltas, dss, _dqs = memory
-    _, q_ready, q_free, do_ready, do_free, s_ready, s_free = bars
+    qs, dos, ks, vs, lses, deltas, dss, _dqs, _outs, _box = memory
+    _, _, q_ready, q_free, do_ready, do_free, s_ready, s_free, _, _ = bars
     s = n % c.ST
     mine = W + opaque_zero(n)
     o = n % c.SO + opaque_zero(n)
@@ -153,7 +236,7 @@ def keys_step(
     mbarrier.wait(q_ready.index(s), (n // c.ST) & 1)
     S = warpgroup_mma(ks.index(mine), qs.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
     if c.LATE:
-        dq = issue_dq(n - 1, memory, bars, W, c)
+        dq = issue_dq(n - 1, start, memory, bars, W, c)
         S = warpgroup_mma_wait(2, deps=[S])
     else:
         mbarrier.wait(do_ready.index(o), o_phase)
@@ -172,7 +255,7 @@ def keys_step(
     if c.LATE:
         dq = warpgroup_mma_wait(0, deps=[dq])
         mbarrier.wait(do_ready.index(o), o_phase)
-        add_dq(dq, n - 1, before, dq_d, memory, bars, W, c)
+        add_dq(dq, n - 1, start, before, dq_d, memory, bars, W, c)
         dP = warpgroup_mma(vs.index(mine), dos.index(o).permute((1, 0)), zero, use_acc=False, is_async=True)
         dv = warpgroup_mma(P, dos.index(o), dv, is_async=True)
         dP = warpgroup_mma_wait(1, deps=[dP])
@@ -195,7 +278,7 @@ def keys_step(
             fence_async_shared()
             mbarrier.arrive(s_ready.index(u))
         if c.FUSED and not c.LATE:
-            dq = issue_dq(n, memory, bars, W, c)
+            dq = issue_dq(n, start, memory, bars, W, c)
         if not c.LATE:
             dk = warpgroup_mma(dS, qs.index(s), dk, is_async=True)
         if c.WANT_DV:
@@ -204,7 +287,7 @@ def keys_step(
         if c.FUSED and not c.LATE:
             # dK is still being multiplied while dQ leaves.
             dq = warpgroup_mma_wait(1, deps=[dq])
-            add_dq(dq, n, dq_row + at, dq_d, memory, bars, W, c)
+            add_dq(dq, n, start, dq_row + at, dq_d, memory, bars, W, c)
         dk = warpgroup_mma_wait(0, deps=[dk])
     else:
         dv = warpgroup_mma_wait(0, deps=[dv])
@@ -214,136 +297,128 @@ def keys_step(
 
 
 @gluon.jit
-def keys_consumer(task, problem, places, ring, n0, count, W: gl.constexpr, c: gl.constexpr):
-    """Keys [n0 + 64 W, n0 + 64 W + 64): what every query of the group's heads brings them."""
+def keys_consumer(task, results, ring, W: gl.constexpr, c: gl.constexpr):
+    """Keys [64 W, 64 W + 64) of each tile: what every query of the group's heads brings them."""
     L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, c.BM, 16])
     LK: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, c.D, 16])
     LV: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, c.DV, 16])
-    descs, lists, walk, memory, bars = task
+    descs, _tables, lists, _sizes, scalars, memory, bars, total = task
     dk_d, dv_d, dq_d = descs[4], descs[5], descs[6]
-    BLOCKS, COUNTS, FULL, row, row_head, NB, live = lists
-    first, n1, n2, dq_rows = walk
-    _qs, _dos, ks, vs, _lses, _deltas, _dss, _dqs = memory
-    kv_ready, s_free = bars[0], bars[6]
-    DK, DV_OUT, dk_stride, dv_stride, out_row, kv_head = places
-    b, h, Sq, Sk, off, w, scale, cap, score_args, mask_args = problem
-    cols = n0 + 64 * W + gl.arange(0, 64, gl.SliceLayout(1, L))
-    dk = gl.zeros([64, c.D if c.WANT_DK else 16], gl.float32, LK)
-    dv = gl.zeros([64, c.DV if c.WANT_DV else 16], gl.float32, LV)
-    if c.FUSED:
-        enter(ring, W, c)
-    mbarrier.wait(kv_ready.index(0), 0, pred=live > 0)
+    BLOCKS, COUNTS, FULL, sbb, sbh, NB = lists
+    w, scale, cap, score_args, mask_args = scalars
+    ks, vs, dqs, outs, box = memory[2], memory[3], memory[7], memory[8], memory[9]
+    kv_ready, kv_free, t_ready, t_free = bars[0], bars[1], bars[8], bars[9]
+    DK, DV_OUT, dk_stride, dv_stride = results
+    done = 0
+    kept = 0
     base = 0
-    before = dq_rows
-    for g in range(c.GROUP):
-        h = kv_head * c.GROUP + g
-        here = (b, h, Sq, Sk, off, w, scale, cap, score_args, mask_args)
-        blocks = BLOCKS
-        if c.LISTED:
-            blocks = BLOCKS + (row + g * row_head).to(gl.int64) * NB
-            n2 = gl.load(FULL + row + g * row_head) * live
-            count = gl.load(COUNTS + row + g * row_head) * live
-        alibi = (0.0, 0.0, n0)
-        if c.ALIBI:
-            slope = slope_of(here, c)
-            alibi = (slope, slope * (cols - n0).to(gl.float32)[:, None], n0)
-        dq_row = dq_rows
+    summed = -1
+    mbarrier.wait(t_ready.index(0), 0)
+    while posted(box, done & 1, 0) < total:
+        page = done & 1
+        n0 = posted(box, page, 1)
+        b = posted(box, page, 2)
+        kv_head = posted(box, page, 3)
+        dq_rows = posted(box, page, 5)
+        Sq = posted(box, page, 6)
+        Sk = posted(box, page, 7)
+        first = posted(box, page, 8)
+        n1 = posted(box, page, 9)
+        n2 = posted(box, page, 10)
+        count = posted(box, page, 11)
+        unit = posted(box, page, 12)
+        live = posted(box, page, 13)
         if c.FUSED:
-            dq_row += g * ring[11]
-        for i in range(0, n1):
-            at = block_at(blocks, first, i, 1, c.LISTED) * c.BM
-            dk, dv = keys_step(
-                dk, dv, cols, alibi, base + i, at, before, here, dq_d, dq_row, memory, bars, True, W, L, c
-            )
-            before = dq_row + at
-        if c.FUSED:  # noqa: SIM102 (one is known when compiling, the other is not)
-            if g == 0:
-                announce(ring)
-        for i in range(n1, n2):
-            at = block_at(blocks, first, i, 1, c.LISTED) * c.BM
-            dk, dv = keys_step(
-                dk, dv, cols, alibi, base + i, at, before, here, dq_d, dq_row, memory, bars, False, W, L, c
-            )
-            before = dq_row + at
-        # Blocks after the whole ones: a window's far edge, listed ones, the ragged end of the queries.
-        for i in range(n2, count):
-            at = block_at(blocks, first, i, 1, c.LISTED) * c.BM
-            dk, dv = keys_step(
-                dk, dv, cols, alibi, base + i, at, before, here, dq_d, dq_row, memory, bars, True, W, L, c
-            )
-            before = dq_row + at
-        base += count
-    if c.LATE:  # noqa: SIM102 (one is known when compiling, the other is not)
-        if base > 0:
-            dq = warpgroup_mma_wait(0, deps=[issue_dq(base - 1, memory, bars, W, c)])
-            add_dq(dq, base - 1, before, dq_d, memory, bars, W, c)
-    if c.WANT_DK:
+            waits = occupied(unit, ring)
+        cols = n0 + 64 * W + gl.arange(0, 64, gl.SliceLayout(1, L))
+        dk = gl.zeros([64, c.D if c.WANT_DK else 16], gl.float32, LK)
+        dv = gl.zeros([64, c.DV if c.WANT_DV else 16], gl.float32, LV)
+        mbarrier.wait(kv_ready.index(0), kept & 1, pred=live > 0)
         if c.FUSED:
-            # The other warpgroup's last dQ may still read this half of K, over which dK is about to be written.
-            last = gl.maximum(base - 1, 0)
-            if base > 0:
-                mbarrier.wait(s_free.index(last % 2), (last // 2) & 1)
-        put(dk_d, DK, (dk * scale).to(ks.dtype), ks.index(W), out_row, n0, kv_head * c.D, dk_stride, Sk, W, c.D, LK)
-    if c.WANT_DV:
-        put(
-            dv_d,
-            DV_OUT,
-            dv.to(vs.dtype),
-            (vs if c.VALUES else ks).index(W),
-            out_row,
-            n0,
-            kv_head * c.DV,
-            dv_stride,
-            Sk,
-            W,
-            c.DV,
-            LV,
-        )
+            enter(unit, summed, waits, ring)
+        start = base
+        before = dq_rows
+        for g in range(c.GROUP):
+            h = kv_head * c.GROUP + g
+            here = (b, h, Sq, Sk, Sk - Sq, w, scale, cap, score_args, mask_args)
+            blocks = BLOCKS
+            if c.LISTED:
+                row = b * sbb + h * sbh + n0 // 128
+                blocks = BLOCKS + row.to(gl.int64) * NB
+                n2 = gl.load(FULL + row) * live
+                count = gl.load(COUNTS + row) * live
+            alibi = (0.0, 0.0, n0)
+            if c.ALIBI:
+                slope = slope_of(here, c)
+                alibi = (slope, slope * (cols - n0).to(gl.float32)[:, None], n0)
+            dq_row = dq_rows
+            if c.FUSED:
+                dq_row += g * ring[9]
+            for i in range(0, n1):
+                at = block_at(blocks, first, i, 1, c.LISTED) * c.BM
+                dk, dv = keys_step(
+                    dk, dv, cols, alibi, base + i, start, at, before, here, dq_d, dq_row, memory, bars, True, W, L, c
+                )
+                before = dq_row + at
+            for i in range(n1, n2):
+                at = block_at(blocks, first, i, 1, c.LISTED) * c.BM
+                dk, dv = keys_step(
+                    dk, dv, cols, alibi, base + i, start, at, before, here, dq_d, dq_row, memory, bars, False, W, L, c
+                )
+                before = dq_row + at
+            # Blocks after the whole ones: a window's far edge, listed ones, the ragged end of the queries.
+            for i in range(n2, count):
+                at = block_at(blocks, first, i, 1, c.LISTED) * c.BM
+                dk, dv = keys_step(
+                    dk, dv, cols, alibi, base + i, start, at, before, here, dq_d, dq_row, memory, bars, True, W, L, c
+                )
+                before = dq_row + at
+            base += count
+        if c.LATE:  # noqa: SIM102 (one is known when compiling, the other is not)
+            if base > start:
+                dq = warpgroup_mma_wait(0, deps=[issue_dq(base - 1, start, memory, bars, W, c)])
+                add_dq(dq, base - 1, start, before, dq_d, memory, bars, W, c)
+        if c.STAGED:
+            mbarrier.arrive(kv_free.index(0), pred=live > 0)
+        if c.FUSED:
+            # The last sums of dQ leave from there before.
+            room = dqs.index(W)._reinterpret(ks.dtype, [128 // c.D, 64, c.D], dk_d.layout)
+            dk_room = room.index(0)
+            dv_room = room.index(128 // c.D - 1)
+        else:
+            dk_room = (outs if c.STAGED else ks).index(W)
+            dv_room = (outs if c.STAGED else vs if c.VALUES else ks).index(W)
+        kv_head = posted(box, page, 3)
+        out_row = posted(box, page, 4)
+        if c.WANT_DV:
+            put(dv_d, DV_OUT, dv.to(vs.dtype), dv_room, out_row, n0, kv_head * c.DV, dv_stride, Sk, W, c.DV, LV)
+        if c.WANT_DK:
+            put(dk_d, DK, (dk * scale).to(ks.dtype), dk_room, out_row, n0, kv_head * c.D, dk_stride, Sk, W, c.D, LK)
+        if not c.STAGED:
+            tma.store_wait(0)
+            gl.thread_barrier()
+            mbarrier.arrive(kv_free.index(0), pred=live > 0)
+        mbarrier.arrive(t_free.index(page))
+        kept += live
+        summed = gl.where(live > 0, unit, -1)
+        done += 1
+        mbarrier.wait(t_ready.index(done & 1), (done >> 1) & 1)
     tma.store_wait(0)
     if c.FUSED:
-        leave(ring)
+        enter(0, summed, False, ring)
 
 
-@gluon.jit(do_not_specialize=["Hq", "Hkv", "Sq", "Sk", "w", "tiles", "lag", "slots", "rows"])
+@gluon.jit(do_not_specialize=["Hq", "Hkv", "Sq", "Sk", "w", "tiles", "total", "lag", "slots", "rows"])
 def backward_keys(
-    q_d, k_d, v_d, do_d, dk_d, dv_d, dq_d, DQ, SUMS, MARKS, DK, DV_OUT, LSE, DELTA, TILES, CU_Q, CU_K, BLOCKS, COUNTS, FULL,
-    lag, slots, rows, sbb, sbh, NB, q_batch, q_head, q_col, k_batch, k_head, k_col, v_batch, v_head, v_col, do_batch,
-    do_head, do_col, dk_stride, dv_stride, Hq, Hkv, Sq, Sk, w, scale, cap, score_args, mask_args, tiles, c: gl.constexpr,
+    q_d, k_d, v_d, do_d, dk_d, dv_d, dq_d, DQ, SUMS, MARKS, DK, DV_OUT, LSE, DELTA, COUNTER, TILES, CU_Q, CU_K, BLOCKS,
+    COUNTS, FULL, lag, slots, rows, sbb, sbh, NB, q_batch, q_head, q_col, k_batch, k_head, k_col, v_batch, v_head, v_col,
+    do_batch, do_head, do_col, dk_stride, dv_stride, Hq, Hkv, Sq, Sk, w, scale, cap, score_args, mask_args, tiles, total,
+    c: gl.constexpr,
 ):  # fmt: skip
-    """Compute dK, dV, or both, of 128 keys of one key head.
+    """Compute dK, dV, or both, in tiles of 128 keys of one key head.
 
-    FUSED: dQ too; the last programs, `lag` times a head's tiles, have no keys and see the last heads' dQ out.
+    FUSED: dQ too. STAGED: results leave from room other than their keys', so that the next tile's keys may come.
     """
-    total_q = Sq
-    total_k = Sk
-    t = gl.program_id(0)
-    live = 1
-    if c.FUSED:
-        units = gl.num_programs(0) // tiles - lag
-        unit = t // tiles
-        live = (unit < units).to(gl.int32)
-        t -= gl.maximum(unit - units + 1, 0) * tiles
-    tile, b, g, zb, q0, k0, _, Sq, Sk = locate(t, (TILES, CU_Q, CU_K), (Hkv, Sq, Sk, tiles), False, c.PACKED)
-    if c.FUSED:
-        Sk *= live
-    n0 = tile * 128
-    off = Sk - Sq
-    h0 = g * c.GROUP
-    row = 0
-    if c.LISTED:
-        row = b * sbb + h0 * sbh + tile
-        first = 0
-        n1 = 0
-        n2 = 0
-        count = 0
-    else:
-        first, n1, n2, count = query_blocks(n0, 128, c.BM, Sq, off, w, c.CAUSAL, c.WINDOW, c.MASK is not None)
-        if c.FUSED:  # noqa: SIM102 (one is known when compiling, the other is not)
-            # dQ sums over the tile's keys: those beyond the end must weigh nothing.
-            if n0 + 128 > Sk:
-                count *= live
-                n1 = count
-                n2 = count
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     half: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, c.BM], q_d.dtype)
     qs = gl.allocate_shared_memory(q_d.dtype, [c.ST, c.BM, c.D], q_d.layout)
@@ -351,40 +426,48 @@ def backward_keys(
     ks = gl.allocate_shared_memory(k_d.dtype, [2, 64, c.D], k_d.layout)
     lses = gl.allocate_shared_memory(gl.float32, [c.ST, c.BM], flat)
     deltas = gl.allocate_shared_memory(gl.float32, [c.SO, c.BM], flat)
+    box = gl.allocate_shared_memory(gl.int32, [32, 1], flat)
     # What is not wanted has no room of its own: another's stands for it, and is not touched by that name.
     vs = ks
     dss = qs
     dqs = qs
+    outs = ks
     if c.VALUES:
         vs = gl.allocate_shared_memory(v_d.dtype, [2, 64, c.DV], v_d.layout)
     if c.FUSED:
         dss = gl.allocate_shared_memory(q_d.dtype, [4, 64, c.BM], half)
         dqs = gl.allocate_shared_memory(gl.float32, [2, 64, c.D * c.BM // 128], dq_d.layout)
-    memory = (qs, dos, ks, vs, lses, deltas, dss, dqs)
+        sums = gl.allocate_shared_memory(gl.float32, [1, 64, c.D * c.BM // 128], dq_d.layout)
+    elif c.STAGED:
+        outs = gl.allocate_shared_memory(k_d.dtype, [2, 64, c.D], k_d.layout)
+    memory = (qs, dos, ks, vs, lses, deltas, dss, dqs, outs, box)
     # Ready ones complete after two arrivals: the row statistics, and the bytes of the tile.
+    readers: gl.constexpr = 3 if c.FUSED else 2
     bars = (
-        barriers(1, 1), barriers(c.ST, 2), barriers(c.ST, 2), barriers(c.SO, 2), barriers(c.SO, 2), barriers(2, 2),
-        barriers(2, 2),
+        barriers(1, 1), barriers(1, 2), barriers(c.ST, 2), barriers(c.ST, 2), barriers(c.SO, 2), barriers(c.SO, 2),
+        barriers(2, 2), barriers(2, 2), barriers(2, 1), barriers(2, readers),
     )  # fmt: skip
-    starts = (
-        zb * q_batch + h0 * q_head + q0, h0 * q_col, q_head, q_col,
-        zb * k_batch + g * k_head + k0 + n0, g * k_col, zb * v_batch + g * v_head + k0 + n0, g * v_col,
-        zb * do_batch + h0 * do_head + q0, h0 * do_col, do_head, do_col,
-    )  # fmt: skip
-    # Rows of lse and delta lie by query head: [B, Hq, Sq].
-    stats = (LSE + zb * Hq * total_q + q0, DELTA + zb * Hq * total_q + q0, h0, total_q, Sq)
     descs = (q_d, k_d, v_d, do_d, dk_d, dv_d, dq_d)
-    lists = (BLOCKS, COUNTS, FULL, row, sbh, NB, live)
-    ring = ()
-    dq_rows = 0
+    planes = (q_batch, q_head, q_col, k_batch, k_head, k_col, v_batch, v_head, v_col, do_batch, do_head, do_col)
+    scalars = (w, scale, cap, score_args, mask_args)
+    task = (
+        descs, (TILES, CU_Q, CU_K), (BLOCKS, COUNTS, FULL, sbb, sbh, NB), (Hq, Hkv, Sq, Sk, tiles), scalars, memory, bars,
+        total,
+    )  # fmt: skip
+    results = (DK, DV_OUT, dk_stride, dv_stride)
+    stats = (LSE, DELTA)
+    units = total // tiles - lag
     if c.FUSED:
-        ring = (SUMS, DQ, MARKS, unit, units, lag, slots, gl.program_id(0) % tiles, tiles, Hkv, total_q, rows, scale)
-        dq_rows = unit % slots * c.GROUP * rows + q0
-    task = (descs, lists, (first, n1, n2, dq_rows), memory, bars)
-    problem = (b, h0, Sq, Sk, off, w, scale, cap, score_args, mask_args)
-    places = (DK, DV_OUT, dk_stride, dv_stride, zb * total_k + k0, g)
-    gl.warp_specialize([
-        (keys_consumer, (task, problem, places, ring, n0, count, 0, c)),
-        (keys_consumer, (task, problem, places, ring, n0, count, 1, c)),
-        (keys_producer, (task, starts, stats, count, c)),
-    ], [4, 1], [240, 24])  # fmt: skip
+        ring = (SUMS, DQ, MARKS, units, lag, slots, tiles, Hkv, Sq, rows, scale)
+        gl.warp_specialize([
+            (keys_consumer, (task, results, ring, 0, c)),
+            (keys_consumer, (task, results, ring, 1, c)),
+            (keys_producer, (task, planes, stats, COUNTER, slots, rows, units, c)),
+            (rounder, (dq_d, sums, barriers(1, 1), box, bars[8], bars[9], total, ring, 2, c)),
+        ], [4, 1, 2], [240, 24, 24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (keys_consumer, (task, results, (), 0, c)),
+            (keys_consumer, (task, results, (), 1, c)),
+            (keys_producer, (task, planes, stats, COUNTER, 1, 0, units, c)),
+        ], [4, 1], [240, 24])  # fmt: skip

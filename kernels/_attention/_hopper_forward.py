@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from trainkit.kernels._attention._elementwise_gluon import tanh
 from trainkit.kernels._attention._hopper_bits import bits_list, bits_of, sifted, visited
 from trainkit.kernels._attention._hopper_rope import turn
-from trainkit.kernels._attention._hopper_tiles import LN2, LOG2E, barriers, key_list, locate, masked
+from trainkit.kernels._attention._hopper_tiles import LN2, LOG2E, barriers, key_list, locate, masked, post, posted
 
 
 @gluon.jit
@@ -32,7 +32,6 @@ def producer(task, planes, COUNTER, c: gl.constexpr):
     q_batch, q_head, q_col, k_batch, k_head, k_col, v_batch, v_head, v_col = planes
     qs, ks, vs, _, box = memory
     q_ready, q_free, k_ready, k_free, v_ready, v_free, t_ready, t_free = bars
-    lanes: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     groups: gl.constexpr = c.BM // 64
     t = gl.program_id(0)
     done = 0
@@ -46,7 +45,7 @@ def producer(task, planes, COUNTER, c: gl.constexpr):
         top, before, n2 = bits_list(bits[0], b * lists[3] + h * lists[4] + tile, n2, count, c)
         page = done & 1
         mbarrier.wait(t_free.index(page), ((done >> 1) & 1) ^ 1)
-        post(box, page, (t, tile, b, h, zb * sizes[1] + q0, stats, Sq, Sk, last, n1, n2, count, top, before), lanes)
+        post(box, page, (t, tile, b, h, zb * sizes[1] + q0, stats, Sq, Sk, last, n1, n2, count, top, before))
         mbarrier.arrive(t_ready.index(page))
         g = h // c.GROUP
         row = zb * q_batch + h * q_head + q0 + tile * c.BM
@@ -81,20 +80,8 @@ def producer(task, planes, COUNTER, c: gl.constexpr):
         done += 1
     page = done & 1
     mbarrier.wait(t_free.index(page), ((done >> 1) & 1) ^ 1)
-    post(box, page, (t,), lanes)
+    post(box, page, (t,))
     mbarrier.arrive(t_ready.index(page))
-
-
-@gluon.jit
-def post(box, page, numbers, lanes: gl.constexpr):
-    """Write a tile's numbers where the consumers read them."""
-    for i in gl.static_range(len(numbers)):
-        box.index(16 * page + i).store(gl.full([1], numbers[i], gl.int32, lanes))
-
-
-@gluon.jit
-def posted(box, page, i: gl.constexpr):
-    return gl.max(box.index(16 * page + i).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
 
 
 @gluon.jit

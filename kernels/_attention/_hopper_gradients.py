@@ -75,9 +75,14 @@ def score_gradient(weight, dp, S, qv, kv, problem, c: gl.constexpr):
 
 @gluon.jit
 def put(desc, OUT, x, buffer, row, row0, col, stride, count, W: gl.constexpr, D: gl.constexpr, LO: gl.constexpr):
-    """Write 64 rows of a result, row0 + 64 W on, through `buffer` by TMA (not waited for), at a sequence's end row by row."""
+    """Write 64 rows of a result, row0 + 64 W on, through `buffer` by TMA (not waited for), at a sequence's end row by row.
+
+    What went through the buffer before has left it by then.
+    """
     first = row0 + 64 * W
     if first + 64 <= count:
+        tma.store_wait(0)
+        gl.thread_barrier()
         buffer.store(x)
         fence_async_shared()
         tma.async_copy_shared_to_global(desc, [row + first, col], buffer)

@@ -26,6 +26,19 @@ def opaque_zero(n):
 
 
 @gluon.jit
+def post(box, page, numbers):
+    """Write what describes a tile where all partitions read it: 16 numbers on each of two pages."""
+    lanes: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    for i in gl.static_range(len(numbers)):
+        box.index(16 * page + i).store(gl.full([1], numbers[i], gl.int32, lanes))
+
+
+@gluon.jit
+def posted(box, page, i: gl.constexpr, warps: gl.constexpr = 4):
+    return gl.max(box.index(16 * page + i).load(gl.BlockedLayout([1], [32], [warps], [0])), 0)
+
+
+@gluon.jit
 def locate(t, tables, sizes, LAST_FIRST: gl.constexpr, PACKED: gl.constexpr):
     """Find tile number t.
 
