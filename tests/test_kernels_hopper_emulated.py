@@ -57,6 +57,8 @@ BACKWARD = {
     "two passes": (256, 256, 100, 150, {"causal": True}),
     "documents": (64, 64, 200, 200, {"mask_mod": lambda b, h, q, k: (DOC[q] == DOC[k]) & (q >= k)}),
     "packed": (64, 64, 300, 350, {"cu": EMPTY, "causal": True}),
+    "deterministic, documents by batch and head": (64, 64, 150, 200, {"mask_mod": lambda b, h, q, k: DOC[q + 9 * h] == DOC[k + 30 * b],
+        "causal": True, "deterministic": True, "batch": 2, "heads": (4, 2)}),
 }
 
 

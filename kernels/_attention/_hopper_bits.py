@@ -29,26 +29,29 @@ def bits_list(FIRST, row, full, count, c: gl.constexpr):
 
 
 @gluon.jit
-def bits_of(WORDS, n, W: gl.constexpr, L: gl.constexpr, c: gl.constexpr):
-    """The n-th block's words of queries [64 W, 64 W + 64) `[64, 4]`, as `sifted` wants them; loaded before they are needed."""
+def bits_of(WORDS, n, W: gl.constexpr, TALL: gl.constexpr, WIDE: gl.constexpr, L: gl.constexpr, c: gl.constexpr):
+    """Words `[64, 4]` of lines [64 W, 64 W + 64) of the n-th block of TALL, as `sifted` wants them; loaded before they are
+    needed.
+    """
     if c.BITS:
-        X: gl.constexpr = gl.zeros([64, c.BN], gl.float32, L).reshape([64, c.BN // 8, 4, 2]).type.layout
+        X: gl.constexpr = gl.zeros([64, WIDE], gl.float32, L).reshape([64, WIDE // 8, 4, 2]).type.layout
         T: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, X))
         lines = 64 * W + gl.arange(0, 64, gl.SliceLayout(1, T))
-        return gl.load(WORDS + n * (4 * c.BM) + (4 * lines[:, None] + gl.arange(0, 4, gl.SliceLayout(0, T))[None, :]))
+        return gl.load(WORDS + n * (4 * TALL) + (4 * lines[:, None] + gl.arange(0, 4, gl.SliceLayout(0, T))[None, :]))
     else:
         return 0
 
 
 @gluon.jit
-def sifted(S, words, L: gl.constexpr, c: gl.constexpr):
-    """Scores of a block, -inf where its bits are 0; columns are told apart as in `clipped`."""
-    x = S.reshape([64, c.BN // 8, 4, 2])
+def sifted(S, words):
+    """Scores of 64 lines of a block, -inf where its bits are 0; columns are told apart as in `clipped`."""
+    WIDE: gl.constexpr = S.shape[1]
+    x = S.reshape([64, WIDE // 8, 4, 2])
     X: gl.constexpr = x.type.layout
-    eights = gl.arange(0, c.BN // 8, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, X))))
+    eights = gl.arange(0, WIDE // 8, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, X))))
     pair = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, X))))
     bit = 1 << (2 * eights[None, :, None, None] + pair[None, None, None, :])
     # In instructions of its own: out of tests of one word's bits LLVM makes vectors, and takes them apart again.
     code: gl.constexpr = "{.reg .pred p; .reg .b32 t; and.b32 t, $2, $3; setp.ne.b32 p, t, 0; selp.f32 $0, $1, 0fFF800000, p;}"
     x = gl.inline_asm_elementwise(code, "=f,f,r,r", [x, words[:, None, :, None], bit], dtype=gl.float32, is_pure=True, pack=1)
-    return gl.convert_layout(x.reshape([64, c.BN]), L)
+    return gl.convert_layout(x.reshape([64, WIDE]), S.type.layout)

@@ -195,7 +195,7 @@ def fold(S, m, den, n0, rows, words, problem, MASKED: gl.constexpr, L: gl.conste
         factor = LOG2E
     if MASKED:
         if c.BITS:
-            S = sifted(S, words, L, c)
+            S = sifted(S, words)
         elif c.MASK is None:
             S = clipped(S, rows, n0, Sk, off, w, L, c)
         else:
@@ -233,7 +233,7 @@ def step(
     t = (ring + n - 1) % c.ST
     words = 0
     if MASKED:
-        words = bits_of(WORDS, n, W, L, c)
+        words = bits_of(WORDS, n, W, c.BM, c.BN, L, c)
     mbarrier.wait(k_ready.index(s), ((ring + n) // c.ST) & 1)
     zero = gl.zeros([64, c.BN], gl.float32, L)
     await_turn(W, c)
@@ -355,7 +355,7 @@ def consumer(task, results, W: gl.constexpr, c: gl.constexpr):
         n1 = posted(box, page, 9)
         n2 = posted(box, page, 10)
         count = posted(box, page, 11)
-        words = bits_of(bits[1], posted(box, page, 12), W, L, c)
+        words = bits_of(bits[1], posted(box, page, 12), W, c.BM, c.BN, L, c)
         WORDS = bits[1]
         if c.BITS:
             WORDS += posted(box, page, 13) * (4 * c.BM)
