@@ -100,8 +100,8 @@ def forward(case, seed):
     assert (lse - want_lse)[lse.isfinite()].abs().max() <= 1e-3
 
 
-def backward(case, seed):
-    (q, k, v), _, call, _ = setup(case, seed)
+def backward(case, seed, heads=(2, 1)):
+    (q, k, v), _, call, _ = setup(case, seed, heads)
     leaves = [x.float().requires_grad_() for x in (q, k, v)]
     out, lse = reference(*leaves, call.spec, call.packed)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
@@ -122,6 +122,16 @@ def test_forward(name):
 @pytest.mark.parametrize("name", BACKWARD)
 def test_backward(name):
     backward(BACKWARD[name], 1)
+
+
+@pytest.mark.parametrize("seed", range(1, 4))
+def test_more_heads_than_dq_has_room_for(seed, monkeypatch):
+    """Two or three programs sum dQ of seven heads in five places."""
+    monkeypatch.setattr(_launch, "_KEPT", {})
+    monkeypatch.setattr(_hopper, "_processors", lambda _: 2)
+    backward((64, 64, 130, 140, {"causal": True}), seed, heads=(7, 7))
+    q = torch.empty(1, 130, 7, 64)
+    assert _hopper._ring(q, q, 2, Call(Spec(scale=1.0), None, None, True)).slots == 5
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
@@ -204,6 +214,30 @@ WRONG = {
     "diagonal one off": ("end = (at + 1)[", "end = (at + 2)["),
     "rows of the next head": ("gl.convert_layout(lse, RO), mask=offsets < Sq)", "gl.convert_layout(lse, RO))"),
 }  # fmt: skip
+
+
+WRONG_BACKWARD = {
+    "keys not waited for": ("_hopper_backward_keys", "    mbarrier.wait(free.index(0), (kept & 1) ^ 1)\n", ""),
+    "results written over sums on their way": (
+        "_hopper_gradients", "        tma.store_wait(0)\n        gl.thread_barrier()\n        buffer", "        buffer"
+    ),
+    "sums rounded before they are complete": ("_hopper_ring", "volatile=True) < 2 * tiles", "volatile=True) < tiles"),
+    "adds counted before they have arrived": ("_hopper_ring", "    settle(4)\n    if last", "    if last"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG_BACKWARD)
+def test_a_wrong_backward_is_found(name, monkeypatch):
+    file, right, wrong = WRONG_BACKWARD[name]
+    path = kernels_gluon.source_of(f"trainkit.kernels._attention.{file}")
+    text = Path(path).read_text()
+    assert text.count(right) == 1
+    monkeypatch.setattr(kernels_gluon, "module", kernels_gluon.changed(path, text.replace(right, wrong)))
+    monkeypatch.setattr(_launch, "_KEPT", {})
+    monkeypatch.setattr(_hopper, "_processors", lambda _: 2)
+    with pytest.raises((AssertionError, IndexError, ValueError)):
+        for seed in range(8):
+            backward((128, 128, 130, 140, {"causal": True}), seed, heads=(7, 7))
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -125,7 +125,7 @@ class Step:
         self.parts = parts
         self.model = _model.GPT(size, vocab, 1e-4).cuda()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
-        # Code of its own: compiled graphs are kept by code object, and nobody asks which backend SDPA had then.
+        # Code of its own, and nothing from a cache: neither asks which backend SDPA was told to take.
         code = Step.loss.__code__.replace(co_name=f"loss_{id(self)}")
         self.run = torch.compile(partial(FunctionType(code, globals()), self))
 
@@ -210,6 +210,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--json")
     args = parser.parse_args()
+    torch.compiler.config.force_disable_caches = True
     # TF32 for what stays in fp32 in every arm alike.
     torch.set_float32_matmul_precision("high")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)

@@ -300,15 +300,20 @@ class Ring(NamedTuple):
         return zeros, zeros.narrow(0, self.size, self.marks).view(torch.int32)
 
 
+def _under_way(q: Tensor, tiles: int, units: int) -> int:
+    """Units, key heads of a batch entry, whose tiles fill the processors about once."""
+    return min(units, max(1, _processors(q) // tiles))
+
+
 def _ring(q: Tensor, k: Tensor, tiles: int, call: Call) -> Ring:
     units = k.shape[2] * q.shape[0]
     # A box may reach over the last token, in packed sequences from any row on.
     rows = (-(-q.shape[1] // ROWS) + (call.packed is not None)) * ROWS
-    # Under a causal mask a head's longest program outlasts those on all processors twice.
-    processors = _processors(q)
-    lag = min(units, max(2, math.ceil(2 * processors / tiles - 0.1)))
-    # The last of a head's programs announce some microseconds after the first of the next head have started.
-    slots = min(units, lag + 1 + min(lag, 400 // tiles**2))
+    lag = _under_way(q, tiles, units)
+    # Under a causal mask a head's longest tile outlasts two rounds of all processors; its rounding follows. Never less than
+    # 2 * lag: tiles of the last units, which are not taken unit by unit, would wait for each other.
+    most = max(2, math.ceil(2 * _processors(q) / tiles - 0.1))
+    slots = min(units, most + 1 + min(most, 400 // tiles**2))
     return Ring(slots * q.shape[2] // k.shape[2] * rows * q.shape[3], 2 * units, lag, slots, rows)
 
 
@@ -366,7 +371,8 @@ def _backward_plan(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, call: Call) ->
         total = math.prod(grid)
         if total == 0:
             continue
-        sums, turn, room = dqp.box(4, 64, D * bm // 128), (0, 0, 0), (8, 8)
+        lag = _under_way(q, grid[0], total // grid[0])
+        sums, turn, room = dqp.box(4, 64, D * bm // 128), (lag, 1, 0), (8, 8)
         if fused:
             ring = _ring(q, k, grid[0], call)
             sums, turn, room = Box(10, (ring.size // D, D), D, (64, D * bm // 128)), ring[2:], (10, 11)

@@ -54,7 +54,24 @@ def take(COUNTER, total):
 
 
 @gluon.jit
-def keys_producer(task, planes, stats, COUNTER, slots, rows, units, c: gl.constexpr):
+def place(t, units, lag, tiles):
+    """The unit of tile t, and its number there.
+
+    Of the last `lag` units all first tiles come first, under a causal mask the longest: programs then end together. The
+    rest of the order is that of the units.
+    """
+    unit = t // tiles
+    number = t % tiles
+    late = t - (units - lag) * tiles
+    if late >= 0:
+        rest = late % (lag * tiles)
+        unit = units + (late // (lag * tiles) - 1) * lag + rest % lag
+        number = rest // lag
+    return unit, number
+
+
+@gluon.jit
+def keys_producer(task, planes, stats, COUNTER, units, lag, slots, rows, c: gl.constexpr):
     """Bring each tile's keys and values once, and each query head's blocks of queries and output gradients.
 
     Tiles are taken from a counter, the first one too: what is waited for in the ring was taken by a program that runs.
@@ -75,10 +92,10 @@ def keys_producer(task, planes, stats, COUNTER, slots, rows, units, c: gl.conste
     base = 0
     t = take(COUNTER, total)
     while t < total:
-        unit = t // tiles
-        # The last tiles, `lag` times a head's, have no keys: with them the last heads' dQ is rounded.
+        unit, number = place(t, units, lag, tiles)
+        # Where dQ is summed, `lag` units more have no keys: at their tiles the last heads' dQ is rounded.
         live = (unit < units).to(gl.int32)
-        last = gl.minimum(unit, units - 1) * tiles + t % tiles
+        last = gl.minimum(unit, units - 1) * tiles + number
         tile, b, g, zb, q0, k0, _stats, Sq, Sk = locate(last, tables, (Hkv, total_q, total_k, tiles), False, c.PACKED)
         Sk *= live
         n0 = tile * 128
@@ -99,7 +116,7 @@ def keys_producer(task, planes, stats, COUNTER, slots, rows, units, c: gl.conste
         page = done & 1
         mbarrier.wait(t_free.index(page), ((done >> 1) & 1) ^ 1)
         dq_row = unit % slots * c.GROUP * rows + q0
-        post(box, page, (t, n0, b, g, zb * total_k + k0, dq_row, Sq, Sk, first, n1, n2, count, unit, live))
+        post(box, page, (t, n0, b, g, zb * total_k + k0, dq_row, Sq, Sk, first, n1, n2, count, unit, live, number))
         mbarrier.arrive(t_ready.index(page))
         mine = -1
         missing = live
@@ -456,18 +473,19 @@ def backward_keys(
     )  # fmt: skip
     results = (DK, DV_OUT, dk_stride, dv_stride)
     stats = (LSE, DELTA)
-    units = total // tiles - lag
+    units = total // tiles
     if c.FUSED:
+        units -= lag
         ring = (SUMS, DQ, MARKS, units, lag, slots, tiles, Hkv, Sq, rows, scale)
         gl.warp_specialize([
             (keys_consumer, (task, results, ring, 0, c)),
             (keys_consumer, (task, results, ring, 1, c)),
-            (keys_producer, (task, planes, stats, COUNTER, slots, rows, units, c)),
+            (keys_producer, (task, planes, stats, COUNTER, units, lag, slots, rows, c)),
             (rounder, (dq_d, sums, barriers(1, 1), box, bars[8], bars[9], total, ring, 2, c)),
         ], [4, 1, 2], [240, 24, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (keys_consumer, (task, results, (), 0, c)),
             (keys_consumer, (task, results, (), 1, c)),
-            (keys_producer, (task, planes, stats, COUNTER, 1, 0, units, c)),
+            (keys_producer, (task, planes, stats, COUNTER, units, lag, slots, rows, c)),
         ], [4, 1], [240, 24])  # fmt: skip

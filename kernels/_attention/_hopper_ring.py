@@ -72,14 +72,13 @@ def rounder(sums_d, sums, arrived, box, t_ready, t_free, total, ring, warps: gl.
     boxes = 0
     mbarrier.wait(t_ready.index(0), 0)
     while posted(box, turn & 1, 0, warps) < total:
-        t = posted(box, turn & 1, 0, warps)
+        done = posted(box, turn & 1, 12, warps) - lag
+        first = posted(box, turn & 1, 14, warps) * share
         mbarrier.arrive(t_free.index(turn & 1))
-        done = t // tiles - lag
         if done >= 0:
             while gl.load(MARKS + done, volatile=True) < 2 * tiles:
                 pass
             settle(warps)
-            first = t % tiles * share
             last = gl.minimum(first + share, Sq)
             for g in range(c.GROUP):
                 slot_row = (done % slots * c.GROUP + g) * rows
