@@ -53,6 +53,9 @@ def test_forward():
         (128, ("causal", "rope"), 0),
         (256, ("causal", "rope"), 7),
         (128, ("documents",), 71),
+        (64, ("documents", "bits"), 0),
+        (128, ("documents", "bits"), 0),
+        (256, ("documents", "bits"), 3),
     ],
 )
 def test_other_forwards(width, flags, spills):

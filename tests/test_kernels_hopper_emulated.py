@@ -23,6 +23,11 @@ BIAS = torch.linspace(-2, 2, 2 * 64).view(2, 64)
 EMPTY = [0, 20, 130, 250, 300], [0, 0, 150, 340, 350]
 """Ends of packed sequences of queries and of keys, the first without keys."""
 
+def striped(b, h, q, k):
+    """Tiles of whole blocks and others, but for one of whole blocks alone."""
+    return ((q // 128 + k // 128) % 3 > 0) | (((q + k) % 5 == 0) & (q // 128 != 2))
+
+
 # Widths of keys and values, queries, keys, and what is asked for; `three` takes the tiles of long sequences.
 FORWARD = {
     "one": (128, 128, 1, 1, {"causal": True}),
@@ -43,6 +48,7 @@ FORWARD = {
     "mask by head, window": (64, 64, 200, 300, {"mask_mod": lambda b, h, q, k: (k - h) % 5 > h, "window": 90, "heads": (4, 2)}),
     "mask by batch and head, score": (64, 128, 150, 290, {"mask_mod": lambda b, h, q, k: (q * k) % 7 > 2 * b + h, "batch": 2,
         "score_mod": lambda s, b, h, q, k: s + BIAS[h, (q - k) % 64]}),
+    "whole blocks and others": (64, 64, 512, 512, {"mask_mod": striped}),
     "mask that sees nothing": (64, 64, 300, 300, {"mask_mod": lambda b, h, q, k: k < q - 200}),
     "score": (64, 64, 100, 300, {"score_mod": lambda s, b, h, q, k: s + BIAS[h, (q - k) % 64] * torch.tanh(s / 5)}),
     "packed": (128, 128, 300, 350, {"cu": EMPTY, "causal": True}),
@@ -100,8 +106,8 @@ def forward(case, seed):
     assert (lse - want_lse)[lse.isfinite()].abs().max() <= 1e-3
 
 
-def backward(case, seed, heads=(2, 1)):
-    (q, k, v), _, call, _ = setup(case, seed, heads)
+def backward(case, seed):
+    (q, k, v), _, call, _ = setup(case, seed)
     leaves = [x.float().requires_grad_() for x in (q, k, v)]
     out, lse = reference(*leaves, call.spec, call.packed)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
@@ -129,7 +135,7 @@ def test_more_heads_than_dq_has_room_for(seed, monkeypatch):
     """Two or three programs sum dQ of seven heads in five places."""
     monkeypatch.setattr(_launch, "_KEPT", {})
     monkeypatch.setattr(_hopper, "_processors", lambda _: 2)
-    backward((64, 64, 130, 140, {"causal": True}), seed, heads=(7, 7))
+    backward((64, 64, 130, 140, {"causal": True, "heads": (7, 7)}), seed)
     q = torch.empty(1, 130, 7, 64)
     assert _hopper._ring(q, q, 2, Call(Spec(scale=1.0), None, None, True)).slots == 5
 
@@ -237,7 +243,28 @@ def test_a_wrong_backward_is_found(name, monkeypatch):
     monkeypatch.setattr(_hopper, "_processors", lambda _: 2)
     with pytest.raises((AssertionError, IndexError, ValueError)):
         for seed in range(8):
-            backward((128, 128, 130, 140, {"causal": True}), seed, heads=(7, 7))
+            backward((128, 128, 130, 140, {"causal": True, "heads": (7, 7)}), seed)
+
+
+WRONG_BITS = {
+    "a first block that is whole takes the bits of another": ("gl.where(full < count, before + count, 0)", "before + count"),
+    "the last whole block takes bits": ("gl.minimum(full + 1, count)", "full"),
+    "both warpgroups take the first's": ("64 * W + gl.arange", "gl.arange"),
+    "blocks in the list's order": ("gl.where(n == 0, count, n) - 1", "n"),
+    "neighbours exchanged": ("+ pair[None, None, None, :])", "+ 1 - pair[None, None, None, :])"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_BITS)
+def test_wrong_bits_are_found(name, monkeypatch):
+    right, wrong = WRONG_BITS[name]
+    path = kernels_gluon.source_of("trainkit.kernels._attention._hopper_bits")
+    text = Path(path).read_text()
+    assert text.count(right) == 1
+    monkeypatch.setattr(kernels_gluon, "module", kernels_gluon.changed(path, text.replace(right, wrong)))
+    with pytest.raises((AssertionError, IndexError)):
+        for seed in range(2):
+            forward((64, 64, 512, 512, {"mask_mod": striped}), seed)
 
 
 @pytest.mark.parametrize("name", WRONG)
