@@ -41,7 +41,7 @@ def arguments(mask_mod, B, H, Sq, Sk, BM, BN, by_keys, **options):
 
 def shown(arguments):
     """The mask `[B, H, Sq, Sk]` that lists and bits describe, in the order that the kernels read."""
-    _, _, B, H, Sq, Sk, BM, BN, device, by_keys = arguments
+    _, _, B, H, Sq, Sk, BM, BN, _, by_keys = arguments
     blocks, counts, full, sb, sh, _ = _blocks.lists(*arguments)
     first, words = _blocks.bits(*arguments)
     tall, wide, lines, columns = (BN, BM, Sk, Sq) if by_keys else (BM, BN, Sq, Sk)
@@ -123,7 +123,9 @@ def test_too_many_are_not_made_and_old_ones_not_kept(monkeypatch):
     size = (1, 1, 40, 130, 32, 64, False)
     again = arguments(lambda b, h, q, k: tables[0][0, 0, q, k], *size)
     _blocks.bits(*again)
-    assert sum(_blocks._HELD.values()) <= _blocks.MOST and not any("bits" in key for key in _blocks._KEPT[calls[0][0]][1])
+    assert sum(_blocks._HELD.values()) <= _blocks.MOST and not any(
+        "bits" in key for key in _blocks._KEPT[calls[0][0]][1]
+    )
     for call in calls:
         assert torch.equal(shown(call), tables[calls.index(call)].cpu())
     monkeypatch.setattr(_blocks, "LARGEST", nbytes[0] - 1)

@@ -23,6 +23,7 @@ BIAS = torch.linspace(-2, 2, 2 * 64).view(2, 64)
 EMPTY = [0, 20, 130, 250, 300], [0, 0, 150, 340, 350]
 """Ends of packed sequences of queries and of keys, the first without keys."""
 
+
 def striped(b, h, q, k):
     """Tiles of whole blocks and others, but for one of whole blocks alone."""
     return ((q // 128 + k // 128) % 3 > 0) | (((q + k) % 5 == 0) & (q // 128 != 2))
@@ -63,9 +64,9 @@ BACKWARD = {
     "two passes": (256, 256, 100, 150, {"causal": True}),
     "documents": (64, 64, 200, 200, {"mask_mod": lambda b, h, q, k: (DOC[q] == DOC[k]) & (q >= k)}),
     "packed": (64, 64, 300, 350, {"cu": EMPTY, "causal": True}),
-    "deterministic, documents by batch and head": (64, 64, 150, 200, {"mask_mod": lambda b, h, q, k: DOC[q + 9 * h] == DOC[k + 30 * b],
-        "causal": True, "deterministic": True, "batch": 2, "heads": (4, 2)}),
-}
+    "deterministic, documents by batch and head": (64, 64, 150, 200, {"deterministic": True, "causal": True, "batch": 2,
+        "mask_mod": lambda b, h, q, k: DOC[q + 9 * h] == DOC[k + 30 * b], "heads": (4, 2)}),
+}  # fmt: skip
 
 
 def setup(case, seed):
@@ -247,7 +248,10 @@ def test_a_wrong_backward_is_found(name, monkeypatch):
 
 
 WRONG_BITS = {
-    "a first block that is whole takes the bits of another": ("gl.where(full < count, before + count, 0)", "before + count"),
+    "a first block that is whole takes the bits of another": (
+        "gl.where(full < count, before + count, 0)",
+        "before + count",
+    ),
     "the last whole block takes bits": ("gl.minimum(full + 1, count)", "full"),
     "both warpgroups take the first's": ("64 * W + gl.arange", "gl.arange"),
     "blocks in the list's order": ("gl.where(n == 0, count, n) - 1", "n"),

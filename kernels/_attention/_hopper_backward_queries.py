@@ -107,7 +107,9 @@ def queries_consumer(task, problem, stats, places, m0, BLOCKS, WORDS, walk, W: g
     if c.WINDOW or c.LISTED:
         for n in range(n2, count):
             at = block_at(BLOCKS, last, n, -1, c.LISTED) * c.BN
-            dq, dS = queries_step(dq, dS, lse, delta, slope, rows, n, at, WORDS, problem, memory, bars, True, W, L, LO, c)
+            dq, dS = queries_step(
+                dq, dS, lse, delta, slope, rows, n, at, WORDS, problem, memory, bars, True, W, L, LO, c
+            )
     if count > 0:
         dq = warpgroup_mma(dS, ks.index((count - 1) % c.ST), dq, is_async=True)
         dq = warpgroup_mma_wait(0, deps=[dq])
@@ -118,8 +120,8 @@ def queries_consumer(task, problem, stats, places, m0, BLOCKS, WORDS, walk, W: g
 @gluon.jit(do_not_specialize=["Hq", "Sq", "Sk", "w", "tiles"])
 def backward_queries(
     q_d, k_d, v_d, do_d, dq_d, DQ, LSE, DELTA, TILES, CU_Q, CU_K, BLOCKS, COUNTS, FULL, FIRST, WORDS, sbb, sbh, NB,
-    q_batch, q_head, q_col, k_batch, k_head, k_col, v_batch, v_head, v_col, do_batch, do_head, do_col, dq_stride, Hq, Sq, Sk, w, scale, cap,
-    score_args, mask_args, tiles, c: gl.constexpr,
+    q_batch, q_head, q_col, k_batch, k_head, k_col, v_batch, v_head, v_col, do_batch, do_head, do_col, dq_stride, Hq, Sq, Sk,
+    w, scale, cap, score_args, mask_args, tiles, c: gl.constexpr,
 ):  # fmt: skip
     """Compute dQ of 128 queries of one head."""
     total_q = Sq

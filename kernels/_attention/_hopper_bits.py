@@ -52,6 +52,10 @@ def sifted(S, words):
     pair = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, X))))
     bit = 1 << (2 * eights[None, :, None, None] + pair[None, None, None, :])
     # In instructions of its own: out of tests of one word's bits LLVM makes vectors, and takes them apart again.
-    code: gl.constexpr = "{.reg .pred p; .reg .b32 t; and.b32 t, $2, $3; setp.ne.b32 p, t, 0; selp.f32 $0, $1, 0fFF800000, p;}"
-    x = gl.inline_asm_elementwise(code, "=f,f,r,r", [x, words[:, None, :, None], bit], dtype=gl.float32, is_pure=True, pack=1)
+    code: gl.constexpr = (
+        "{.reg .pred p; .reg .b32 t; and.b32 t, $2, $3; setp.ne.b32 p, t, 0; selp.f32 $0, $1, 0fFF800000, p;}"
+    )
+    x = gl.inline_asm_elementwise(
+        code, "=f,f,r,r", [x, words[:, None, :, None], bit], dtype=gl.float32, is_pure=True, pack=1
+    )
     return gl.convert_layout(x.reshape([64, WIDE]), S.type.layout)
