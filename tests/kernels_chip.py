@@ -27,7 +27,7 @@ class Strand:
 
     def __init__(self, chip, program, programs, run):
         self.chip, self.program, self.programs = chip, program, programs
-        self.products, self.stores, self.copies = [], [], [[]]
+        self.products, self.stores, self.written, self.copies = [], [], [], [[]]
         self.ready = lambda: True
         self.done, self.error = False, None
         self.go, self.back = threading.Lock(), threading.Lock()
@@ -92,6 +92,8 @@ class Chip:
                     else:
                         self.landing.remove(choice)
                         choice()
+            for land in self.landing:
+                land()
         finally:
             self.over = True
             for s in self.strands:

@@ -237,7 +237,7 @@ def inline_asm(code, constraints, args, dtype, is_pure, pack):
     if code.startswith("tanh"):
         return np.tanh(args[0])
     if code.startswith("cp.async.bulk.wait_group 0"):
-        tma.store_wait(0)
+        tma.settle()
         return args[0]
     verb, which, threads = re.match(r"(bar\.\w+) (\d+), (\d+);", code).groups()
     bars = Chip.active.turn_barriers.setdefault(Chip.active.current.program, {})
@@ -304,14 +304,26 @@ class Tma:
     @staticmethod
     def async_copy_shared_to_global(desc, at, source, add=False):
         assert source.data.shape == desc.box and source.dtype is desc.dtype
-        at = [int(x) for x in at]
-        Chip.active.current.stores.append(lambda: desc.write(at, source.data, add))
+        Chip.active.current.stores.append((desc, [int(x) for x in at], source, add))
 
     @staticmethod
     def store_wait(n):
-        stores = Chip.active.current.stores
-        while len(stores) > n:
-            stores.pop(0)()
+        """Shared memory has been read; when global memory is written is another matter."""
+        strand = Chip.active.current
+        while len(strand.stores) > n:
+            desc, at, source, add = strand.stores.pop(0)
+            x = source.data.copy()
+            strand.written.append(lambda desc=desc, at=at, x=x, add=add: desc.write(at, x, add))
+            Chip.active.landing.append(strand.written[-1])
+
+    @staticmethod
+    def settle():
+        tma.store_wait(0)
+        strand, landing = Chip.active.current, Chip.active.landing
+        for land in [x for x in strand.written if x in landing]:
+            landing.remove(land)
+            land()
+        strand.written.clear()
 
 
 class AsyncCopy:

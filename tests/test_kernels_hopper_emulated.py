@@ -229,7 +229,6 @@ WRONG_BACKWARD = {
         "_hopper_gradients", "        tma.store_wait(0)\n        gl.thread_barrier()\n        buffer", "        buffer"
     ),
     "sums rounded before they are complete": ("_hopper_ring", "volatile=True) < 2 * tiles", "volatile=True) < tiles"),
-    "adds counted before they have arrived": ("_hopper_ring", "    settle(4)\n    if last", "    if last"),
 }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from trainkit.kernels._attention._hopper_gradients import put, row_stats, score_gradient, slope_of, weigh
-from trainkit.kernels._attention._hopper_ring import enter, occupied, rounder
+from trainkit.kernels._attention._hopper_ring import await_place, leave, occupied, rounder, settle
 from trainkit.kernels._attention._hopper_tiles import (
     barriers,
     block_at,
@@ -71,7 +71,7 @@ def place(t, units, lag, tiles):
 
 
 @gluon.jit
-def keys_producer(task, planes, stats, COUNTER, units, lag, slots, rows, c: gl.constexpr):
+def keys_producer(task, planes, stats, COUNTER, ring, units, lag, slots, rows, c: gl.constexpr):
     """Bring each tile's keys and values once, and each query head's blocks of queries and output gradients.
 
     Tiles are taken from a counter, the first one too: what is waited for in the ring was taken by a program that runs.
@@ -90,6 +90,7 @@ def keys_producer(task, planes, stats, COUNTER, units, lag, slots, rows, c: gl.c
     done = 0
     kept = 0
     base = 0
+    summed = -1
     t = take(COUNTER, total)
     while t < total:
         unit, number = place(t, units, lag, tiles)
@@ -116,8 +117,16 @@ def keys_producer(task, planes, stats, COUNTER, units, lag, slots, rows, c: gl.c
         page = done & 1
         mbarrier.wait(t_free.index(page), ((done >> 1) & 1) ^ 1)
         dq_row = unit % slots * c.GROUP * rows + q0
-        post(box, page, (t, n0, b, g, zb * total_k + k0, dq_row, Sq, Sk, first, n1, n2, count, unit, live, number))
+        waits = 0
+        if c.FUSED:
+            waits = occupied(unit, ring).to(gl.int32)
+            settle(1)
+        post(
+            box, page,
+            (t, n0, b, g, zb * total_k + k0, dq_row, Sq, Sk, first, n1, n2, count, unit, summed, number, waits),
+        )  # fmt: skip
         mbarrier.arrive(t_ready.index(page))
+        summed = gl.where(live > 0, unit, -1)
         mine = -1
         missing = live
         for j in range(c.GROUP):
@@ -166,7 +175,7 @@ def keys_producer(task, planes, stats, COUNTER, units, lag, slots, rows, c: gl.c
         done += 1
     page = done & 1
     mbarrier.wait(t_free.index(page), ((done >> 1) & 1) ^ 1)
-    post(box, page, (t,))
+    post(box, page, (t, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, summed))
     mbarrier.arrive(t_ready.index(page))
 
 
@@ -209,8 +218,11 @@ def issue_dq(n, start, memory, bars, W: gl.constexpr, c: gl.constexpr):
 
 
 @gluon.jit
-def add_dq(dq, n, start, row, dq_d, memory, bars, W: gl.constexpr, c: gl.constexpr):
-    """Give block n's dS back, and add its dQ to the sums."""
+def add_dq(dq, n, start, row, summed, dq_d, memory, bars, ring, W: gl.constexpr, c: gl.constexpr):
+    """Give block n's dS back, and add its dQ to the sums; before the tile's first, count the adds to the last tile's unit.
+
+    By then they have arrived, or nearly.
+    """
     dqs = memory[7]
     tma.store_wait(0)
     gl.thread_barrier()
@@ -218,6 +230,8 @@ def add_dq(dq, n, start, row, dq_d, memory, bars, W: gl.constexpr, c: gl.constex
     fence_async_shared()
     if n >= start:
         mbarrier.arrive(bars[7].index((n + 2) % 2))
+        if n == start:
+            leave(summed, ring)
         if c.BM == 64:
             reduce_add(dq_d, [row, c.D // 2 * W], dqs.index(W))
         else:
@@ -226,8 +240,8 @@ def add_dq(dq, n, start, row, dq_d, memory, bars, W: gl.constexpr, c: gl.constex
 
 @gluon.jit
 def keys_step(
-    dk, dv, cols, alibi, n, start, at, before, problem, dq_d, dq_row, memory, bars, MASKED: gl.constexpr, W: gl.constexpr,
-    L: gl.constexpr, c: gl.constexpr,
+    dk, dv, cols, alibi, n, start, at, before, summed, problem, dq_d, dq_row, memory, bars, ring, MASKED: gl.constexpr,
+    W: gl.constexpr, L: gl.constexpr, c: gl.constexpr,
 ):  # fmt: skip
     """Block n of the ring, the tile's first being `start`, queries from `at` on; `before` is where dQ of block n - 1 goes.
 
@@ -272,7 +286,7 @@ def keys_step(
     if c.LATE:
         dq = warpgroup_mma_wait(0, deps=[dq])
         mbarrier.wait(do_ready.index(o), o_phase)
-        add_dq(dq, n - 1, start, before, dq_d, memory, bars, W, c)
+        add_dq(dq, n - 1, start, before, summed, dq_d, memory, bars, ring, W, c)
         dP = warpgroup_mma(vs.index(mine), dos.index(o).permute((1, 0)), zero, use_acc=False, is_async=True)
         dv = warpgroup_mma(P, dos.index(o), dv, is_async=True)
         dP = warpgroup_mma_wait(1, deps=[dP])
@@ -304,7 +318,7 @@ def keys_step(
         if c.FUSED and not c.LATE:
             # dK is still being multiplied while dQ leaves.
             dq = warpgroup_mma_wait(1, deps=[dq])
-            add_dq(dq, n, start, dq_row + at, dq_d, memory, bars, W, c)
+            add_dq(dq, n, start, dq_row + at, summed, dq_d, memory, bars, ring, W, c)
         dk = warpgroup_mma_wait(0, deps=[dk])
     else:
         dv = warpgroup_mma_wait(0, deps=[dv])
@@ -314,7 +328,7 @@ def keys_step(
 
 
 @gluon.jit
-def keys_consumer(task, results, ring, W: gl.constexpr, c: gl.constexpr):
+def keys_consumer(task, results, ring, units, W: gl.constexpr, c: gl.constexpr):
     """Keys [64 W, 64 W + 64) of each tile: what every query of the group's heads brings them."""
     L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, c.BM, 16])
     LK: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, c.D, 16])
@@ -329,7 +343,6 @@ def keys_consumer(task, results, ring, W: gl.constexpr, c: gl.constexpr):
     done = 0
     kept = 0
     base = 0
-    summed = -1
     mbarrier.wait(t_ready.index(0), 0)
     while posted(box, done & 1, 0) < total:
         page = done & 1
@@ -344,15 +357,18 @@ def keys_consumer(task, results, ring, W: gl.constexpr, c: gl.constexpr):
         n2 = posted(box, page, 10)
         count = posted(box, page, 11)
         unit = posted(box, page, 12)
-        live = posted(box, page, 13)
-        if c.FUSED:
-            waits = occupied(unit, ring)
+        summed = posted(box, page, 13)
+        live = (unit < units).to(gl.int32)
         cols = n0 + 64 * W + gl.arange(0, 64, gl.SliceLayout(1, L))
         dk = gl.zeros([64, c.D if c.WANT_DK else 16], gl.float32, LK)
         dv = gl.zeros([64, c.DV if c.WANT_DV else 16], gl.float32, LV)
         mbarrier.wait(kv_ready.index(0), kept & 1, pred=live > 0)
-        if c.FUSED:
-            enter(unit, summed, waits, ring)
+        if c.FUSED:  # noqa: SIM102 (one is known when compiling, the other is not)
+            if posted(box, page, 15) > 0:
+                # Counted before the wait: what this one waits for may wait for it.
+                leave(summed, ring)
+                summed = -1
+                await_place(unit, ring)
         start = base
         before = dq_rows
         for g in range(c.GROUP):
@@ -374,30 +390,35 @@ def keys_consumer(task, results, ring, W: gl.constexpr, c: gl.constexpr):
             for i in range(0, n1):
                 at = block_at(blocks, first, i, 1, c.LISTED) * c.BM
                 dk, dv = keys_step(
-                    dk, dv, cols, alibi, base + i, start, at, before, here, dq_d, dq_row, memory, bars, True, W, L, c
-                )
+                    dk, dv, cols, alibi, base + i, start, at, before, summed, here, dq_d, dq_row, memory, bars, ring, True,
+                    W, L, c,
+                )  # fmt: skip
                 before = dq_row + at
             for i in range(n1, n2):
                 at = block_at(blocks, first, i, 1, c.LISTED) * c.BM
                 dk, dv = keys_step(
-                    dk, dv, cols, alibi, base + i, start, at, before, here, dq_d, dq_row, memory, bars, False, W, L, c
-                )
+                    dk, dv, cols, alibi, base + i, start, at, before, summed, here, dq_d, dq_row, memory, bars, ring, False,
+                    W, L, c,
+                )  # fmt: skip
                 before = dq_row + at
             # Blocks after the whole ones: a window's far edge, listed ones, the ragged end of the queries.
             for i in range(n2, count):
                 at = block_at(blocks, first, i, 1, c.LISTED) * c.BM
                 dk, dv = keys_step(
-                    dk, dv, cols, alibi, base + i, start, at, before, here, dq_d, dq_row, memory, bars, True, W, L, c
-                )
+                    dk, dv, cols, alibi, base + i, start, at, before, summed, here, dq_d, dq_row, memory, bars, ring, True,
+                    W, L, c,
+                )  # fmt: skip
                 before = dq_row + at
             base += count
         if c.LATE:  # noqa: SIM102 (one is known when compiling, the other is not)
             if base > start:
                 dq = warpgroup_mma_wait(0, deps=[issue_dq(base - 1, start, memory, bars, W, c)])
-                add_dq(dq, base - 1, start, before, dq_d, memory, bars, W, c)
+                add_dq(dq, base - 1, start, before, summed, dq_d, memory, bars, ring, W, c)
         if c.STAGED:
             mbarrier.arrive(kv_free.index(0), pred=live > 0)
         if c.FUSED:
+            if base == start:
+                leave(summed, ring)
             # The last sums of dQ leave from there before.
             room = dqs.index(W)._reinterpret(ks.dtype, [128 // c.D, 64, c.D], dk_d.layout)
             dk_room = room.index(0)
@@ -417,12 +438,11 @@ def keys_consumer(task, results, ring, W: gl.constexpr, c: gl.constexpr):
             mbarrier.arrive(kv_free.index(0), pred=live > 0)
         mbarrier.arrive(t_free.index(page))
         kept += live
-        summed = gl.where(live > 0, unit, -1)
         done += 1
         mbarrier.wait(t_ready.index(done & 1), (done >> 1) & 1)
     tma.store_wait(0)
     if c.FUSED:
-        enter(0, summed, False, ring)
+        leave(posted(box, done & 1, 13), ring)
 
 
 @gluon.jit(do_not_specialize=["Hq", "Hkv", "Sq", "Sk", "w", "tiles", "total", "lag", "slots", "rows"])
@@ -478,14 +498,14 @@ def backward_keys(
         units -= lag
         ring = (SUMS, DQ, MARKS, units, lag, slots, tiles, Hkv, Sq, rows, scale)
         gl.warp_specialize([
-            (keys_consumer, (task, results, ring, 0, c)),
-            (keys_consumer, (task, results, ring, 1, c)),
-            (keys_producer, (task, planes, stats, COUNTER, units, lag, slots, rows, c)),
+            (keys_consumer, (task, results, ring, units, 0, c)),
+            (keys_consumer, (task, results, ring, units, 1, c)),
+            (keys_producer, (task, planes, stats, COUNTER, ring, units, lag, slots, rows, c)),
             (rounder, (dq_d, sums, barriers(1, 1), box, bars[8], bars[9], total, ring, 2, c)),
         ], [4, 1, 2], [240, 24, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (keys_consumer, (task, results, (), 0, c)),
-            (keys_consumer, (task, results, (), 1, c)),
-            (keys_producer, (task, planes, stats, COUNTER, units, lag, slots, rows, c)),
+            (keys_consumer, (task, results, (), units, 0, c)),
+            (keys_consumer, (task, results, (), units, 1, c)),
+            (keys_producer, (task, planes, stats, COUNTER, (), units, lag, slots, rows, c)),
         ], [4, 1], [240, 24])  # fmt: skip

@@ -41,19 +41,19 @@ def occupied(unit, ring):
 
 
 @gluon.jit
-def enter(unit, last, waits, ring):
-    """Between a warpgroup's tiles: its adds to unit `last`, if any, are complete and counted, and its next slot is free.
-
-    `waits` is what `occupied` said some time ago: mostly the slot has long been free.
-    """
+def leave(summed, ring):
+    """A warpgroup's adds to unit `summed`, if any, are complete: they are counted."""
     settle(4)
-    if last >= 0:
-        # Before any wait: what this one waits for may wait for it.
-        count(ring[2] + last)
-    if waits:
-        while occupied(unit, ring):
-            pass
-        settle(4)
+    if summed >= 0:
+        count(ring[2] + summed)
+
+
+@gluon.jit
+def await_place(unit, ring):
+    """Wait until the unit's slot is free, which mostly it long is."""
+    while occupied(unit, ring):
+        pass
+    settle(4)
 
 
 @gluon.jit
