@@ -34,8 +34,8 @@ class Tensor(np.ndarray):
     def __mod__(self, other):
         return np.fmod(self, other)
 
-    def to(self, kind):
-        return kind.rounded(self)
+    def to(self, kind, bitcast=False):
+        return self.view(kind.name) if bitcast else kind.rounded(self)
 
     def permute(self, axes):
         return self.transpose(axes)
@@ -239,6 +239,8 @@ def inline_asm(code, constraints, args, dtype, is_pure, pack):
     if code.startswith("cp.async.bulk.wait_group 0"):
         tma.settle()
         return args[0]
+    if code.startswith("fence"):
+        return args[0]
     verb, which, threads = re.match(r"(bar\.\w+) (\d+), (\d+);", code).groups()
     bars = Chip.active.turn_barriers.setdefault(Chip.active.current.program, {})
     bar = bars.get(which)
@@ -258,6 +260,12 @@ def wrapped(function):
             return tensor(function(*args, **named))
 
     return run
+
+
+def multiply_add(a, b, c):
+    """Rounded once; NaN has the GPU's bits."""
+    x = np.asarray(a, np.float64) * np.asarray(b, np.float64) + np.asarray(c, np.float64)
+    return np.where(np.isnan(x), np.uint32(0x7FFFFFFF).view(np.float32), x.astype(np.float32))
 
 
 def reduced(function):
@@ -387,7 +395,7 @@ def identity(x, *rest, **named):
 language = SimpleNamespace(
     **{k.name: k for k in KINDS.values()},
     **{n: wrapped(getattr(np, n)) for n in ("exp2", "exp", "log", "log2", "sqrt", "sin", "cos", "floor", "ceil", "abs", "where")},
-    constexpr=identity, convert_layout=identity, static_range=range, thread_barrier=unmodelled,
+    fma=wrapped(multiply_add), constexpr=identity, convert_layout=identity, static_range=range, thread_barrier=unmodelled,
     BlockedLayout=unmodelled, SliceLayout=unmodelled, DotOperandLayout=unmodelled, NVMMADistributedLayout=unmodelled,
     SwizzledSharedLayout=unmodelled, NVMMASharedLayout=SimpleNamespace(get_default_for=unmodelled),
     maximum=wrapped(np.fmax), minimum=wrapped(np.fmin), max=reduced(np.fmax), sum=reduced(np.add),

@@ -1,5 +1,6 @@
 """The Hopper kernels' own source, run on the CPU in random order of events, against the reference: see `kernels_gluon.py`."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -133,12 +134,24 @@ def test_backward(name):
 
 @pytest.mark.parametrize("seed", range(1, 4))
 def test_more_heads_than_dq_has_room_for(seed, monkeypatch):
-    """Two or three programs sum dQ of seven heads in five places."""
+    """Two or three programs sum dQ of seven heads in three places."""
     monkeypatch.setattr(_launch, "_KEPT", {})
     monkeypatch.setattr(_hopper, "_processors", lambda _: 2)
     backward((64, 64, 130, 140, {"causal": True, "heads": (7, 7)}), seed)
     q = torch.empty(1, 130, 7, 64)
-    assert _hopper._ring(q, q, 2, Call(Spec(scale=1.0), None, None, True)).slots == 5
+    assert _hopper._ring(q, q, 2, Call(Spec(scale=1.0), None, None, True)).slots == 3
+
+
+def test_exponentials_without_the_special_function_unit():
+    exp2 = kernels_gluon.module(kernels_gluon.source_of("trainkit.kernels._attention._elementwise_gluon"))[
+        "exp2_polynomial"
+    ]
+    x = torch.linspace(-1, 1, 1_000_001)
+    for factor in (1.0, 87.0):
+        want = torch.exp2(x.double() * factor)
+        got = torch.from_numpy(exp2(kernels_gluon.tensor(x.numpy()), factor))
+        assert ((got - want) / want).abs().max() <= 2**-13.2
+    assert math.isnan(exp2(kernels_gluon.tensor([float("nan")]), 1.0)[0])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[1:])

@@ -310,10 +310,10 @@ def _ring(q: Tensor, k: Tensor, tiles: int, call: Call) -> Ring:
     # A box may reach over the last token, in packed sequences from any row on.
     rows = (-(-q.shape[1] // ROWS) + (call.packed is not None)) * ROWS
     lag = _under_way(q, tiles, units)
-    # Under a causal mask a head's longest tile outlasts two rounds of all processors; its rounding follows. Never less than
-    # 2 * lag: tiles of the last units, which are not taken unit by unit, would wait for each other.
-    most = max(2, math.ceil(2 * _processors(q) / tiles - 0.1))
-    slots = min(units, most + 1 + min(most, 400 // tiles**2))
+    # Under a causal mask a head's longest tile outlasts two rounds of all processors, and its rounding follows: with less
+    # room tiles wait. Never less than 2 * lag: the last units' tiles, not taken unit by unit, would wait for each other.
+    rounds = _processors(q) / tiles
+    slots = min(units, max(2, math.ceil(2 * rounds - 0.1)) + 1 + max(0, int(1.5 * rounds - 1)))
     return Ring(slots * q.shape[2] // k.shape[2] * rows * q.shape[3], 2 * units, lag, slots, rows)
 
 

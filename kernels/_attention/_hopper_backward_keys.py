@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from trainkit.kernels._attention._hopper_gradients import put, row_stats, score_gradient, slope_of, weigh
-from trainkit.kernels._attention._hopper_ring import await_place, leave, occupied, rounder, settle
+from trainkit.kernels._attention._hopper_ring import acquire, await_place, leave, occupied, rounder
 from trainkit.kernels._attention._hopper_tiles import (
     barriers,
     block_at,
@@ -43,14 +43,19 @@ def reduce_add(desc, coord, src, _semantic=None):
 
 
 @gluon.jit
-def take(COUNTER, total):
-    """The next tile. Each program asks until there is none: the last of all answers leaves the counter ready for the next
-    launch.
+def take(COUNTER, total, units, lag, tiles, ring, c: gl.constexpr):
+    """The next tile: (number, unit, number in the unit, whether the unit's slot in the ring is still occupied).
+
+    Each program asks until there is none: the last of all answers leaves the counter ready for the next launch.
     """
     t = gl.atomic_add(COUNTER, 1, sem="relaxed")
     if t == total + gl.num_programs(0) - 1:
         gl.store(COUNTER, 0)
-    return t
+    unit, number = place(t, units, lag, tiles)
+    waits = 0
+    if c.FUSED:
+        waits = occupied(unit, ring).to(gl.int32)
+    return t, unit, number, waits
 
 
 @gluon.jit
@@ -91,9 +96,8 @@ def keys_producer(task, planes, stats, COUNTER, ring, units, lag, slots, rows, c
     kept = 0
     base = 0
     summed = -1
-    t = take(COUNTER, total)
+    t, unit, number, waits = take(COUNTER, total, units, lag, tiles, ring, c)
     while t < total:
-        unit, number = place(t, units, lag, tiles)
         # Where dQ is summed, `lag` units more have no keys: at their tiles the last heads' dQ is rounded.
         live = (unit < units).to(gl.int32)
         last = gl.minimum(unit, units - 1) * tiles + number
@@ -117,10 +121,8 @@ def keys_producer(task, planes, stats, COUNTER, ring, units, lag, slots, rows, c
         page = done & 1
         mbarrier.wait(t_free.index(page), ((done >> 1) & 1) ^ 1)
         dq_row = unit % slots * c.GROUP * rows + q0
-        waits = 0
         if c.FUSED:
-            waits = occupied(unit, ring).to(gl.int32)
-            settle(1)
+            acquire()
         post(
             box, page,
             (t, n0, b, g, zb * total_k + k0, dq_row, Sq, Sk, first, n1, n2, count, unit, summed, number, waits),
@@ -163,13 +165,13 @@ def keys_producer(task, planes, stats, COUNTER, ring, units, lag, slots, rows, c
                 tma.async_copy_global_to_shared(do_d, [do_row, h * do_col], do_ready.index(o), dos.index(o))
                 # Late, since what is promised early balances the load worse at the end.
                 if (j == c.GROUP - 1) & (i == count - 2):
-                    mine = take(COUNTER, total)
+                    mine, unit, number, waits = take(COUNTER, total, units, lag, tiles, ring, c)
             base += count
         if missing > 0:
             bring_keys(k_d, v_d, zb * k_batch + g * k_head + k0 + n0, g * k_col,
                        zb * v_batch + g * v_head + k0 + n0, g * v_col, ks, vs, kv_ready, kv_free, kept, values)  # fmt: skip
         if mine < 0:
-            mine = take(COUNTER, total)
+            mine, unit, number, waits = take(COUNTER, total, units, lag, tiles, ring, c)
         kept += live
         t = mine
         done += 1

@@ -18,10 +18,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from trainkit.kernels._attention._elementwise_gluon import tanh
+from trainkit.kernels._attention._elementwise_gluon import exp2_polynomial, tanh
 from trainkit.kernels._attention._hopper_bits import bits_list, bits_of, sifted, visited
 from trainkit.kernels._attention._hopper_rope import turn
 from trainkit.kernels._attention._hopper_tiles import LN2, LOG2E, barriers, key_list, locate, masked, post, posted
+
+POLYNOMIALS = gl.constexpr(6)
+"""Of eight capped scores, how many exponentials are polynomials: with six, the units for special functions (64 tanh and
+16 exponentials of a thread's 64 scores, 8 clocks each) and for issuing instructions are busy equally long."""
 
 
 @gluon.jit
@@ -43,8 +47,8 @@ def producer(task, planes, COUNTER, c: gl.constexpr):
         count = gl.maximum(count, 1)
         last = gl.maximum(last, 0)
         top, before, n2 = bits_list(bits[0], b * lists[3] + h * lists[4] + tile, n2, count, c)
-        page = done & 1
-        mbarrier.wait(t_free.index(page), ((done >> 1) & 1) ^ 1)
+        page = done & 3
+        mbarrier.wait(t_free.index(page), ((done >> 2) & 1) ^ 1)
         post(box, page, (t, tile, b, h, zb * sizes[1] + q0, stats, Sq, Sk, last, n1, n2, count, top, before))
         mbarrier.arrive(t_ready.index(page))
         g = h // c.GROUP
@@ -78,8 +82,8 @@ def producer(task, planes, COUNTER, c: gl.constexpr):
             gl.store(COUNTER, 0)
         t = mine + gl.num_programs(0)
         done += 1
-    page = done & 1
-    mbarrier.wait(t_free.index(page), ((done >> 1) & 1) ^ 1)
+    page = done & 3
+    mbarrier.wait(t_free.index(page), ((done >> 2) & 1) ^ 1)
     post(box, page, (t,))
     mbarrier.arrive(t_ready.index(page))
 
@@ -181,6 +185,13 @@ def clipped(S, rows, n0, Sk, off, w, L: gl.constexpr, c: gl.constexpr):
 
 
 @gluon.jit
+def exp2_by_both(x, factor, c: gl.constexpr):
+    """2**(x * factor), POLYNOMIALS of eight columns on the FMA units; which ones is known when the kernel is compiled."""
+    eights = gl.arange(0, c.BN // 2, gl.SliceLayout(0, x.type.layout)) // 4
+    return gl.where((eights * POLYNOMIALS % 8 < POLYNOMIALS)[None, :], exp2_polynomial(x, factor), gl.exp2(x * factor))
+
+
+@gluon.jit
 def fold(S, m, den, n0, rows, words, problem, MASKED: gl.constexpr, L: gl.constexpr, c: gl.constexpr):
     """One online-softmax step on a tile of raw scores: (weights, new maximum, new denominator, factor of the old)."""
     b, h, _, Sk, off, w, scale, cap, score_args, _ = problem
@@ -203,8 +214,12 @@ def fold(S, m, den, n0, rows, words, problem, MASKED: gl.constexpr, L: gl.conste
     even, odd = halves(S, c.BN)
     if c.BOUNDED:
         # Capped scores are small enough for exponentials as they are.
-        even = gl.exp2(even * factor)
-        odd = gl.exp2(odd * factor)
+        if MASKED:
+            even = gl.exp2(even * factor)
+            odd = gl.exp2(odd * factor)
+        else:
+            even = exp2_by_both(even, factor, c)
+            odd = exp2_by_both(odd, factor, c)
         den = den + gl.sum(even + odd, 1)
         fade = den
     else:
@@ -273,10 +288,16 @@ def send(o_d, out, row, column, stage, L: gl.constexpr):
 
 
 @gluon.jit
-def finish(acc, m, den, place, results, o_d, stage, LO: gl.constexpr, c: gl.constexpr):
-    """Divide by the denominators and write 64 rows of the output and of lse."""
+def finish(acc, m, den, box, done, results, o_d, stage, W: gl.constexpr, LO: gl.constexpr, c: gl.constexpr):
+    """Divide tile number `done`'s sums by the denominators; write 64 rows of the output and of lse."""
     OUT, LSE, SINKS, _COS, _SIN, o_stride = results
-    row0, orow, h, stats, Sq = place
+    # Where to comes from shared memory only now: registers are short in the loops.
+    page = done & 3
+    row0 = posted(box, page, 1) * c.BM + 64 * W
+    h = posted(box, page, 3)
+    orow = posted(box, page, 4)
+    stats = posted(box, page, 5)
+    Sq = posted(box, page, 6)
     RO: gl.constexpr = gl.SliceLayout(1, LO)
     LH: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
     # Not by the maximum, which passes over NaN: a NaN in the scores must come out.
@@ -308,11 +329,14 @@ def finish(acc, m, den, place, results, o_d, stage, LO: gl.constexpr, c: gl.cons
 
 
 @gluon.jit
-def close(acc, m, den, done, place, results, o_d, stage, free, LO: gl.constexpr, c: gl.constexpr):
-    """After the last product of a tile, if there was one before: give its values back, and write its output."""
-    mbarrier.arrive(free, pred=done > 0)
+def close(
+    acc, m, den, box, done, results, o_d, stage, v_free, t_free, W: gl.constexpr, LO: gl.constexpr, c: gl.constexpr
+):
+    """After the last product of the tile before, if there was one: give its values back, and write its output."""
+    mbarrier.arrive(v_free, pred=done > 0)
     if done > 0:
-        finish(acc, m, den, place, results, o_d, stage, LO, c)
+        finish(acc, m, den, box, done - 1, results, o_d, stage, W, LO, c)
+        mbarrier.arrive(t_free.index((done - 1) & 3))
 
 
 @gluon.jit
@@ -340,26 +364,16 @@ def consumer(task, results, W: gl.constexpr, c: gl.constexpr):
     fade = m
     P = pack(even, odd, c.BF16)
     acc = gl.zeros([64, c.DV], gl.float32, LO)
-    place = (0, 0, 0, 0, 0)
     mbarrier.wait(t_ready.index(0), 0)
-    while posted(box, done & 1, 0) < total:
-        page = done & 1
+    while posted(box, done & 3, 0) < total:
+        page = done & 3
         tile = posted(box, page, 1)
         b = posted(box, page, 2)
         h = posted(box, page, 3)
-        orow = posted(box, page, 4)
-        stats = posted(box, page, 5)
         Sq = posted(box, page, 6)
         Sk = posted(box, page, 7)
         last = posted(box, page, 8)
-        n1 = posted(box, page, 9)
-        n2 = posted(box, page, 10)
-        count = posted(box, page, 11)
         words = bits_of(bits[1], posted(box, page, 12), W, c.BM, c.BN, L, c)
-        WORDS = bits[1]
-        if c.BITS:
-            WORDS += posted(box, page, 13) * (4 * c.BM)
-        mbarrier.arrive(t_free.index(page))
         BLOCKS = lists[0]
         if c.LISTED:
             BLOCKS += (b * lists[3] + h * lists[4] + tile).to(gl.int64) * lists[5]
@@ -370,6 +384,9 @@ def consumer(task, results, W: gl.constexpr, c: gl.constexpr):
         qt = qs.index(slot)
         u = (ring + c.ST - 1) % c.ST
         s = ring % c.ST
+        if c.LATE:
+            # Before the scores are multiplied: otherwise ptxas may move the sums into the scores' registers, and spills.
+            acc = faded(acc, fade, LO, c)
         mbarrier.wait(q_ready.index(slot), (done // c.QS) & 1)
         if c.ROPE:
             turn(qt, row0, Sq, Sk - Sq, COS, SIN, c)
@@ -377,29 +394,35 @@ def consumer(task, results, W: gl.constexpr, c: gl.constexpr):
         await_turn(W, c)
         S = warpgroup_mma(qt, ks.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
         mbarrier.wait(v_ready.index(u), ((ring - 1) // c.ST) & 1, pred=done > 0)
-        acc = times_values(acc, P, fade, vs.index(u), LO, c)
+        acc = warpgroup_mma(unpack(P, c.BF16, c.BN, LO), vs.index(u), acc, is_async=True)
         pass_turn(W, c)
         S = warpgroup_mma_wait(1, deps=[S])
         if c.QS == 1:
-            mbarrier.arrive(q_free.index(W), pred=count == 1)
+            mbarrier.arrive(q_free.index(W), pred=posted(box, page, 11) == 1)
         mbarrier.arrive(k_free.index(s))
-        n0 = visited(BLOCKS, last, 0, count, c) * c.BN
+        n0 = visited(BLOCKS, last, 0, posted(box, page, 11), c) * c.BN
         if c.MASK is not None:
             acc = warpgroup_mma_wait(0, deps=[acc])
-            close(acc, m, den, done, place, results, o_d, outs.index(W), v_free.index(u), LO, c)
+            close(acc, m, den, box, done, results, o_d, outs.index(W), v_free.index(u), t_free, W, LO, c)
         m_first = gl.full([64], 0.0 if c.BOUNDED else -float("inf"), gl.float32, R)
         even, odd, m_first, den_first, _fade = fold(
             S, m_first, gl.zeros([64], gl.float32, R), n0, rows, words, problem, True, L, c
         )
         if c.MASK is None:
             acc, even, odd = warpgroup_mma_wait(0, deps=[acc, even, odd])
-            close(acc, m, den, done, place, results, o_d, outs.index(W), v_free.index(u), LO, c)
         P = pack(even, odd, c.BF16)
+        if c.MASK is None:
+            close(acc, m, den, box, done, results, o_d, outs.index(W), v_free.index(u), t_free, W, LO, c)
         m = m_first
         den = den_first
         fade = den
         acc = gl.zeros([64, c.DV], gl.float32, LO)
-        place = (row0, orow, h, stats, Sq)
+        n1 = posted(box, page, 9)
+        n2 = posted(box, page, 10)
+        count = posted(box, page, 11)
+        WORDS = bits[1]
+        if c.BITS:
+            WORDS += posted(box, page, 13) * (4 * c.BM)
         if not c.LISTED:
             for n in range(1, n1):
                 acc, P, fade, m, den = step(acc, P, fade, m, den, qt, memory, bars, BLOCKS, WORDS, last, n, count, ring, rows,
@@ -415,12 +438,12 @@ def consumer(task, results, W: gl.constexpr, c: gl.constexpr):
         if c.QS == 2:
             mbarrier.arrive(q_free.index(slot))
         done += 1
-        mbarrier.wait(t_ready.index(done & 1), (done >> 1) & 1)
+        mbarrier.wait(t_ready.index(done & 3), (done >> 2) & 1)
     u = (ring + c.ST - 1) % c.ST
     mbarrier.wait(v_ready.index(u), ((ring - 1) // c.ST) & 1)
     acc = times_values(acc, P, fade, vs.index(u), LO, c)
     acc = warpgroup_mma_wait(0, deps=[acc])
-    finish(acc, m, den, place, results, o_d, outs.index(W), LO, c)
+    finish(acc, m, den, box, done - 1, results, o_d, outs.index(W), W, LO, c)
     tma.store_wait(0)
 
 
@@ -440,10 +463,11 @@ def forward(
     ks = gl.allocate_shared_memory(k_d.dtype, [c.ST, c.BN, c.D], k_d.layout)
     vs = gl.allocate_shared_memory(v_d.dtype, [c.ST, c.BN, c.DV], v_d.layout)
     outs = gl.allocate_shared_memory(q_d.dtype, [groups, 64, 128 if c.DV == 256 else c.DV], o_d.layout)
-    box = gl.allocate_shared_memory(gl.int32, [32, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    # Numbers of four tiles: the one that is written out, the one that is computed, and two that are brought.
+    box = gl.allocate_shared_memory(gl.int32, [64, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     bars = (
         barriers(c.QS * groups, 1), barriers(c.QS * groups, 1), barriers(c.ST, 1), barriers(c.ST, groups), barriers(c.ST, 1),
-        barriers(c.ST, groups), barriers(2, 1), barriers(2, groups),
+        barriers(c.ST, groups), barriers(4, 1), barriers(4, groups),
     )  # fmt: skip
     memory = (qs, ks, vs, outs, box)
     descs = (q_d, k_d, v_d, o_d)

@@ -26,6 +26,13 @@ def settle(warps: gl.constexpr):
 
 
 @gluon.jit
+def acquire():
+    """What others wrote before the marks that this warp has read is there for what comes after."""
+    lanes = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+    gl.inline_asm_elementwise("fence.acq_rel.gpu; mov.b32 $0, $1;", "=r,r", [lanes], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def count(mark):
     """Count a partition that has settled; what it wrote is seen by those who see the count."""
     gl.thread_barrier()
@@ -36,7 +43,8 @@ def count(mark):
 def occupied(unit, ring):
     """Whether the unit's slot still holds what an earlier unit left there."""
     MARKS, units, slots, tiles = ring[2], ring[3], ring[5], ring[6]
-    cleared = gl.load(MARKS + units + gl.maximum(unit - slots, 0), volatile=True)
+    earlier = gl.minimum(gl.maximum(unit - slots, 0), units - 1)
+    cleared = gl.load(MARKS + units + earlier, volatile=True)
     return (unit >= slots) & (unit < units) & (cleared < tiles)
 
 
