@@ -47,8 +47,8 @@ def producer(task, planes, COUNTER, c: gl.constexpr):
         count = gl.maximum(count, 1)
         last = gl.maximum(last, 0)
         top, before, n2 = bits_list(bits[0], b * lists[3] + h * lists[4] + tile, n2, count, c)
-        page = done & 3
-        mbarrier.wait(t_free.index(page), ((done >> 2) & 1) ^ 1)
+        page = done & 1
+        mbarrier.wait(t_free.index(page), ((done >> 1) & 1) ^ 1)
         post(box, page, (t, tile, b, h, zb * sizes[1] + q0, stats, Sq, Sk, last, n1, n2, count, top, before))
         mbarrier.arrive(t_ready.index(page))
         g = h // c.GROUP
@@ -82,8 +82,8 @@ def producer(task, planes, COUNTER, c: gl.constexpr):
             gl.store(COUNTER, 0)
         t = mine + gl.num_programs(0)
         done += 1
-    page = done & 3
-    mbarrier.wait(t_free.index(page), ((done >> 2) & 1) ^ 1)
+    page = done & 1
+    mbarrier.wait(t_free.index(page), ((done >> 1) & 1) ^ 1)
     post(box, page, (t,))
     mbarrier.arrive(t_ready.index(page))
 
@@ -288,16 +288,10 @@ def send(o_d, out, row, column, stage, L: gl.constexpr):
 
 
 @gluon.jit
-def finish(acc, m, den, box, done, results, o_d, stage, W: gl.constexpr, LO: gl.constexpr, c: gl.constexpr):
-    """Divide tile number `done`'s sums by the denominators; write 64 rows of the output and of lse."""
+def finish(acc, m, den, place, results, o_d, stage, LO: gl.constexpr, c: gl.constexpr):
+    """Divide by the denominators and write 64 rows of the output and of lse."""
     OUT, LSE, SINKS, _COS, _SIN, o_stride = results
-    # Where to comes from shared memory only now: registers are short in the loops.
-    page = done & 3
-    row0 = posted(box, page, 1) * c.BM + 64 * W
-    h = posted(box, page, 3)
-    orow = posted(box, page, 4)
-    stats = posted(box, page, 5)
-    Sq = posted(box, page, 6)
+    row0, orow, h, stats, Sq = place
     RO: gl.constexpr = gl.SliceLayout(1, LO)
     LH: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
     # Not by the maximum, which passes over NaN: a NaN in the scores must come out.
@@ -329,14 +323,11 @@ def finish(acc, m, den, box, done, results, o_d, stage, W: gl.constexpr, LO: gl.
 
 
 @gluon.jit
-def close(
-    acc, m, den, box, done, results, o_d, stage, v_free, t_free, W: gl.constexpr, LO: gl.constexpr, c: gl.constexpr
-):
-    """After the last product of the tile before, if there was one: give its values back, and write its output."""
-    mbarrier.arrive(v_free, pred=done > 0)
+def close(acc, m, den, done, place, results, o_d, stage, free, LO: gl.constexpr, c: gl.constexpr):
+    """After the last product of a tile, if there was one before: give its values back, and write its output."""
+    mbarrier.arrive(free, pred=done > 0)
     if done > 0:
-        finish(acc, m, den, box, done - 1, results, o_d, stage, W, LO, c)
-        mbarrier.arrive(t_free.index((done - 1) & 3))
+        finish(acc, m, den, place, results, o_d, stage, LO, c)
 
 
 @gluon.jit
@@ -364,16 +355,26 @@ def consumer(task, results, W: gl.constexpr, c: gl.constexpr):
     fade = m
     P = pack(even, odd, c.BF16)
     acc = gl.zeros([64, c.DV], gl.float32, LO)
+    place = (0, 0, 0, 0, 0)
     mbarrier.wait(t_ready.index(0), 0)
-    while posted(box, done & 3, 0) < total:
-        page = done & 3
+    while posted(box, done & 1, 0) < total:
+        page = done & 1
         tile = posted(box, page, 1)
         b = posted(box, page, 2)
         h = posted(box, page, 3)
+        orow = posted(box, page, 4)
+        stats = posted(box, page, 5)
         Sq = posted(box, page, 6)
         Sk = posted(box, page, 7)
         last = posted(box, page, 8)
+        n1 = posted(box, page, 9)
+        n2 = posted(box, page, 10)
+        count = posted(box, page, 11)
         words = bits_of(bits[1], posted(box, page, 12), W, c.BM, c.BN, L, c)
+        WORDS = bits[1]
+        if c.BITS:
+            WORDS += posted(box, page, 13) * (4 * c.BM)
+        mbarrier.arrive(t_free.index(page))
         BLOCKS = lists[0]
         if c.LISTED:
             BLOCKS += (b * lists[3] + h * lists[4] + tile).to(gl.int64) * lists[5]
@@ -384,9 +385,6 @@ def consumer(task, results, W: gl.constexpr, c: gl.constexpr):
         qt = qs.index(slot)
         u = (ring + c.ST - 1) % c.ST
         s = ring % c.ST
-        if c.LATE:
-            # Before the scores are multiplied: otherwise ptxas may move the sums into the scores' registers, and spills.
-            acc = faded(acc, fade, LO, c)
         mbarrier.wait(q_ready.index(slot), (done // c.QS) & 1)
         if c.ROPE:
             turn(qt, row0, Sq, Sk - Sq, COS, SIN, c)
@@ -394,35 +392,29 @@ def consumer(task, results, W: gl.constexpr, c: gl.constexpr):
         await_turn(W, c)
         S = warpgroup_mma(qt, ks.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
         mbarrier.wait(v_ready.index(u), ((ring - 1) // c.ST) & 1, pred=done > 0)
-        acc = warpgroup_mma(unpack(P, c.BF16, c.BN, LO), vs.index(u), acc, is_async=True)
+        acc = times_values(acc, P, fade, vs.index(u), LO, c)
         pass_turn(W, c)
         S = warpgroup_mma_wait(1, deps=[S])
         if c.QS == 1:
-            mbarrier.arrive(q_free.index(W), pred=posted(box, page, 11) == 1)
+            mbarrier.arrive(q_free.index(W), pred=count == 1)
         mbarrier.arrive(k_free.index(s))
-        n0 = visited(BLOCKS, last, 0, posted(box, page, 11), c) * c.BN
+        n0 = visited(BLOCKS, last, 0, count, c) * c.BN
         if c.MASK is not None:
             acc = warpgroup_mma_wait(0, deps=[acc])
-            close(acc, m, den, box, done, results, o_d, outs.index(W), v_free.index(u), t_free, W, LO, c)
+            close(acc, m, den, done, place, results, o_d, outs.index(W), v_free.index(u), LO, c)
         m_first = gl.full([64], 0.0 if c.BOUNDED else -float("inf"), gl.float32, R)
         even, odd, m_first, den_first, _fade = fold(
             S, m_first, gl.zeros([64], gl.float32, R), n0, rows, words, problem, True, L, c
         )
         if c.MASK is None:
             acc, even, odd = warpgroup_mma_wait(0, deps=[acc, even, odd])
+            close(acc, m, den, done, place, results, o_d, outs.index(W), v_free.index(u), LO, c)
         P = pack(even, odd, c.BF16)
-        if c.MASK is None:
-            close(acc, m, den, box, done, results, o_d, outs.index(W), v_free.index(u), t_free, W, LO, c)
         m = m_first
         den = den_first
         fade = den
         acc = gl.zeros([64, c.DV], gl.float32, LO)
-        n1 = posted(box, page, 9)
-        n2 = posted(box, page, 10)
-        count = posted(box, page, 11)
-        WORDS = bits[1]
-        if c.BITS:
-            WORDS += posted(box, page, 13) * (4 * c.BM)
+        place = (row0, orow, h, stats, Sq)
         if not c.LISTED:
             for n in range(1, n1):
                 acc, P, fade, m, den = step(acc, P, fade, m, den, qt, memory, bars, BLOCKS, WORDS, last, n, count, ring, rows,
@@ -438,12 +430,12 @@ def consumer(task, results, W: gl.constexpr, c: gl.constexpr):
         if c.QS == 2:
             mbarrier.arrive(q_free.index(slot))
         done += 1
-        mbarrier.wait(t_ready.index(done & 3), (done >> 2) & 1)
+        mbarrier.wait(t_ready.index(done & 1), (done >> 1) & 1)
     u = (ring + c.ST - 1) % c.ST
     mbarrier.wait(v_ready.index(u), ((ring - 1) // c.ST) & 1)
     acc = times_values(acc, P, fade, vs.index(u), LO, c)
     acc = warpgroup_mma_wait(0, deps=[acc])
-    finish(acc, m, den, box, done - 1, results, o_d, outs.index(W), W, LO, c)
+    finish(acc, m, den, place, results, o_d, outs.index(W), LO, c)
     tma.store_wait(0)
 
 
@@ -463,11 +455,10 @@ def forward(
     ks = gl.allocate_shared_memory(k_d.dtype, [c.ST, c.BN, c.D], k_d.layout)
     vs = gl.allocate_shared_memory(v_d.dtype, [c.ST, c.BN, c.DV], v_d.layout)
     outs = gl.allocate_shared_memory(q_d.dtype, [groups, 64, 128 if c.DV == 256 else c.DV], o_d.layout)
-    # Numbers of four tiles: the one that is written out, the one that is computed, and two that are brought.
-    box = gl.allocate_shared_memory(gl.int32, [64, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    box = gl.allocate_shared_memory(gl.int32, [32, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     bars = (
         barriers(c.QS * groups, 1), barriers(c.QS * groups, 1), barriers(c.ST, 1), barriers(c.ST, groups), barriers(c.ST, 1),
-        barriers(c.ST, groups), barriers(4, 1), barriers(4, groups),
+        barriers(c.ST, groups), barriers(2, 1), barriers(2, groups),
     )  # fmt: skip
     memory = (qs, ks, vs, outs, box)
     descs = (q_d, k_d, v_d, o_d)
