@@ -23,11 +23,6 @@ from trainkit.kernels._attention._hopper_bits import bits_list, bits_of, sifted,
 from trainkit.kernels._attention._hopper_rope import turn
 from trainkit.kernels._attention._hopper_tiles import LN2, LOG2E, barriers, key_list, locate, masked, post, posted
 
-POLYNOMIALS = gl.constexpr(6)
-"""Of eight capped scores, how many exponentials are polynomials: with six, the units for special functions (64 tanh and
-16 exponentials of a thread's 64 scores, 8 clocks each) and for issuing instructions are busy equally long."""
-
-
 @gluon.jit
 def producer(task, planes, COUNTER, c: gl.constexpr):
     """Bring each tile's queries, then its key and value blocks through a ring of ST buffers each; fetch the next tile."""
@@ -186,9 +181,12 @@ def clipped(S, rows, n0, Sk, off, w, L: gl.constexpr, c: gl.constexpr):
 
 @gluon.jit
 def exp2_by_both(x, factor, c: gl.constexpr):
-    """2**(x * factor), POLYNOMIALS of eight columns on the FMA units; which ones is known when the kernel is compiled."""
+    """2**(x * factor), all columns or six of eight on the FMA units, since the unit for special functions is busy with the
+    scores' tanh: what was fastest at each width. Which columns is known when the kernel is compiled.
+    """
+    polynomials: gl.constexpr = 8 if c.DV > 64 else 6
     eights = gl.arange(0, c.BN // 2, gl.SliceLayout(0, x.type.layout)) // 4
-    return gl.where((eights * POLYNOMIALS % 8 < POLYNOMIALS)[None, :], exp2_polynomial(x, factor), gl.exp2(x * factor))
+    return gl.where((eights * polynomials % 8 < polynomials)[None, :], exp2_polynomial(x, factor), gl.exp2(x * factor))
 
 
 @gluon.jit

@@ -27,7 +27,7 @@ def opaque_zero(n):
 
 @gluon.jit
 def post(box, page, numbers):
-    """Write what describes a tile where all partitions read it: 16 numbers on each of two pages."""
+    """Write what describes a tile where all partitions read it: 16 numbers a page."""
     lanes: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     for i in gl.static_range(len(numbers)):
         box.index(16 * page + i).store(gl.full([1], numbers[i], gl.int32, lanes))
