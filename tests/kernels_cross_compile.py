@@ -1,7 +1,7 @@
 """Compiles a Hopper attention kernel for sm_90 without a GPU and prints what the machine code holds, as JSON.
 
 Run as a program, since Triton must be imported without its interpreter:
-    python kernels_cross_compile.py forward|backward HEAD_DIM [causal] [deterministic] [long] [rope] [documents] [capped]
+    python kernels_cross_compile.py forward|backward HEAD_DIM [causal] [deterministic] [long] [rope] [documents [bits]] [capped]
 """
 
 import json
@@ -81,6 +81,7 @@ def main():
     cap = 30.0 if "capped" in flags else None
     # The lists of blocks are made by a kernel; to compile, their types are enough.
     _blocks.lists = lambda *_: (*(torch.zeros(1, dtype=torch.int32),) * 3, 0, 0, 1)
+    _blocks.bits = lambda *_: (torch.zeros(1, dtype=torch.int32),) * 2 if "bits" in flags else None
     spec = Spec(scale=0.1, causal="causal" in flags, deterministic="deterministic" in flags, mask_mod=mask, softcap=cap)
     tokens = 8192 if "long" in flags else 256
     rope = torch.empty(2, tokens, int(width) // 2).unbind() if "rope" in flags else None

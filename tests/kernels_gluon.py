@@ -225,6 +225,9 @@ def word_of_halves(low, high, numbers):
 def inline_asm(code, constraints, args, dtype, is_pure, pack):
     """The few instructions that the kernels spell out."""
     operands = [int(n) for n in re.findall(r"\$(\d)", code)]
+    if "and.b32 t, $2, $3; setp.ne.b32 p, t, 0; selp.f32 $0, $1, 0fFF800000, p;" in code:
+        x, word, bit = args
+        return wrapped(np.where)((word & bit) != 0, x, -np.inf)
     if code.startswith("cvt.rn."):
         # The first source goes to the upper half.
         high, low = (args[n - 1] for n in operands[1:])

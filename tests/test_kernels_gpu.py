@@ -132,6 +132,7 @@ VARIANTS = {
     "sinks": {"sinks": torch.linspace(-2, 4, 8), "causal": True},
     "documents": {"mask_mod": lambda b, h, q, k: (DOC[q] == DOC[k]) & (q >= k)},
     "mask by head": {"mask_mod": lambda b, h, q, k: (q - k).abs() < 50 * (h + 1)},
+    "mask by batch and head": {"mask_mod": lambda b, h, q, k: (q * k + h) % 7 > 2 * b, "causal": True},
     "score": {"score_mod": lambda s, b, h, q, k: s + BIAS[h, (q - k) % 64] * torch.tanh(s / 5)},
     "packed": {"cu_seqlens": [0, 1, 130, 130, 400, 1000], "causal": True},
 }
@@ -146,6 +147,28 @@ def test_variants(path, name, monkeypatch):
     if "cu_seqlens" in options:
         options["cu_seqlens"] = torch.tensor(options["cu_seqlens"], dtype=torch.int32, device="cuda")
     check(path, 1 if "cu_seqlens" in options else 2, 1000, 1000, 8, 2, 128, **options)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("D", [64, 128, 256])
+def test_documents(D, deterministic, monkeypatch):
+    """Bits of blocks of every size, over ragged ends."""
+    monkeypatch.setitem(globals(), "DOC", DOC.cuda())
+    mask = lambda b, h, q, k: DOC[q] == DOC[k]  # noqa: E731
+    check("hopper", 1, 700, 1000, 4, 2, D, mask_mod=mask, causal=True, deterministic=deterministic)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_documents_that_change(path):
+    """What is kept of a mask goes when its table is written to."""
+    available(path)
+    q, k, v = inputs(1, 500, 500, 2, 2, 64, 64, torch.bfloat16)
+    doc = torch.arange(500, device="cuda") // 90
+    mask = lambda b, h, i, j: doc[i] == doc[j]  # noqa: E731
+    for _ in range(3):
+        want = attention(q.float(), k.float(), v.float(), mask_mod=mask, backend="reference")
+        assert (attention(q, k, v, mask_mod=mask, backend=path) - want).norm() <= 1e-2 * want.norm()
+        doc.copy_(doc.roll(37))
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -12,7 +12,7 @@ import kernels_gluon
 from kernels_interpreter import interpreter
 from test_kernels_launch import LAYOUTS, filled
 
-from trainkit.kernels._attention import _hooks, _hopper, _launch
+from trainkit.kernels._attention import _blocks, _hooks, _hopper, _launch
 from trainkit.kernels._attention._packed import make_packed
 from trainkit.kernels._attention._reference import reference
 from trainkit.kernels._attention._spec import Spec
@@ -23,6 +23,12 @@ DOC = torch.arange(512) // 70
 BIAS = torch.linspace(-2, 2, 2 * 64).view(2, 64)
 EMPTY = [0, 20, 130, 250, 300], [0, 0, 150, 340, 350]
 """Ends of packed sequences of queries and of keys, the first without keys."""
+
+
+def striped(b, h, q, k):
+    """Tiles of whole blocks and others, but for one of whole blocks alone."""
+    return ((q // 128 + k // 128) % 3 > 0) | (((q + k) % 5 == 0) & (q // 128 != 2))
+
 
 # Widths of keys and values, queries, keys, and what is asked for; `three` takes the tiles of long sequences.
 FORWARD = {
@@ -38,6 +44,13 @@ FORWARD = {
     "soft cap": (64, 64, 257, 300, {"softcap": 20.0, "three": True}),
     "sinks and ALiBi": (64, 64, 200, 100, {"sinks": torch.tensor([-1.0, 3.0]), "alibi_slopes": torch.tensor([0.5, 0.1])}),
     "documents": (64, 64, 300, 300, {"mask_mod": lambda b, h, q, k: (DOC[q] == DOC[k]) & (q >= k)}),
+    "documents, evaluated": (64, 64, 300, 300, {"mask_mod": lambda b, h, q, k: (DOC[q] == DOC[k]) & (q >= k), "evaluated": True}),
+    "documents, causal": (128, 128, 333, 420, {"mask_mod": lambda b, h, q, k: DOC[q] == DOC[k], "causal": True}),
+    "documents by batch, wide": (256, 256, 150, 200, {"mask_mod": lambda b, h, q, k: DOC[q + 30 * b] == DOC[k], "batch": 2}),
+    "mask by head, window": (64, 64, 200, 300, {"mask_mod": lambda b, h, q, k: (k - h) % 5 > h, "window": 90, "heads": (4, 2)}),
+    "mask by batch and head, score": (64, 128, 150, 290, {"mask_mod": lambda b, h, q, k: (q * k) % 7 > 2 * b + h, "batch": 2,
+        "score_mod": lambda s, b, h, q, k: s + BIAS[h, (q - k) % 64]}),
+    "whole blocks and others": (64, 64, 512, 512, {"mask_mod": striped}),
     "mask that sees nothing": (64, 64, 300, 300, {"mask_mod": lambda b, h, q, k: k < q - 200}),
     "score": (64, 64, 100, 300, {"score_mod": lambda s, b, h, q, k: s + BIAS[h, (q - k) % 64] * torch.tanh(s / 5)}),
     "packed": (128, 128, 300, 350, {"cu": EMPTY, "causal": True}),
@@ -52,16 +65,19 @@ BACKWARD = {
     "two passes": (256, 256, 100, 150, {"causal": True}),
     "documents": (64, 64, 200, 200, {"mask_mod": lambda b, h, q, k: (DOC[q] == DOC[k]) & (q >= k)}),
     "packed": (64, 64, 300, 350, {"cu": EMPTY, "causal": True}),
-}
+    "deterministic, documents by batch and head": (64, 64, 150, 200, {"deterministic": True, "causal": True, "batch": 2,
+        "mask_mod": lambda b, h, q, k: DOC[q + 9 * h] == DOC[k + 30 * b], "heads": (4, 2)}),
+}  # fmt: skip
 
 
-def setup(case, seed, heads=(2, 1)):
+def setup(case, seed):
     D, DV, Sq, Sk, options = case
     options = dict(options)
     dtype, cu = options.pop("dtype", torch.bfloat16), options.pop("cu", None)
-    three, rope = options.pop("three", False), options.pop("rope", False)
+    how = {name for name in ("three", "evaluated") if options.pop(name, False)}
+    rope, batch, heads = options.pop("rope", False), options.pop("batch", 1), options.pop("heads", (2, 1))
     g = torch.Generator().manual_seed(seed)
-    shapes = (1, Sq, heads[0], D), (1, Sk, heads[1], D), (1, Sk, heads[1], DV)
+    shapes = (batch, Sq, heads[0], D), (batch, Sk, heads[1], D), (batch, Sk, heads[1], DV)
     q, k, v = (torch.randn(s, generator=g).to(dtype) for s in shapes)
     cu = None if cu is None else tuple(torch.tensor(x, dtype=torch.int32) for x in cu)
     packed = make_packed(cu, q, k)
@@ -73,13 +89,15 @@ def setup(case, seed, heads=(2, 1)):
     if rope:
         cu_q, cu_k = cu or (None, None)
         turned = _hooks.rope_formula(q, tables, _hooks.rope_offset(q, k, cu_q, cu_k), cu_q)
-    return (q, k, v), turned, call, three
+    return (q, k, v), turned, call, how
 
 
 def forward(case, seed):
-    (q, k, v), turned, call, three = setup(case, seed)
+    (q, k, v), turned, call, how = setup(case, seed)
     with interpreter(), pytest.MonkeyPatch.context() as patch:
-        if three:
+        if "evaluated" in how:
+            patch.setattr(_blocks, "LARGEST", 0)
+        if "three" in how:
             # Not what other calls of this form take.
             patch.setattr(_launch, "_KEPT", {})
             patch.setattr(_hopper, "_seen", lambda *_: 1e9)
@@ -90,8 +108,8 @@ def forward(case, seed):
     assert (lse - want_lse)[lse.isfinite()].abs().max() <= 1e-3
 
 
-def backward(case, seed, heads=(2, 1)):
-    (q, k, v), _, call, _ = setup(case, seed, heads)
+def backward(case, seed):
+    (q, k, v), _, call, _ = setup(case, seed)
     leaves = [x.float().requires_grad_() for x in (q, k, v)]
     out, lse = reference(*leaves, call.spec, call.packed)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
@@ -119,7 +137,7 @@ def test_more_heads_than_dq_has_room_for(seed, monkeypatch):
     """Two or three programs sum dQ of seven heads in three places."""
     monkeypatch.setattr(_launch, "_KEPT", {})
     monkeypatch.setattr(_hopper, "_processors", lambda _: 2)
-    backward((64, 64, 130, 140, {"causal": True}), seed, heads=(7, 7))
+    backward((64, 64, 130, 140, {"causal": True, "heads": (7, 7)}), seed)
     q = torch.empty(1, 130, 7, 64)
     assert _hopper._ring(q, q, 2, Call(Spec(scale=1.0), None, None, True)).slots == 3
 
@@ -238,7 +256,31 @@ def test_a_wrong_backward_is_found(name, monkeypatch):
     monkeypatch.setattr(_hopper, "_processors", lambda _: 2)
     with pytest.raises((AssertionError, IndexError, ValueError)):
         for seed in range(8):
-            backward((128, 128, 130, 140, {"causal": True}), seed, heads=(7, 7))
+            backward((128, 128, 130, 140, {"causal": True, "heads": (7, 7)}), seed)
+
+
+WRONG_BITS = {
+    "a first block that is whole takes the bits of another": (
+        "gl.where(full < count, before + count, 0)",
+        "before + count",
+    ),
+    "the last whole block takes bits": ("gl.minimum(full + 1, count)", "full"),
+    "both warpgroups take the first's": ("64 * W + gl.arange", "gl.arange"),
+    "blocks in the list's order": ("gl.where(n == 0, count, n) - 1", "n"),
+    "neighbours exchanged": ("+ pair[None, None, None, :])", "+ 1 - pair[None, None, None, :])"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_BITS)
+def test_wrong_bits_are_found(name, monkeypatch):
+    right, wrong = WRONG_BITS[name]
+    path = kernels_gluon.source_of("trainkit.kernels._attention._hopper_bits")
+    text = Path(path).read_text()
+    assert text.count(right) == 1
+    monkeypatch.setattr(kernels_gluon, "module", kernels_gluon.changed(path, text.replace(right, wrong)))
+    with pytest.raises((AssertionError, IndexError)):
+        for seed in range(2):
+            forward((64, 64, 512, 512, {"mask_mod": striped}), seed)
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -131,6 +131,7 @@ def recorder(monkeypatch):
     monkeypatch.setattr(_launch, "_KEPT", {})
     lists = torch.full((2,), 12, dtype=torch.int32)
     monkeypatch.setattr(_blocks, "lists", lambda *_: (lists, lists, lists, 0, 0, 1))
+    monkeypatch.setattr(_blocks, "bits", lambda *_: (lists, lists))
     monkeypatch.setattr(_hopper, "counter", lambda _: torch.full((2,), 13, dtype=torch.int32))
     room = _hopper.Ring.room
 

@@ -182,8 +182,19 @@ def _key(what: str, call: Call, *tensors: Tensor) -> Any:
     )  # fmt: skip
 
 
-def _captured(call: Call) -> tuple[Any, ...]:
-    return tuple(() if x is None else arguments(x) for x in (call.variant.score, call.variant.mask))
+def _captured(call: Call, masked: bool = True) -> tuple[Any, ...]:
+    score, mask = call.variant.score, call.variant.mask if masked else None
+    return tuple(() if x is None else arguments(x) for x in (score, mask))
+
+
+def _bits(call: Call, q: Tensor, k: Tensor, bm: int, bn: int, by_keys: bool) -> tuple[Tensor, Tensor] | None:
+    """The mask's bits in blocks of bm queries and bn keys, where it need not be evaluated: `_blocks.bits`."""
+    if call.variant.mask is None or call.packed is not None:
+        return None
+    from trainkit.kernels._attention import _blocks
+
+    shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    return _blocks.bits(call.variant, call.spec, *shape, bm, bn, q.device, by_keys)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def forward(
@@ -223,21 +234,22 @@ def _forward_plan(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: C
         return Plan(copied, ())
     cap = _cap(spec)
     functions = call.variant.functions("gluon")
+    bits = _bits(call, q, k, bm, bn, False)
     template = Template(
         GROUP=q.shape[2] // k.shape[2], D=D, DV=DV, CAUSAL=spec.causal, WINDOW=spec.window is not None,
         SINK=sinks is not None, PACKED=call.packed is not None, LISTED=listed, CAP=cap is not None,
         BOUNDED=cap is not None and cap <= UNBOUNDED_CAP and q.dtype == torch.bfloat16,
-        SCORE=None if cap is not None else functions.score, MASK=functions.mask, BF16=q.dtype == torch.bfloat16,
-        ROPE=call.rope is not None, **tile,
+        SCORE=None if cap is not None else functions.score, MASK=functions.mask if bits is None else None,
+        BITS=bits is not None, BF16=q.dtype == torch.bfloat16, ROPE=call.rope is not None, **tile,
     )  # fmt: skip
     constants = (
         *strides, *qp.steps, *kp.steps, *vp.steps, q.shape[2] * DV, q.shape[2], q.shape[1], k.shape[1], spec.window or 0,
-        spec.scale, cap or 1.0, *_captured(call), grid[0], total, template,
+        spec.scale, cap or 1.0, *_captured(call, bits is None), grid[0], total, template,
     )  # fmt: skip
     boxes = qp.box(0, 64, D), kp.box(1, bn, D), vp.box(2, bn, DV), op.box(3, 64, min(DV, 128))
     first = 6 if sinks is None else 7
     tables = (4 if sinks is None else 6, *((4, 4) if call.rope is None else (first, first + 1)))
-    pointers = (3, 4, *tables, 5, *(5 if p is None else p for p in lists))
+    pointers = (3, 4, *tables, 5, *(5 if p is None else p for p in (*lists, *(bits or (None, None)))))
     return Plan(copied, (Launch(_hopper_forward.forward, (_programs(q, total), 1, 1), boxes, pointers, constants),))
 
 
@@ -350,7 +362,7 @@ def _backward_plan(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, call: Call) ->
     scored = call.variant.score is not None and cap is None and alibi is None
     derived = scored and not call.variant.adds
     traced = scored or functions.mask is not None
-    scalars = (q.shape[1], k.shape[1], spec.window or 0, spec.scale, cap or 1.0, *_captured(call))
+    scalars = (q.shape[1], k.shape[1], spec.window or 0, spec.scale, cap or 1.0)
 
     launches = []
     ring = None
@@ -369,7 +381,7 @@ def _backward_plan(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, call: Call) ->
             **constants, BM=bm, ST=q_ring, SO=grad_ring, WANT_DK=want_dk, WANT_DV=want_dv, VALUES=want_dk or D != DV,
             FUSED=fused, LATE=fused and D == 128, STAGED=D == DV and D < 256, LISTED=listed,
             SCORE=functions.score_t if scored else None,
-            GRAD=functions.score_grad_t if derived else None, MASK=functions.mask_t,
+            GRAD=functions.score_grad_t if derived else None, MASK=functions.mask_t, BITS=False,
         )  # fmt: skip
         boxes = (
             qp.box(0, bm, D), kp.box(1, 64, D), vp.box(2, 64, DV), gp.box(3, bm, DV), dkp.box(5, 64, D), dvp.box(6, 64, DV),
@@ -380,8 +392,8 @@ def _backward_plan(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, call: Call) ->
                 _hopper_backward_keys.backward_keys, (_programs(q, total), 1, 1), boxes,
                 (4, *room, 5, 6, 7, 8, 9, *(8 if p is None else p for p in lists)),
                 (
-                    *turn, *strides, *steps, k.shape[2] * D, k.shape[2] * DV, q.shape[2], k.shape[2], *scalars, grid[0],
-                    total, template,
+                    *turn, *strides, *steps, k.shape[2] * D, k.shape[2] * DV, q.shape[2], k.shape[2], *scalars,
+                    *_captured(call), grid[0], total, template,
                 ),
             )
         )  # fmt: skip
@@ -391,16 +403,17 @@ def _backward_plan(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, call: Call) ->
     bn, key_ring, value_ring = _key_tile(D, DV, traced)
     grid, lists, strides, listed = _triton.layout(call, q, k, Tiling(ROWS, bn, 4, key_ring), False)
     if math.prod(grid):
+        bits = _bits(call, q, k, ROWS, bn, False)
         template = Template(
             **constants, BM=ROWS, BN=bn, ST=key_ring, SV=value_ring, LISTED=listed, SCORE=functions.score if scored else None,
-            GRAD=functions.score_grad if derived else None, MASK=functions.mask,
+            GRAD=functions.score_grad if derived else None, MASK=functions.mask if bits is None else None, BITS=bits is not None,
         )  # fmt: skip
         sides = qp.box(0, 64, D), kp.box(1, bn, D), vp.box(2, bn, DV), gp.box(3, 64, DV), dqp.box(4, 64, D)
         launches.append(
             Launch(
                 _hopper_backward_queries.backward_queries, (math.prod(grid), 1, 1), sides,
-                (4, 7, 8, *(8 if p is None else p for p in lists)),
-                (*strides, *steps, q.shape[2] * D, q.shape[2], *scalars, grid[0], template),
+                (4, 7, 8, *(8 if p is None else p for p in (*lists, *(bits or (None, None))))),
+                (*strides, *steps, q.shape[2] * D, q.shape[2], *scalars, *_captured(call, bits is None), grid[0], template),
             )
         )  # fmt: skip
     return Plan(copied, tuple(launches))

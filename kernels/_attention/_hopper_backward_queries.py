@@ -11,6 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from trainkit.kernels._attention._hopper_bits import bits_of
 from trainkit.kernels._attention._hopper_gradients import put, row_stats, score_gradient, slope_of, weigh
 from trainkit.kernels._attention._hopper_tiles import barriers, block_at, key_list, locate, opaque_zero
 
@@ -41,8 +42,8 @@ def queries_producer(task, starts, BLOCKS, last, count, c: gl.constexpr):
 
 @gluon.jit
 def queries_step(
-    dq, dS, lse, delta, slope, rows, n, at, problem, memory, bars, MASKED: gl.constexpr, W: gl.constexpr, L: gl.constexpr,
-    LO: gl.constexpr, c: gl.constexpr,
+    dq, dS, lse, delta, slope, rows, n, at, WORDS, problem, memory, bars, MASKED: gl.constexpr, W: gl.constexpr,
+    L: gl.constexpr, LO: gl.constexpr, c: gl.constexpr,
 ):  # fmt: skip
     """Block n's dS, while that of block n - 1 (0 before the first) meets its keys."""
     qs, dos, ks, vs = memory
@@ -52,6 +53,9 @@ def queries_step(
     mine = W + opaque_zero(n)
     v = n % c.SV + opaque_zero(n)
     zero = gl.zeros([64, c.BN], gl.float32, L)
+    words = 0
+    if MASKED:
+        words = bits_of(WORDS, n, W, c.BM, c.BN, L, c)
     mbarrier.wait(k_ready.index(s), (n // c.ST) & 1)
     S = warpgroup_mma(qs.index(mine), ks.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
     mbarrier.wait(v_ready.index(v), (n // c.SV) & 1)
@@ -63,7 +67,7 @@ def queries_step(
     shift = 0.0
     if c.ALIBI:
         shift = slope[0] * (cols - slope[1]).to(gl.float32)[None, :]
-    _p, weight = weigh(S, lse[:, None], shift, rows[:, None], cols[None, :], rows, kv, problem, MASKED, c)
+    _p, weight = weigh(S, lse[:, None], shift, rows[:, None], cols[None, :], rows, kv, problem, MASKED, c, words)
     dP = warpgroup_mma_wait(1, deps=[dP])
     mbarrier.arrive(v_free.index(v))
     ds = score_gradient(weight, dP - delta[:, None], S, rows, kv, problem, c)
@@ -74,7 +78,7 @@ def queries_step(
 
 
 @gluon.jit
-def queries_consumer(task, problem, stats, places, m0, BLOCKS, walk, W: gl.constexpr, c: gl.constexpr):
+def queries_consumer(task, problem, stats, places, m0, BLOCKS, WORDS, walk, W: gl.constexpr, c: gl.constexpr):
     """Queries [m0 + 64 W, m0 + 64 W + 64): their gradient over the keys they see."""
     L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, c.BN, 16])
     LO: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, c.D, 16])
@@ -96,14 +100,16 @@ def queries_consumer(task, problem, stats, places, m0, BLOCKS, walk, W: gl.const
     mbarrier.wait(bars[0].index(0), 0)
     for n in range(0, n1):
         at = block_at(BLOCKS, last, n, -1, c.LISTED) * c.BN
-        dq, dS = queries_step(dq, dS, lse, delta, slope, rows, n, at, problem, memory, bars, True, W, L, LO, c)
+        dq, dS = queries_step(dq, dS, lse, delta, slope, rows, n, at, WORDS, problem, memory, bars, True, W, L, LO, c)
     for n in range(n1, n2):
         at = block_at(BLOCKS, last, n, -1, c.LISTED) * c.BN
-        dq, dS = queries_step(dq, dS, lse, delta, slope, rows, n, at, problem, memory, bars, False, W, L, LO, c)
+        dq, dS = queries_step(dq, dS, lse, delta, slope, rows, n, at, WORDS, problem, memory, bars, False, W, L, LO, c)
     if c.WINDOW or c.LISTED:
         for n in range(n2, count):
             at = block_at(BLOCKS, last, n, -1, c.LISTED) * c.BN
-            dq, dS = queries_step(dq, dS, lse, delta, slope, rows, n, at, problem, memory, bars, True, W, L, LO, c)
+            dq, dS = queries_step(
+                dq, dS, lse, delta, slope, rows, n, at, WORDS, problem, memory, bars, True, W, L, LO, c
+            )
     if count > 0:
         dq = warpgroup_mma(dS, ks.index((count - 1) % c.ST), dq, is_async=True)
         dq = warpgroup_mma_wait(0, deps=[dq])
@@ -113,9 +119,9 @@ def queries_consumer(task, problem, stats, places, m0, BLOCKS, walk, W: gl.const
 
 @gluon.jit(do_not_specialize=["Hq", "Sq", "Sk", "w", "tiles"])
 def backward_queries(
-    q_d, k_d, v_d, do_d, dq_d, DQ, LSE, DELTA, TILES, CU_Q, CU_K, BLOCKS, COUNTS, FULL, sbb, sbh, NB, q_batch, q_head, q_col,
-    k_batch, k_head, k_col, v_batch, v_head, v_col, do_batch, do_head, do_col, dq_stride, Hq, Sq, Sk, w, scale, cap,
-    score_args, mask_args, tiles, c: gl.constexpr,
+    q_d, k_d, v_d, do_d, dq_d, DQ, LSE, DELTA, TILES, CU_Q, CU_K, BLOCKS, COUNTS, FULL, FIRST, WORDS, sbb, sbh, NB,
+    q_batch, q_head, q_col, k_batch, k_head, k_col, v_batch, v_head, v_col, do_batch, do_head, do_col, dq_stride, Hq, Sq, Sk,
+    w, scale, cap, score_args, mask_args, tiles, c: gl.constexpr,
 ):  # fmt: skip
     """Compute dQ of 128 queries of one head."""
     total_q = Sq
@@ -126,6 +132,8 @@ def backward_queries(
     off = Sk - Sq
     g = h // c.GROUP
     BLOCKS, last, n1, n2, count = key_list(tile, b, h, Sq, Sk, w, (BLOCKS, COUNTS, FULL, sbb, sbh, NB), c)
+    if c.BITS:
+        WORDS += (gl.load(FIRST + (b * sbb + h * sbh + tile)) - n2) * (4 * c.BM)
     memory = (
         gl.allocate_shared_memory(q_d.dtype, [2, 64, c.D], q_d.layout),
         gl.allocate_shared_memory(do_d.dtype, [2, 64, c.DV], do_d.layout),
@@ -143,7 +151,7 @@ def backward_queries(
     places = (DQ, dq_stride, zb * total_q + q0, h * c.D)
     walk = (last, n1, n2, count)
     gl.warp_specialize([
-        (queries_consumer, (task, problem, rows, places, m0, BLOCKS, walk, 0, c)),
-        (queries_consumer, (task, problem, rows, places, m0, BLOCKS, walk, 1, c)),
+        (queries_consumer, (task, problem, rows, places, m0, BLOCKS, WORDS, walk, 0, c)),
+        (queries_consumer, (task, problem, rows, places, m0, BLOCKS, WORDS, walk, 1, c)),
         (queries_producer, (task, starts, BLOCKS, last, count, c)),
     ], [4, 1], [240, 24])  # fmt: skip

@@ -19,12 +19,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from trainkit.kernels._attention._elementwise_gluon import exp2_polynomial, tanh
-from trainkit.kernels._attention._hopper_tiles import LN2, LOG2E, barriers, block_at, key_list, locate, masked, post, posted
+from trainkit.kernels._attention._hopper_bits import bits_list, bits_of, sifted, visited
+from trainkit.kernels._attention._hopper_rope import turn
+from trainkit.kernels._attention._hopper_tiles import LN2, LOG2E, barriers, key_list, locate, masked, post, posted
 
 @gluon.jit
 def producer(task, planes, COUNTER, c: gl.constexpr):
     """Bring each tile's queries, then its key and value blocks through a ring of ST buffers each; fetch the next tile."""
-    descs, tables, lists, sizes, scalars, memory, bars, total = task
+    descs, tables, lists, bits, sizes, scalars, memory, bars, total = task
     q_d, k_d, v_d, _ = descs
     q_batch, q_head, q_col, k_batch, k_head, k_col, v_batch, v_head, v_col = planes
     qs, ks, vs, _, box = memory
@@ -39,9 +41,10 @@ def producer(task, planes, COUNTER, c: gl.constexpr):
         # A tile that sees nothing takes one block, all of it masked.
         count = gl.maximum(count, 1)
         last = gl.maximum(last, 0)
+        top, before, n2 = bits_list(bits[0], b * lists[3] + h * lists[4] + tile, n2, count, c)
         page = done & 1
         mbarrier.wait(t_free.index(page), ((done >> 1) & 1) ^ 1)
-        post(box, page, (t, tile, b, h, zb * sizes[1] + q0, stats, Sq, Sk, last, n1, n2, count))
+        post(box, page, (t, tile, b, h, zb * sizes[1] + q0, stats, Sq, Sk, last, n1, n2, count, top, before))
         mbarrier.arrive(t_ready.index(page))
         g = h // c.GROUP
         row = zb * q_batch + h * q_head + q0 + tile * c.BM
@@ -59,7 +62,7 @@ def producer(task, planes, COUNTER, c: gl.constexpr):
         for n in range(0, count):
             if n == fetch:
                 mine = gl.atomic_add(COUNTER, 1)
-            at = block_at(BLOCKS, last, n, -1, c.LISTED) * c.BN
+            at = visited(BLOCKS, last, n, count, c) * c.BN
             s = (ring + n) % c.ST
             phase = ((ring + n) // c.ST) & 1
             mbarrier.wait(k_free.index(s), phase ^ 1)
@@ -187,7 +190,7 @@ def exp2_by_both(x, factor, c: gl.constexpr):
 
 
 @gluon.jit
-def fold(S, m, den, n0, rows, problem, MASKED: gl.constexpr, L: gl.constexpr, c: gl.constexpr):
+def fold(S, m, den, n0, rows, words, problem, MASKED: gl.constexpr, L: gl.constexpr, c: gl.constexpr):
     """One online-softmax step on a tile of raw scores: (weights, new maximum, new denominator, factor of the old)."""
     b, h, _, Sk, off, w, scale, cap, score_args, _ = problem
     factor = scale * LOG2E
@@ -200,7 +203,9 @@ def fold(S, m, den, n0, rows, problem, MASKED: gl.constexpr, L: gl.constexpr, c:
         S = c.SCORE(S * scale, b, h, rows, inside, off, score_args)
         factor = LOG2E
     if MASKED:
-        if c.MASK is None:
+        if c.BITS:
+            S = sifted(S, words)
+        elif c.MASK is None:
             S = clipped(S, rows, n0, Sk, off, w, L, c)
         else:
             S = masked(S, rows[:, None], cols[None, :], rows, inside, problem, c)
@@ -231,14 +236,17 @@ def fold(S, m, den, n0, rows, problem, MASKED: gl.constexpr, L: gl.constexpr, c:
 
 @gluon.jit
 def step(
-    acc, P, fade, m, den, qt, memory, bars, BLOCKS, last, n, count, ring, rows, problem, MASKED: gl.constexpr, W: gl.constexpr,
-    L: gl.constexpr, LO: gl.constexpr, c: gl.constexpr,
+    acc, P, fade, m, den, qt, memory, bars, BLOCKS, WORDS, last, n, count, ring, rows, problem, MASKED: gl.constexpr,
+    W: gl.constexpr, L: gl.constexpr, LO: gl.constexpr, c: gl.constexpr,
 ):  # fmt: skip
     """Block n's scores and softmax, while block n - 1's weights meet their values."""
     _, ks, vs, _, _ = memory
     _, q_free, k_ready, k_free, v_ready, v_free, _, _ = bars
     s = (ring + n) % c.ST
     t = (ring + n - 1) % c.ST
+    words = 0
+    if MASKED:
+        words = bits_of(WORDS, n, W, c.BM, c.BN, L, c)
     mbarrier.wait(k_ready.index(s), ((ring + n) // c.ST) & 1)
     zero = gl.zeros([64, c.BN], gl.float32, L)
     await_turn(W, c)
@@ -250,13 +258,13 @@ def step(
     mbarrier.arrive(k_free.index(s))
     if c.QS == 1:
         mbarrier.arrive(q_free.index(W), pred=n == count - 1)
-    n0 = block_at(BLOCKS, last, n, -1, c.LISTED) * c.BN
+    n0 = visited(BLOCKS, last, n, count, c) * c.BN
     # A traced mask needs the registers of weights that are still being multiplied: they are waited for first.
     alone: gl.constexpr = MASKED and c.MASK is not None
     if alone:
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(v_free.index(t))
-    even, odd, m, den, fade = fold(S, m, den, n0, rows, problem, MASKED, L, c)
+    even, odd, m, den, fade = fold(S, m, den, n0, rows, words, problem, MASKED, L, c)
     if not alone:
         # Packed after the product that still reads the last weights: then all weights can have the same registers.
         acc, even, odd = warpgroup_mma_wait(0, deps=[acc, even, odd])
@@ -265,32 +273,6 @@ def step(
     if not c.LATE:
         acc = faded(acc, fade, LO, c)
     return acc, P, fade, m, den
-
-
-@gluon.jit
-def turn(qt, first, Sq, off, COS, SIN, c: gl.constexpr):
-    """Rotate 64 queries by their positions where they lie, before they are multiplied (Su et al., RoFormer, 3.2)."""
-    # All rows at once, with their cosines, do not fit in the registers beside the last tile's sums.
-    rows: gl.constexpr = 16 if c.D == 256 else 32
-    for i in gl.static_range(64 // rows):
-        turn_rows(qt.slice(rows * i, rows, 0), first + rows * i, Sq, off, COS, SIN, rows, c)
-    fence_async_shared()
-    gl.thread_barrier()
-
-
-@gluon.jit
-def turn_rows(qt, first, Sq, off, COS, SIN, rows: gl.constexpr, c: gl.constexpr):
-    half: gl.constexpr = c.D // 2
-    # A thread holds the same columns of both halves.
-    B: gl.constexpr = gl.BlockedLayout([1, 8], [512 // c.D, c.D // 16], [4, 1], [1, 0])
-    low, high = qt.load(B).to(gl.float32).reshape([rows, 2, half]).permute((0, 2, 1)).split()
-    P: gl.constexpr = low.type.layout
-    at = gl.minimum(first + gl.arange(0, rows, gl.SliceLayout(1, P)), Sq - 1) + off
-    to = at[:, None] * half + gl.arange(0, half, gl.SliceLayout(0, P))[None, :]
-    cos = gl.load(COS + to)
-    sin = gl.load(SIN + to)
-    turned = gl.join(low * cos - high * sin, high * cos + low * sin).permute((0, 2, 1)).reshape([rows, c.D])
-    qt.store(gl.convert_layout(turned, B).to(qt.dtype))
 
 
 @gluon.jit
@@ -352,7 +334,7 @@ def consumer(task, results, W: gl.constexpr, c: gl.constexpr):
     L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, c.BN, 16])
     LO: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, c.DV, 16])
     groups: gl.constexpr = c.BM // 64
-    descs, _tables, lists, _sizes, scalars, memory, bars, total = task
+    descs, _tables, lists, bits, _sizes, scalars, memory, bars, total = task
     o_d = descs[3]
     _OUT, _LSE, _SINKS, COS, SIN, _stride = results
     qs, ks, vs, outs, box = memory
@@ -386,6 +368,10 @@ def consumer(task, results, W: gl.constexpr, c: gl.constexpr):
         n1 = posted(box, page, 9)
         n2 = posted(box, page, 10)
         count = posted(box, page, 11)
+        words = bits_of(bits[1], posted(box, page, 12), W, c.BM, c.BN, L, c)
+        WORDS = bits[1]
+        if c.BITS:
+            WORDS += posted(box, page, 13) * (4 * c.BM)
         mbarrier.arrive(t_free.index(page))
         BLOCKS = lists[0]
         if c.LISTED:
@@ -410,13 +396,13 @@ def consumer(task, results, W: gl.constexpr, c: gl.constexpr):
         if c.QS == 1:
             mbarrier.arrive(q_free.index(W), pred=count == 1)
         mbarrier.arrive(k_free.index(s))
-        n0 = block_at(BLOCKS, last, 0, -1, c.LISTED) * c.BN
+        n0 = visited(BLOCKS, last, 0, count, c) * c.BN
         if c.MASK is not None:
             acc = warpgroup_mma_wait(0, deps=[acc])
             close(acc, m, den, done, place, results, o_d, outs.index(W), v_free.index(u), LO, c)
         m_first = gl.full([64], 0.0 if c.BOUNDED else -float("inf"), gl.float32, R)
         even, odd, m_first, den_first, _fade = fold(
-            S, m_first, gl.zeros([64], gl.float32, R), n0, rows, problem, True, L, c
+            S, m_first, gl.zeros([64], gl.float32, R), n0, rows, words, problem, True, L, c
         )
         if c.MASK is None:
             acc, even, odd = warpgroup_mma_wait(0, deps=[acc, even, odd])
@@ -429,14 +415,14 @@ def consumer(task, results, W: gl.constexpr, c: gl.constexpr):
         place = (row0, orow, h, stats, Sq)
         if not c.LISTED:
             for n in range(1, n1):
-                acc, P, fade, m, den = step(acc, P, fade, m, den, qt, memory, bars, BLOCKS, last, n, count, ring, rows,
+                acc, P, fade, m, den = step(acc, P, fade, m, den, qt, memory, bars, BLOCKS, WORDS, last, n, count, ring, rows,
                                             problem, True, W, L, LO, c)  # fmt: skip
         for n in range(gl.maximum(n1, 1), n2):
-            acc, P, fade, m, den = step(acc, P, fade, m, den, qt, memory, bars, BLOCKS, last, n, count, ring, rows,
+            acc, P, fade, m, den = step(acc, P, fade, m, den, qt, memory, bars, BLOCKS, WORDS, last, n, count, ring, rows,
                                         problem, False, W, L, LO, c)  # fmt: skip
         if c.WINDOW or c.LISTED:
             for n in range(gl.maximum(n2, 1), count):
-                acc, P, fade, m, den = step(acc, P, fade, m, den, qt, memory, bars, BLOCKS, last, n, count, ring, rows,
+                acc, P, fade, m, den = step(acc, P, fade, m, den, qt, memory, bars, BLOCKS, WORDS, last, n, count, ring, rows,
                                         problem, True, W, L, LO, c)  # fmt: skip
         ring += count
         if c.QS == 2:
@@ -453,7 +439,7 @@ def consumer(task, results, W: gl.constexpr, c: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["Hq", "Sq", "Sk", "w", "tiles", "total"])
 def forward(
-    q_d, k_d, v_d, o_d, OUT, LSE, SINKS, COS, SIN, COUNTER, TILES, CU_Q, CU_K, BLOCKS, COUNTS, FULL, sbb, sbh, NB,
+    q_d, k_d, v_d, o_d, OUT, LSE, SINKS, COS, SIN, COUNTER, TILES, CU_Q, CU_K, BLOCKS, COUNTS, FULL, FIRST, WORDS, sbb, sbh, NB,
     q_batch, q_head, q_col, k_batch, k_head, k_col, v_batch, v_head, v_col, o_stride, Hq, Sq, Sk, w, scale, cap,
     score_args, mask_args, tiles, total, c: gl.constexpr,
 ):  # fmt: skip
@@ -477,9 +463,10 @@ def forward(
     planes = (q_batch, q_head, q_col, k_batch, k_head, k_col, v_batch, v_head, v_col)
     tables = (TILES, CU_Q, CU_K)
     lists = (BLOCKS, COUNTS, FULL, sbb, sbh, NB)
+    bits = (FIRST, WORDS)
     sizes = (Hq, Sq, Sk, tiles)
     scalars = (w, scale, cap, score_args, mask_args)
-    task = (descs, tables, lists, sizes, scalars, memory, bars, total)
+    task = (descs, tables, lists, bits, sizes, scalars, memory, bars, total)
     results = (OUT, LSE, SINKS, COS, SIN, o_stride)
     if groups == 2:
         gl.warp_specialize([

@@ -7,6 +7,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
 from trainkit.kernels._attention._elementwise_gluon import tanh
+from trainkit.kernels._attention._hopper_bits import sifted
 from trainkit.kernels._attention._hopper_tiles import LOG2E, masked
 
 
@@ -34,7 +35,7 @@ def slope_of(problem, c: gl.constexpr):
 
 
 @gluon.jit
-def weigh(S, lse, shift, q, k, qv, kv, problem, MASKED: gl.constexpr, c: gl.constexpr):
+def weigh(S, lse, shift, q, k, qv, kv, problem, MASKED: gl.constexpr, c: gl.constexpr, words=0):
     """Of a tile of raw scores, `qv` and `kv` being its indices, kept inside: (probabilities, what they are in the gradient).
 
     The second is the first times the derivative of the soft cap, where that is all that was done to the scores. `shift` is
@@ -49,7 +50,9 @@ def weigh(S, lse, shift, q, k, qv, kv, problem, MASKED: gl.constexpr, c: gl.cons
     if c.SCORE is not None:
         T = c.SCORE(S * scale, b, h, qv, kv, off, score_args)
         factor = LOG2E
-    if MASKED:
+    if MASKED and c.BITS:
+        T = sifted(T, words)
+    elif MASKED:
         T = masked(T, q, k, qv, kv, problem, c)
     T = T * factor
     if c.ALIBI:
