@@ -237,7 +237,7 @@ WRONG = {
 
 
 WRONG_BACKWARD = {
-    "keys not waited for": ("_hopper_backward_keys", "    mbarrier.wait(free.index(0), (kept & 1) ^ 1)\n", ""),
+    "keys not waited for": ("_hopper_keys_producer", "    mbarrier.wait(free.index(0), (kept & 1) ^ 1)\n", ""),
     "results written over sums on their way": (
         "_hopper_gradients", "        tma.store_wait(0)\n        gl.thread_barrier()\n        buffer", "        buffer"
     ),

@@ -377,11 +377,13 @@ def _backward_plan(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, call: Call) ->
             ring = _ring(q, k, grid[0], call)
             sums, turn, room = Box(10, (ring.size // D, D), D, (64, D * bm // 128)), ring[2:], (10, 11)
             total += ring.lag * grid[0]
+        bits = _bits(call, q, k, bm, ROWS, True)
         template = Template(
             **constants, BM=bm, ST=q_ring, SO=grad_ring, WANT_DK=want_dk, WANT_DV=want_dv, VALUES=want_dk or D != DV,
             FUSED=fused, LATE=fused and D == 128, STAGED=D == DV and D < 256, LISTED=listed,
             SCORE=functions.score_t if scored else None,
-            GRAD=functions.score_grad_t if derived else None, MASK=functions.mask_t, BITS=False,
+            GRAD=functions.score_grad_t if derived else None, MASK=functions.mask_t if bits is None else None,
+            BITS=bits is not None,
         )  # fmt: skip
         boxes = (
             qp.box(0, bm, D), kp.box(1, 64, D), vp.box(2, 64, DV), gp.box(3, bm, DV), dkp.box(5, 64, D), dvp.box(6, 64, DV),
@@ -390,10 +392,10 @@ def _backward_plan(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, call: Call) ->
         launches.append(
             Launch(
                 _hopper_backward_keys.backward_keys, (_programs(q, total), 1, 1), boxes,
-                (4, *room, 5, 6, 7, 8, 9, *(8 if p is None else p for p in lists)),
+                (4, *room, 5, 6, 7, 8, 9, *(8 if p is None else p for p in (*lists, *(bits or (None, None))))),
                 (
                     *turn, *strides, *steps, k.shape[2] * D, k.shape[2] * DV, q.shape[2], k.shape[2], *scalars,
-                    *_captured(call), grid[0], total, template,
+                    *_captured(call, bits is None), grid[0], total, template,
                 ),
             )
         )  # fmt: skip

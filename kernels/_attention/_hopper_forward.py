@@ -23,6 +23,7 @@ from trainkit.kernels._attention._hopper_bits import bits_list, bits_of, sifted,
 from trainkit.kernels._attention._hopper_rope import turn
 from trainkit.kernels._attention._hopper_tiles import LN2, LOG2E, barriers, key_list, locate, masked, post, posted
 
+
 @gluon.jit
 def producer(task, planes, COUNTER, c: gl.constexpr):
     """Bring each tile's queries, then its key and value blocks through a ring of ST buffers each; fetch the next tile."""

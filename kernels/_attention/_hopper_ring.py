@@ -29,7 +29,9 @@ def settle(warps: gl.constexpr):
 def acquire():
     """What others wrote before the marks that this warp has read is there for what comes after."""
     lanes = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
-    gl.inline_asm_elementwise("fence.acq_rel.gpu; mov.b32 $0, $1;", "=r,r", [lanes], dtype=gl.int32, is_pure=False, pack=1)
+    gl.inline_asm_elementwise(
+        "fence.acq_rel.gpu; mov.b32 $0, $1;", "=r,r", [lanes], dtype=gl.int32, is_pure=False, pack=1
+    )
 
 
 @gluon.jit
@@ -95,9 +97,7 @@ def rounder(sums_d, sums, arrived, box, t_ready, t_free, total, ring, warps: gl.
                     for j in range(0, c.D, 64):
                         gl.thread_barrier()
                         mbarrier.expect(arrived.index(0), sums_d.block_type.nbytes)
-                        tma.async_copy_global_to_shared(
-                            sums_d, [slot_row + r, j], arrived.index(0), sums.index(0)
-                        )
+                        tma.async_copy_global_to_shared(sums_d, [slot_row + r, j], arrived.index(0), sums.index(0))
                         mbarrier.wait(arrived.index(0), boxes & 1)
                         boxes += 1
                         summed = SUMS + (slot_row + r + lines).to(gl.int64) * c.D + (j + cols)
