@@ -1,12 +1,18 @@
 """Ranks of one test, as engines of this process or as processes of their own."""
 
 import contextlib
+import importlib.util
+import inspect
 import multiprocessing
 import os
 import socket
+import sys
 import threading
 import time
+import traceback
+import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,19 +75,40 @@ def engines(size: int, deadline_s: float = 20.0) -> Iterator[Engines]:
         made.close()
 
 
-def _rank(
-    function: Callable[..., Any], rank: int, size: int, port: int, backend: str, arguments: Any, results: Any
-) -> None:
+# Ranks are forked from a process in which nothing has run: all imports are there, no thread and no GPU is.
+_RANKS = multiprocessing.get_context("forkserver")
+
+
+def _preload() -> None:
+    """Have what this process has imported so far imported once for all ranks."""
+    wanted = ("torch", "torch._dynamo", "pytest", "hypothesis", "pytorch_lightning", "torchmetrics")
+    ours = [name for name in sys.modules if name.startswith("trainkit")]
+    _RANKS.set_forkserver_preload([*(name for name in wanted if name in sys.modules), *ours])
+
+
+def _rank(where: str, name: str, rank: int, size: int, port: int, backend: str, arguments: Any, results: Any) -> None:
     torch.set_num_threads(1)
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size)
     )
-    if backend:
-        dist.init_process_group(backend)
-    results.put((rank, function(rank, *arguments)))
+    try:
+        if backend:
+            dist.init_process_group(backend)
+        results.put((rank, getattr(module_at(where), name)(rank, *arguments), None))
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
     results.close()
     results.join_thread()
     os._exit(0)  # a group whose member was killed cannot be destroyed
+
+
+def module_at(where: str) -> types.ModuleType:
+    """A test file as a module; pytest's own name for it is not importable elsewhere."""
+    spec = importlib.util.spec_from_file_location(Path(where).stem, where)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def processes(
@@ -93,13 +120,14 @@ def processes(
     expect: int = -1,
 ) -> dict[int, Any]:
     """Call `function(rank, ...)` in processes of one group; rank -> what it returned, for those that lived to return."""
-    context = multiprocessing.get_context("fork")  # torch is loaded already
+    _preload()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    results = context.Queue()
+    results = _RANKS.Queue()
+    what = inspect.getfile(function), function.__name__
     started = [
-        context.Process(target=_rank, args=(function, rank, size, port, backend, arguments, results), daemon=True)
+        _RANKS.Process(target=_rank, args=(*what, rank, size, port, backend, arguments, results), daemon=True)
         for rank in range(size)
     ]
     for process in started:
@@ -108,7 +136,9 @@ def processes(
         until = time.monotonic() + deadline_s
         got: dict[int, Any] = {}
         while len(got) < (size if expect < 0 else expect):
-            rank, value = results.get(timeout=max(until - time.monotonic(), 0.1))
+            rank, value, error = results.get(timeout=max(until - time.monotonic(), 0.1))
+            if error:
+                raise AssertionError(f"rank {rank} of {size}:\n{error}")
             got[rank] = value
         return got
     finally:
