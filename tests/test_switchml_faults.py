@@ -63,15 +63,21 @@ def _train(state: SwitchMLState, rank: int, steps: int, pace: float, guess: bool
 def _work(rank: int, meet: str, told: Connection, options: dict[str, Any]) -> None:
     """One rank: tells its steps as it goes, at last what it found."""
     steps, pace, guess = options.pop("steps"), options.pop("pace", 0.0), options.pop("guess", True)
-    again = options.pop("again", False)
+    again, halt = options.pop("again", False), options.pop("halt", None)
     _rescue._RETRY = options.pop("retry", 15.0)
     minute = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=2, timeout=minute)
     state = SwitchMLState(**options)
     answer: dict[str, Any] = {}
+
+    def tell(step: str) -> None:
+        told.send(step)
+        if step == halt:
+            told.recv()
+
     try:
         state.connect()
-        answer["digest"], answer["worst"] = _train(state, rank, steps, pace, guess, told.send)
+        answer["digest"], answer["worst"] = _train(state, rank, steps, pace, guess, tell)
         answer["rescues"] = getattr(state.link, "rescues", 0)
         if again:
             answer["undisturbed"] = _train(state, rank, steps, 0.0, guess, lambda said: None)[0]
@@ -88,7 +94,7 @@ class Worker:
     """A rank in a process of its own."""
 
     def __init__(self, rank: int, meet: str, options: dict[str, Any]) -> None:
-        self._told, theirs = RANKS.Pipe(duplex=False)
+        self._told, theirs = RANKS.Pipe()
         self.process = start(_work, rank, meet, theirs, options)
         theirs.close()  # so that its end is seen
 
@@ -100,6 +106,10 @@ class Worker:
         """Wait for a step."""
         while (said := self._told.recv()) != step:
             assert isinstance(said, str), f"the worker ended before it said {step!r}: {said}"
+
+    def go_on(self) -> None:
+        """End its halt."""
+        self._told.send("go on")
 
     def answer(self) -> dict[str, Any]:
         """What it found."""
@@ -206,12 +216,17 @@ def test_last_result_reaches_the_rank_that_missed_it(scene: Scene) -> None:
     relay = Relay(scene.address)
     relay.start()
     # without guesses, so that what is held are sums that need nothing more of rank 1
-    workers = scene.workers(relay.address, steps=5, pace=0.5, deadline_s=1.5, fallback="allreduce", guess=False)
-    workers[0].until("step 3")
-    workers[1].until("step 3")
+    workers = scene.workers(relay.address, steps=5, halt="step 3", deadline_s=1.5, fallback="allreduce", guess=False)
+    for worker in workers:
+        worker.until("step 3")
     relay.hold.set()
+    for worker in workers:
+        worker.go_on()
     workers[0].until("step 4")  # rank 0 has the last sum, and ends as soon as it may
-    assert relay.held > 0
+    deadline = time.monotonic() + 10
+    while not relay.held:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     switch.send_signal(signal.SIGKILL)
     first, second = (worker.answer() for worker in workers)
     assert first["digest"] == second["digest"]
