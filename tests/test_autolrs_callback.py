@@ -66,7 +66,7 @@ def assert_same_end(a, b):
 @pytest.fixture(scope="module")
 def plain(script, tmp_path_factory):
     out = tmp_path_factory.mktemp("plain")
-    return out, script.fit(out, groups=True)
+    return out, script.fit(out, groups=True, every=1)
 
 
 def test_books(plain):
@@ -136,7 +136,7 @@ def test_resume_from_any_step_is_bit_for_bit(script, plain, tmp_path):
     ids=["sgd", "fused", "accumulation", "ema", "fp16 scaler"],
 )
 def test_resume_of(script, tmp_path, options):
-    end = script.fit(tmp_path / "whole", **options)
+    end = script.fit(tmp_path / "whole", every=1, **options)
     step = end["step"] * 2 // 3
     for at in (3, step):
         again = script.fit(tmp_path / f"again{at}", resume=str(tmp_path / "whole" / f"step={at}.ckpt"), **options)
@@ -179,7 +179,7 @@ def test_the_run_equals_its_schedule_replayed_without_searches(script, tmp_path,
 
 
 def test_two_processes_agree_and_survive_a_nan_on_one(tmp_path):
-    first, second = two_ranks(tmp_path, nan_rank=1, nan_above=0.002, every=40)
+    first, second = two_ranks(tmp_path, nan_rank=1, nan_above=0.002)
     assert same(first["parameters"], second["parameters"])
     assert first["rates"] == second["rates"] and first["seen"] == second["seen"]
     assert any(t["status"] == "diverged" for t in first["history"]["trials"])
