@@ -12,6 +12,7 @@ import time
 import traceback
 import types
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -89,11 +90,15 @@ def module_at(where: str | Path) -> types.ModuleType:
     return module
 
 
-def start(function: Callable[..., Any], *arguments: Any) -> BaseProcess:
-    """Call `function(...)` of a file of tests in a process of its own."""
-    # what this process has imported; after the first call it is settled
+def preload() -> None:
+    """Have what is imported here imported in the process that ranks are forked from."""
     slow = ("torch", "torch._dynamo", "pytest", "hypothesis", "torchmetrics", "pytorch_lightning")
     RANKS.set_forkserver_preload([name for name in sys.modules if name in slow or name.startswith("trainkit")])
+    forkserver.ensure_running()
+
+
+def start(function: Callable[..., Any], *arguments: Any) -> BaseProcess:
+    """Call `function(...)` of a file of tests in a process of its own."""
     process = RANKS.Process(target=_call, args=(inspect.getfile(function), function.__name__, arguments), daemon=True)
     process.start()
     return process
