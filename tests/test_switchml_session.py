@@ -220,7 +220,7 @@ def test_wrong_world_size_wire_or_protocol_is_refused() -> None:
     with SoftwareSwitch(limits=Limits(sessions=1, memory=1 << 20)) as switch:
 
         def join(**options: Any) -> Any:
-            return SwitchMLState(switch.address, **{"deadline_s": 3, **options}).connect()
+            return SwitchMLState(switch.address, **{"deadline_s": 6, **options}).connect()
 
         results = together(lambda: join(rank=0, world_size=2), lambda: join(rank=1, world_size=3))
         assert any(isinstance(r, SessionRefused) and "world size" in str(r) for r in results)
