@@ -45,3 +45,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             reason = _missing(mark.name, config)
             if reason:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ranks_imports() -> None:
+    """Let the ranks' imports, which take seconds, run beside the first tests (not earlier: their output is captured)."""
+    if ranks := sys.modules.get("execute_ranks"):
+        ranks.preload()

@@ -1,6 +1,5 @@
 """AutoLRS on a Trainer: rates really applied, paired batches, books, resume bit for bit, two processes."""
 
-import importlib.util
 import json
 import math
 import os
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from execute_ranks import module_at, processes
 
 from trainkit.autolrs import Settings, plan
 
@@ -18,15 +18,21 @@ SCRIPT = Path(__file__).parent / "data" / "autolrs_fit.py"
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("autolrs_fit", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["autolrs_fit"] = module
-    spec.loader.exec_module(module)
-    return module
+    return module_at(SCRIPT)
+
+
+def fit_rank(rank, out, arguments):
+    module_at(SCRIPT).fit(out, **arguments)
+
+
+def two_ranks(out, **arguments):
+    """In two processes; how each of them ended."""
+    processes(fit_rank, 2, out, {"world": 2, **arguments}, backend="", deadline_s=200)
+    return [torch.load(path, weights_only=False) for path in sorted(out.glob("end*.pt"))]
 
 
 def run(out, **arguments):
-    """In processes of their own; the exit code and rank 0's end, if any."""
+    """In processes that Lightning starts; the exit code and rank 0's end, if any."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, SCRIPT, out, json.dumps(arguments)],
@@ -60,7 +66,7 @@ def assert_same_end(a, b):
 @pytest.fixture(scope="module")
 def plain(script, tmp_path_factory):
     out = tmp_path_factory.mktemp("plain")
-    return out, script.fit(out, groups=True)
+    return out, script.fit(out, groups=True, every=1)
 
 
 def test_books(plain):
@@ -130,7 +136,7 @@ def test_resume_from_any_step_is_bit_for_bit(script, plain, tmp_path):
     ids=["sgd", "fused", "accumulation", "ema", "fp16 scaler"],
 )
 def test_resume_of(script, tmp_path, options):
-    end = script.fit(tmp_path / "whole", **options)
+    end = script.fit(tmp_path / "whole", every=1, **options)
     step = end["step"] * 2 // 3
     for at in (3, step):
         again = script.fit(tmp_path / f"again{at}", resume=str(tmp_path / "whole" / f"step={at}.ckpt"), **options)
@@ -173,8 +179,7 @@ def test_the_run_equals_its_schedule_replayed_without_searches(script, tmp_path,
 
 
 def test_two_processes_agree_and_survive_a_nan_on_one(tmp_path):
-    _, ends = run(tmp_path, world=2, nan_rank=1, nan_above=0.002, every=40)
-    first, second = ends
+    first, second = two_ranks(tmp_path, nan_rank=1, nan_above=0.002)
     assert same(first["parameters"], second["parameters"])
     assert first["rates"] == second["rates"] and first["seen"] == second["seen"]
     assert any(t["status"] == "diverged" for t in first["history"]["trials"])
@@ -336,23 +341,19 @@ def test_paper_and_skopt_run(script, tmp_path):
     assert end["history"]["trials"]
 
 
-def test_lightning_cli_builds_it(tmp_path):
-    code = (
-        "from pytorch_lightning.cli import LightningCLI\n"
-        "from pytorch_lightning.demos.boring_classes import BoringModel\n"
-        "cli = LightningCLI(BoringModel, run=False, save_config_callback=None)\n"
-        "auto = [c for c in cli.trainer.callbacks if type(c).__name__ == 'AutoLRS'][0]\n"
-        "print(auto._settings.low, auto._settings.count)\n"
-    )
+def test_lightning_cli_builds_it(monkeypatch):
+    from pytorch_lightning.cli import LightningCLI
+    from pytorch_lightning.demos.boring_classes import BoringModel
+
     arguments = [
         "--trainer.callbacks+=trainkit.AutoLRS",
         "--trainer.callbacks.low=1e-4",
         "--trainer.callbacks.count=all",
     ]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120, cwd=tmp_path
-    )
-    assert "0.0001 all" in done.stdout, done.stderr[-2000:]
+    monkeypatch.setattr("sys.argv", ["train.py", *arguments])
+    cli = LightningCLI(BoringModel, run=False, save_config_callback=None)
+    (auto,) = (callback for callback in cli.trainer.callbacks if type(callback).__name__ == "AutoLRS")
+    assert (auto._settings.low, auto._settings.count) == (1e-4, "all")
 
 
 def test_progress_bar_and_plot(script, tmp_path, capsys):

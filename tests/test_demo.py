@@ -4,17 +4,19 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-STEPS = 120
+STEPS = 100
 
 
 # As a user starts it from the repository's root: the source tree there must not hide what is installed.
@@ -96,21 +98,15 @@ def test_every_gradient_went_through_the_switch(whole: Path) -> None:
     assert int(float(last[9])) >= 4 * parameters * STEPS
 
 
-def kill_and_resume(out: Path, kills: int, seed: int) -> None:
-    """Start the demo, SIGKILL its parent at random moments, resume each time, let it end."""
-    moment = random.Random(seed)
-    words = [*FRESH]
-    for _ in range(kills):
-        with subprocess.Popen(
-            demo(out, *words), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=ENVIRONMENT
-        ) as parent:
-            time.sleep(moment.uniform(1.0, 14.0))
-            family = children(parent.pid)
-            parent.send_signal(signal.SIGKILL)
-        assert gone(family), "a process was left behind"
-        words = ["--resume"] if (out / "config.json").exists() else [*FRESH]
-    done = finish(out, *words)
-    assert done.returncode == 0, done.stderr[-3000:]
+def killed(out: Path, *words: str, when: Callable[[], object]) -> None:
+    """Start the demo and SIGKILL its parent as soon as `when` returns; nothing of it stays."""
+    with subprocess.Popen(
+        demo(out, *words), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=ENVIRONMENT
+    ) as parent:
+        when()
+        family = children(parent.pid)
+        parent.send_signal(signal.SIGKILL)
+    assert gone(family), "a process was left behind"
 
 
 def assert_same_run(out: Path, whole: Path) -> None:
@@ -122,16 +118,36 @@ def assert_same_run(out: Path, whole: Path) -> None:
     assert (out / "lr_schedule.json").read_text() == (whole / "lr_schedule.json").read_text()
 
 
-def test_killed_and_resumed_it_ends_with_the_same_weights(whole: Path, tmp_path: Path) -> None:
-    kill_and_resume(tmp_path / "run", kills=2, seed=1)
-    assert_same_run(tmp_path / "run", whole)
+def test_killed_while_it_searches_it_ends_with_the_same_weights(whole: Path, tmp_path: Path) -> None:
+    """The arms without a search are not run again here: they are killed, too, in the test of ten kills."""
+    out = tmp_path / "run"
+
+    def trained_a_little() -> None:
+        deadline = time.monotonic() + 120
+        while not list((out / "autolrs").glob("step-*.ckpt")):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(random.Random(1).uniform(0.0, 1.0))
+
+    killed(out, *FRESH, when=trained_a_little)
+    assert not (out / "autolrs" / "result.json").exists()
+    for arm in ("default", "constant"):
+        shutil.copytree(whole / arm, out / arm)
+    done = finish(out, "--resume")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_run(out, whole)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_killed_ten_times_it_ends_with_the_same_weights(whole: Path, tmp_path: Path) -> None:
-    kill_and_resume(tmp_path / "run", kills=10, seed=2)
-    assert_same_run(tmp_path / "run", whole)
+    out, moment = tmp_path / "run", random.Random(2)
+    for _ in range(10):
+        words = ["--resume"] if (out / "config.json").exists() else [*FRESH]
+        killed(out, *words, when=lambda: time.sleep(moment.uniform(1.0, 14.0)))
+    done = finish(out, "--resume")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_run(out, whole)
 
 
 @pytest.mark.slow
@@ -192,8 +208,10 @@ def test_unreachable_switch(tmp_path: Path) -> None:
 def test_unreadable_checkpoint(whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     out.mkdir()
-    for name in ("config.json", "train.bin", "validation.bin"):
+    for name in ("train.bin", "validation.bin"):
         (out / name).write_bytes((whole / name).read_bytes())
+    config = json.loads((whole / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "workers": 1}))
     (out / "autolrs").mkdir()
     (out / "autolrs" / "step-00000010.ckpt").write_bytes(b"not a checkpoint")
     done = finish(out, "--resume")

@@ -8,14 +8,16 @@ import subprocess
 import sys
 import time
 import zipfile
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from execute_ranks import RANKS, start
 
 from trainkit.demo import SIZES, Config, WorkerFailed, prepare
-from trainkit.demo._checkpoint import newest_checkpoint
+from trainkit.demo._checkpoint import DurableCheckpointIO, newest_checkpoint
 from trainkit.demo._corpus import WindowLoader, write_corpus
 from trainkit.demo._model import GPT
 from trainkit.demo._processes import Workers
@@ -95,19 +97,20 @@ def test_the_newest_whole_checkpoint_is_taken(tmp_path: Path) -> None:
         newest_checkpoint(tmp_path)
 
 
+def _write(folder: Path, ready: Connection) -> None:
+    ready.send("ready")
+    for step in range(1000):
+        DurableCheckpointIO().save_checkpoint({"x": torch.zeros(1 << 18)}, str(folder / f"step-{step:08d}.ckpt"))
+
+
 def test_a_checkpoint_under_its_name_is_whole(tmp_path: Path) -> None:
     """A writer killed at any time leaves only checkpoints that verify."""
-    code = (
-        "import sys, torch; from trainkit.demo._checkpoint import DurableCheckpointIO\n"
-        "print('ready', flush=True)\n"
-        "for step in range(1000):\n"
-        "    DurableCheckpointIO().save_checkpoint({'x': torch.zeros(1 << 18)}, f'{sys.argv[1]}/step-{step:08d}.ckpt')"
-    )
-    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE) as writer:
-        assert writer.stdout is not None
-        writer.stdout.readline()
-        time.sleep(random.Random(0).uniform(0.05, 0.3))
-        writer.kill()
+    ready, theirs = RANKS.Pipe(duplex=False)
+    writer = start(_write, tmp_path, theirs)
+    ready.recv()
+    time.sleep(random.Random(0).uniform(0.05, 0.3))
+    writer.kill()
+    writer.join()
     saved = list(tmp_path.glob("step-*.ckpt"))
     assert saved
     for path in saved:

@@ -94,7 +94,7 @@ def test_hook_trains_as_ddp_does() -> None:
 
 
 def _dies(rank: int, transport: str, how: int) -> tuple[str, int, float]:
-    state = ForestState(topology=line(5), deadline_s=8.0, transport=transport)  # type: ignore[arg-type]
+    state = ForestState(topology=line(5), deadline_s=4.0, transport=transport)  # type: ignore[arg-type]
     died: list[float] = []
 
     def at_step(step: int) -> None:

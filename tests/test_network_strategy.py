@@ -4,107 +4,69 @@ import json
 import multiprocessing
 import os
 import pickle
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from execute_ranks import processes
+from lightning_fabric.plugins.environments import LightningEnvironment
 from network_lab import Lab
 from torch.nn.parallel import DistributedDataParallel
 
+from trainkit import AutoNetworkStrategy
 from trainkit._network import NetworkState, auto_network_hook
 from trainkit.collectives import ForestState, Topology, fabrics, probe
 from trainkit.collectives._probe import seated
 from trainkit.switchml import SoftwareSwitch
 
-_TRAIN = """
-import json, os, sys
-import torch, pytorch_lightning as pl
-from lightning_fabric.plugins.environments import LightningEnvironment
-from trainkit.collectives import Topology
-torch.set_num_threads(1)
-told = json.loads(sys.argv[1])
 
 class Net(pl.LightningModule):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.net = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.Tanh(), torch.nn.Linear(64, 1))
-        self.seen = []
-    def training_step(self, batch, index):
-        state = self.trainer.strategy.network_state
-        self.seen.append(state.plan and state.plan.chosen.name)
+        self.seen: list[str | None] = []
+
+    def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
+        plan = self.trainer.strategy.network_state.plan  # type: ignore[attr-defined]
+        self.seen.append(plan and plan.chosen.name)
         return (self.net(batch) - batch.sum(1, keepdim=True)).square().mean()
-    def configure_optimizers(self):
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
 
-pl.seed_everything(0, verbose=False)
-data = torch.utils.data.DataLoader(torch.randn(400, 16), batch_size=4)
-if told["strategy"] == "by name":
-    import trainkit
-    trainkit.AutoNetworkStrategy
-    strategy = "auto_network"
-else:
-    from trainkit import AutoNetworkStrategy
-    network = told["network"] and Topology.from_dict(told["network"])
-    strategy = AutoNetworkStrategy(network, window=told["window"], **told["more"])
-trainer = pl.Trainer(accelerator="cpu", devices=told["world"], strategy=strategy, max_steps=told["steps"], logger=False,
-                     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-                     plugins=[LightningEnvironment()])
-net = Net()
-trainer.fit(net, data)
-state = trainer.strategy.network_state
-flat = torch.cat([p.detach().flatten() for p in net.parameters()])
-print(json.dumps({"bits": flat.view(torch.int32).tolist(), "seen": net.seen, "plan": state.plan and state.plan.as_dict(),
-                  "compared": [[c.way, c.steps, c.predicted_s, c.measured_s] for c in state.comparisons]}), flush=True)
-"""
+
+def _train(rank: int, folder: Path, world: int, steps: int, options: dict[str, Any] | None) -> dict[str, Any]:
+    """What one rank of a Trainer saw, under a strategy of these options or, without any, its registered name."""
+    log = folder / f"said-{rank}"
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 2)
+    pl.seed_everything(0, verbose=False)
+    data = torch.utils.data.DataLoader(torch.randn(400, 16), batch_size=4)
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=world, strategy="auto_network" if options is None else AutoNetworkStrategy(**options),
+        max_steps=steps, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        plugins=[LightningEnvironment()],
+    )  # fmt: skip
+    net = Net()
+    trainer.fit(net, data)
+    state = trainer.strategy.network_state  # type: ignore[attr-defined]
+    return {
+        "bits": torch.cat([p.detach().flatten() for p in net.parameters()]).view(torch.int32).tolist(),
+        "seen": net.seen,
+        "plan": state.plan and json.loads(json.dumps(state.plan.as_dict())),
+        "compared": [[c.way, c.steps, c.predicted_s, c.measured_s] for c in state.comparisons],
+        "said": log.read_text(),
+    }
 
 
-def train(
-    folder: Path,
-    network: Topology | None,
-    *,
-    world: int = 2,
-    steps: int = 14,
-    window: int = 4,
-    strategy: str = "new",
-    **more: Any,
-) -> list[dict[str, Any]]:
-    script = folder / "train.py"
-    script.write_text(_TRAIN)
-    told = json.dumps(
-        {
-            "network": network and network.to_dict(),
-            "world": world,
-            "steps": steps,
-            "window": window,
-            "strategy": strategy,
-            "more": more,
-        }
-    )
-    port = str(20000 + os.getpid() % 20000)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), told],
-            env={**os.environ, "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    try:
-        ended = [process.communicate(timeout=240) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, (_, errors) in zip(processes, ended, strict=True):
-        assert process.returncode == 0, errors
-    return [json.loads(out.strip().splitlines()[-1]) | {"errors": errors} for out, errors in ended]
+def train(folder: Path, network: Topology, *, world: int = 2, steps: int = 14, **more: Any) -> list[dict[str, Any]]:
+    options = {"network": network, "window": 4, **more}
+    ended = processes(_train, world, folder, world, steps, options, backend="", deadline_s=240)
+    return [ended[rank] for rank in range(world)]
 
 
 def test_a_schedule_is_chosen_and_compared_with_what_happens(tmp_path: Path) -> None:
@@ -132,7 +94,6 @@ def test_a_switch_is_chosen_and_carries_the_gradients(tmp_path: Path) -> None:
     assert taken["chunks"] > 0
 
 
-@pytest.mark.slow
 def test_reordered_ring_runs_in_a_group_of_its_own(tmp_path: Path) -> None:
     fast = [("a", "b"), ("b", "c"), ("c", "a")]
     links = [(u, v, 100) for u, v in fast] + [(v, u, 1) for u, v in fast]
@@ -143,22 +104,19 @@ def test_reordered_ring_runs_in_a_group_of_its_own(tmp_path: Path) -> None:
     assert results[0]["plan"]["ways"]["reordered ring"]["order"] in (["a", "c", "b"], ["c", "b", "a"], ["b", "a", "c"])
 
 
-@pytest.mark.slow
 def test_on_one_host_there_is_nothing_to_plan_and_training_goes_on(tmp_path: Path) -> None:
-    # by the registered name, in a fresh process
-    results = train(tmp_path, None, strategy="by name", steps=5)
+    results = processes(_train, 2, tmp_path, 2, 5, None, backend="", deadline_s=240)
     assert results[0]["bits"] == results[1]["bits"]
     assert results[0]["plan"] is None
-    assert "all 2 ranks are on host" in results[0]["errors"]
+    assert "all 2 ranks are on host" in results[0]["said"]
 
 
-@pytest.mark.slow
 def test_drift_has_the_network_probed_anew(tmp_path: Path) -> None:
     # no two windows take equal times: every third look is drift; here the probe then finds one host, the plan stays
     results = train(tmp_path, fabrics.star([1, 4], unit="Mbit/s"), steps=20, drift=1e-9)
     assert results[0]["bits"] == results[1]["bits"]
-    assert "the network drifted" in results[0]["errors"]
-    assert "no network plan: all 2 ranks are on host" in results[0]["errors"]
+    assert "the network drifted" in results[0]["said"]
+    assert "no network plan: all 2 ranks are on host" in results[0]["said"]
     assert results[0]["plan"]["network"].startswith("star")
 
 

@@ -1,12 +1,15 @@
 """Planned ranks where they count: torchrun's rendezvous, over restarts and hosts that leave and return; ordered groups."""
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
+from execute_ranks import processes
 from order_agents import Agents
+
+from trainkit.collectives.order import OrderError, ordered_group
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -54,28 +57,18 @@ def test_a_host_leaves_and_returns_and_a_stranger_joins(agents: Agents) -> None:
     assert agents.finish() == [0, 0, 0, 0]
 
 
-def test_an_ordered_group(tmp_path: Path) -> None:
-    code = f"""
-import sys, torch, torch.distributed as dist
-from trainkit.collectives.order import OrderError, ordered_group
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=rank, world_size=2)
-group = ordered_group([1, 0])
-assert dist.get_rank(group) == 1 - rank
-parts = [torch.zeros(1), torch.zeros(1)]
-dist.all_gather(parts, torch.tensor([float(rank)]), group=group)
-assert torch.cat(parts).tolist() == [1.0, 0.0]
-try:
-    ordered_group([1, 1])
-except OrderError as error:
-    print(error)
-dist.barrier()
-dist.destroy_process_group()
-"""
-    started = [
-        subprocess.Popen([sys.executable, "-c", code, str(rank)], stdout=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    for process in started:
-        assert "each of the hosts 0 to 1 once, got [1, 1]" in process.communicate(timeout=200)[0]
-        assert process.returncode == 0
+def _ordered(rank: int) -> tuple[list[float], str]:
+    group = ordered_group([1, 0])
+    assert dist.get_rank(group) == 1 - rank
+    parts = [torch.zeros(1), torch.zeros(1)]
+    dist.all_gather(parts, torch.tensor([float(rank)]), group=group)
+    with pytest.raises(OrderError) as refused:
+        ordered_group([1, 1])
+    dist.barrier()
+    return torch.cat(parts).tolist(), str(refused.value)
+
+
+def test_an_ordered_group() -> None:
+    for parts, refusal in processes(_ordered, 2).values():
+        assert parts == [1.0, 0.0]
+        assert "each of the hosts 0 to 1 once, got [1, 1]" in refusal

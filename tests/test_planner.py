@@ -1,11 +1,12 @@
 """The planner's predictions: exact where the model is, ranked as the networks' own arithmetic says."""
 
+import functools
 import json
 from pathlib import Path
 
 import pytest
 
-from trainkit._planner import OVERHEAD_S, Way, plan_network
+from trainkit._planner import OVERHEAD_S, NetworkPlan, Way, plan_network
 from trainkit.cli import main
 from trainkit.collectives import Topology, fabrics
 from trainkit.collectives._probe._devices import inside
@@ -23,6 +24,11 @@ def case(name: str) -> Topology:
     )
 
 
+@functools.cache
+def planned(name: str) -> NetworkPlan:
+    return plan_network(case(name), BUCKETS)
+
+
 def racks(order: str) -> Topology:
     """Two racks of four hosts at 100, uplinks of 25; the hosts named in `order`."""
     links = [(f"{rack}{i}", f"rack-{rack}", 100) for rack in "ab" for i in range(4)]
@@ -37,7 +43,7 @@ def racks(order: str) -> Topology:
     [("emu_E1", 6.5), ("emu_E3", 4.0), ("emu_E7", 3.2), ("star8_one_slow", 1.7)],
 )
 def test_trees_are_chosen_where_the_ring_wastes_links(name: str, gain: float) -> None:
-    plan = plan_network(case(name), BUCKETS)
+    plan = planned(name)
     by_name = {way.name: way for way in plan.ways}
     assert plan.chosen.name in ("forest", "native")
     assert by_name["ring"].step_s / plan.chosen.step_s >= gain
@@ -48,7 +54,7 @@ def test_trees_are_chosen_where_the_ring_wastes_links(name: str, gain: float) ->
 
 
 def test_only_native_helps_where_one_host_is_slow() -> None:
-    by_name = {way.name: way for way in plan_network(case("star8_one_slow"), BUCKETS).ways}
+    by_name = {way.name: way for way in planned("star8_one_slow").ways}
     assert by_name["native"].step_s < by_name["forest"].step_s
 
 

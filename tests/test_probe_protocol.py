@@ -4,14 +4,13 @@ import os
 import signal
 import socket
 import struct
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from execute_ranks import start
 
 from trainkit.collectives import Topology
 from trainkit.collectives._probe import ProbeError, probe_hosts
@@ -108,45 +107,50 @@ def test_another_key_is_refused_and_the_missing_host_is_told() -> None:
 )
 def test_ranks_that_make_no_sense(ranks: tuple[int, ...], what: str) -> None:
     port = free_port()
-    said = together(*[host(port, rank, 3, timeout_s=3.0, join_s=4.0) for rank in ranks])
+    said = together(*[host(port, rank, 3, timeout_s=2.0, join_s=2.0) for rank in ranks])
     assert any(what in str(one) for one in said)
     assert all(isinstance(one, ProbeError | ValueError) for one in said)
+
+
+def _victim(port: int) -> None:
+    probe_hosts(("127.0.0.1", port), 3, rank=2, name="victim", warm_s=0.02, measure_s=0.04)
 
 
 @pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_host_that_dies_or_freezes_is_named_on_every_other(way: signal.Signals) -> None:
     port = free_port()
-    code = (
-        "from trainkit.collectives._probe import probe_hosts\n"
-        f"probe_hosts(('127.0.0.1', {port}), 3, rank=2, name='victim', warm_s=.02, measure_s=.04)"
-    )
-    victim = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    victim = start(_victim, port)
+    pid = victim.pid
+    assert pid is not None
 
     def strike(what: str, done: int, total: int) -> None:
         if what == "all pairs under load" and done == 3:
-            os.kill(victim.pid, way)
+            os.kill(pid, way)
 
     try:
         timeout = 30.0 if way is signal.SIGKILL else 2.0
         said = together(*[host(port, r, 3, timeout_s=timeout, progress=strike if r == 0 else None) for r in range(2)])
     finally:
         victim.kill()
-        victim.wait()
+        victim.join()
     for one in said:
         assert isinstance(one, ProbeError)
         assert "host 'victim'" in str(one)
 
 
+def _dying_leader(port: int) -> None:
+    def die(what: str, done: int, total: int) -> None:
+        if done == 1:
+            os._exit(1)
+
+    probe_hosts(("127.0.0.1", port), 2, rank=0, warm_s=0.02, measure_s=0.04, progress=die)
+
+
 def test_a_conductor_that_dies_is_named() -> None:
     port = free_port()
-    code = (
-        "import os\nfrom trainkit.collectives._probe import probe_hosts\n"
-        "die = lambda what, done, total: done == 1 and os._exit(1)\n"
-        f"probe_hosts(('127.0.0.1', {port}), 2, rank=0, warm_s=.02, measure_s=.04, progress=die)"
-    )
-    leader = subprocess.Popen([sys.executable, "-c", code])
+    leader = start(_dying_leader, port)
     (said,) = together(host(port, 1, 2))
-    leader.wait()
+    leader.join()
     assert "the conductor left the probe" in str(said)
 
 

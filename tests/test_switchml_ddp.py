@@ -1,40 +1,45 @@
 """The hook under DistributedDataParallel against built-in all-reduce, two processes on CPU."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import copy
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
+from execute_ranks import processes
+from torch.nn.parallel import DistributedDataParallel
 
-from trainkit.switchml import SoftwareSwitch
+from trainkit.switchml import SoftwareSwitch, SwitchMLState, switchml_hook
 
-_TRAIN = """
-import copy, json, sys
-import torch, torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel as DDP
-from trainkit.switchml import SwitchMLState, switchml_hook
-rank, switch, meet = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=2)
-torch.manual_seed(0)
-conv = torch.nn.Conv2d
-start = torch.nn.Sequential(conv(1, 8, 3), torch.nn.ReLU(), conv(8, 8, 3), torch.nn.ReLU(), torch.nn.Flatten(),
-                            torch.nn.Linear(8 * 16, 10))
+ARMS: dict[str, dict[str, Any]] = {
+    "int32": {"wire": "int32"},
+    "int8": {"wire": "int8"},
+    "views": {"wire": "int32", "gradient_as_bucket_view": True, "accumulate": 2, "steps": 30},
+}
 
-def train(wire, steps=200, accumulate=1, **ddp):
+
+def _net() -> torch.nn.Module:
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d
+    return torch.nn.Sequential(
+        conv(1, 8, 3), torch.nn.ReLU(), conv(8, 8, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(8 * 16, 10)
+    )
+
+
+def _train(
+    rank: int, start: torch.nn.Module, switch: str, wire: str | None, steps: int = 200, accumulate: int = 1, **ddp: Any
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """All parameters, and what was seen; without a wire, under the built-in all-reduce."""
     model = copy.deepcopy(start)
-    wrapped = DDP(model, bucket_cap_mb=0.002, **ddp)
+    wrapped = DistributedDataParallel(model, bucket_cap_mb=0.002, **ddp)
     state = None
     if wire:
-        state = SwitchMLState(switch, session=wire, wire=wire, elements=64)
+        state = SwitchMLState(switch, session=wire, wire=wire, elements=64)  # type: ignore[arg-type]
         wrapped.register_comm_hook(state, switchml_hook)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     data = torch.Generator().manual_seed(rank)
     losses = []
-    for step in range(steps):
+    for _ in range(steps):
         for micro in range(accumulate):
             images = torch.randn(16, 1, 8, 8, generator=data)
             labels = (10 * torch.special.ndtr(images.mean((1, 2, 3)) * 8)).long().clamp(0, 9)
@@ -52,36 +57,23 @@ def train(wire, steps=200, accumulate=1, **ddp):
         state.close()
     return flat, {"equal": torch.equal(*both), "loss": sum(losses[-50:]) / 50, "calls": calls}
 
-plain, answer = train(None)
-report = {"built-in": answer}
-for name, arguments in json.loads(sys.argv[4]).items():
-    flat, answer = train(**arguments)
-    reference = train(None, **{k: v for k, v in arguments.items() if k != "wire"})[0] if len(arguments) > 1 else plain
-    report[name] = {**answer, "difference": float((flat - reference).norm() / reference.norm())}
-print(json.dumps(report), flush=True)
-"""
+
+def _arms(rank: int, switch: str) -> dict[str, dict[str, Any]]:
+    start = _net()
+    plain, answer = _train(rank, start, switch, None)
+    told = {"built-in": answer}
+    for name, options in ARMS.items():
+        flat, answer = _train(rank, start, switch, **options)
+        alike = {key: value for key, value in options.items() if key != "wire"}
+        reference = _train(rank, start, switch, None, **alike)[0] if alike else plain
+        told[name] = {**answer, "difference": float((flat - reference).norm() / reference.norm())}
+    return told
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    folder: Path = tmp_path_factory.mktemp("ddp")
-    script = folder / "train.py"
-    script.write_text(_TRAIN)
-    arms = {
-        "int32": {"wire": "int32"},
-        "int8": {"wire": "int8"},
-        "views": {"wire": "int32", "gradient_as_bucket_view": True, "accumulate": 2, "steps": 30},
-    }
+def report() -> dict[str, dict[str, Any]]:
     with SoftwareSwitch() as switch:
-        arguments = [switch.address, str(folder / "meet"), json.dumps(arms)]
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, str(script), str(r), *arguments], stdout=subprocess.PIPE, text=True, env=os.environ
-            )
-            for r in range(2)
-        ]
-        outs = [rank.communicate(timeout=240)[0] for rank in ranks]
-    answer: dict[str, dict[str, Any]] = json.loads(outs[0].strip().splitlines()[-1])
+        answer: dict[str, dict[str, Any]] = processes(_arms, 2, switch.address, deadline_s=240)[0]
     return answer
 
 

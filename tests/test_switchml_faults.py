@@ -1,6 +1,8 @@
 """Real processes, a real switch program, and signals: every failure has a name, no pause within the deadline hurts."""
 
 import contextlib
+import datetime
+import hashlib
 import json
 import os
 import select
@@ -11,67 +13,110 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
+from execute_ranks import RANKS, start
+from torch.nn.parallel import DistributedDataParallel
 
+from trainkit.switchml import SwitchMLState, _rescue, switchml_hook
 from trainkit.switchml import _packet as packet
 
-_WORKER = """
-import copy, datetime, hashlib, json, sys, time
-import torch, torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-from trainkit.switchml import SwitchMLState, switchml_hook, _rescue
-torch.set_num_threads(1)
-rank, options = int(sys.argv[1]), json.loads(sys.argv[2])
-steps, pace, guess = options.pop("steps"), options.pop("pace", 0.0), options.pop("guess", True)
-again = options.pop("again", False)
-_rescue._RETRY = options.pop("retry", 15.0)
-dist.init_process_group("gloo", init_method=f"file://{options.pop('meet')}", rank=rank, world_size=2,
-                        timeout=datetime.timedelta(seconds=60))
-state = SwitchMLState(**options)
-state.connect()
-print("joined", flush=True)
-torch.manual_seed(0)
-start = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 10))
 
-def plain_hook(state, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+def _average(state: SwitchMLState, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     return state.average(bucket.buffer())
 
-def loss(model, step, r):
-    seeded = torch.Generator().manual_seed(10 * step + r)
+
+def _loss(model: torch.nn.Module, step: int, rank: int) -> torch.Tensor:
+    seeded = torch.Generator().manual_seed(10 * step + rank)
     images = torch.randn(8, 1, 8, 8, generator=seeded)
     return torch.nn.functional.cross_entropy(model(images), torch.randint(0, 10, (8,), generator=seeded))
 
-def train(pace, say):
-    model = copy.deepcopy(start)
+
+def _train(state: SwitchMLState, rank: int, steps: int, pace: float, guess: bool, tell: Any) -> tuple[str, float]:
+    """A digest of the parameters, and how far the worst gradient was off the two ranks' mean."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 10)
+    )  # fmt: skip
     ddp = DistributedDataParallel(model)
-    ddp.register_comm_hook(state, switchml_hook if guess else plain_hook)
+    ddp.register_comm_hook(state, switchml_hook if guess else _average)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     worst = 0.0
     for step in range(steps):
-        both = [torch.autograd.grad(loss(model, step, r), list(model.parameters())) for r in range(2)]
-        loss(ddp, step, rank).backward()
-        for p, first, second in zip(model.parameters(), *both):
+        both = [torch.autograd.grad(_loss(model, step, r), list(model.parameters())) for r in range(2)]
+        _loss(ddp, step, rank).backward()
+        for p, first, second in zip(model.parameters(), *both, strict=True):
+            assert p.grad is not None
             worst = max(worst, float((p.grad - (first + second) / 2).abs().max()))
         optimizer.step()
         optimizer.zero_grad()
-        if say:
-            print("step", step, flush=True)
+        tell(f"step {step}")
         time.sleep(pace)
     return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest(), worst
 
-try:
-    digest, worst = train(pace, True)
-    answer = {"digest": digest, "worst": worst, "rescues": getattr(state.link, "rescues", 0)}
-    if again:
-        answer["undisturbed"] = train(0.0, False)[0]
-except RuntimeError as error:
-    answer = {"error": type(state.error).__name__, "words": str(state.error), "ranks": getattr(state.error, "ranks", None)}
-state.close()
-print(json.dumps({**answer, **state.counters()}), flush=True)
-"""
+
+def _work(rank: int, meet: str, told: Connection, options: dict[str, Any]) -> None:
+    """One rank: tells its steps as it goes, at last what it found."""
+    steps, pace, guess = options.pop("steps"), options.pop("pace", 0.0), options.pop("guess", True)
+    again, halt = options.pop("again", False), options.pop("halt", None)
+    _rescue._RETRY = options.pop("retry", 15.0)
+    minute = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=2, timeout=minute)
+    state = SwitchMLState(**options)
+    answer: dict[str, Any] = {}
+
+    def tell(step: str) -> None:
+        told.send(step)
+        if step == halt:
+            told.recv()
+
+    try:
+        state.connect()
+        answer["digest"], answer["worst"] = _train(state, rank, steps, pace, guess, tell)
+        answer["rescues"] = getattr(state.link, "rescues", 0)
+        if again:
+            answer["undisturbed"] = _train(state, rank, steps, 0.0, guess, lambda said: None)[0]
+    except RuntimeError:
+        if state.error is None:
+            raise
+        answer = {"error": type(state.error).__name__, "words": str(state.error)}
+        answer["ranks"] = getattr(state.error, "ranks", None)
+    state.close()
+    told.send({**answer, **state.counters()})
+
+
+class Worker:
+    """A rank in a process of its own."""
+
+    def __init__(self, rank: int, meet: str, options: dict[str, Any]) -> None:
+        self._told, theirs = RANKS.Pipe()
+        self.process = start(_work, rank, meet, theirs, options)
+        theirs.close()  # so that its end is seen
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+    def until(self, step: str) -> None:
+        """Wait for a step."""
+        while (said := self._told.recv()) != step:
+            assert isinstance(said, str), f"the worker ended before it said {step!r}: {said}"
+
+    def go_on(self) -> None:
+        """End its halt."""
+        self._told.send("go on")
+
+    def answer(self) -> dict[str, Any]:
+        """What it found."""
+        while isinstance(said := self._told.recv(), str):
+            pass
+        self.process.join(90)
+        return dict(said)
 
 
 class Scene:
@@ -79,31 +124,31 @@ class Scene:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.processes: list[subprocess.Popen[str]] = []
-        self.script = folder / "worker.py"
-        self.script.write_text(_WORKER)
-
-    def start(self, *arguments: str) -> "subprocess.Popen[str]":
-        environment = {**os.environ, "PYTHONHASHSEED": "0"}
-        process = subprocess.Popen(
-            [sys.executable, *arguments], stdout=subprocess.PIPE, text=True, env=environment, cwd=self.folder
-        )
-        self.processes.append(process)
-        return process
+        self.switches: list[subprocess.Popen[str]] = []
+        self.ranks: list[Worker] = []
 
     def switch(self, listen: str = "127.0.0.1:0") -> "subprocess.Popen[str]":
-        process = self.start("-m", "trainkit", "switch", "--listen", listen, "--json", "--interval", "1000")
+        words = ["-m", "trainkit", "switch", "--listen", listen, "--json", "--interval", "1000"]
+        process = subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, text=True, cwd=self.folder)
+        self.switches.append(process)
         self.address: str = json.loads(process.stdout.readline())["address"]  # type: ignore[union-attr]
         return process
 
-    def workers(self, second: str | None = None, **options: Any) -> list["subprocess.Popen[str]"]:
+    def workers(self, second: str | None = None, **options: Any) -> list[Worker]:
         """Both workers; `second` is where rank 1 finds the switch."""
-        plan = {"meet": str(self.folder / "meet"), **options}
         places = (self.address, second or self.address)
-        return [
-            self.start(str(self.script), str(rank), json.dumps({"switch": place, **plan}))
-            for rank, place in enumerate(places)
+        self.ranks += [
+            Worker(rank, str(self.folder / "meet"), {"switch": place, **options}) for rank, place in enumerate(places)
         ]
+        return self.ranks
+
+    def close(self) -> None:
+        for process in (*self.switches, *(rank.process for rank in self.ranks)):
+            process.kill()
+        for process in self.switches:
+            process.communicate()
+        for rank in self.ranks:
+            rank.process.join()
 
 
 class Relay(threading.Thread):
@@ -146,37 +191,19 @@ class Relay(threading.Thread):
 def scene(tmp_path: Path) -> Iterator[Scene]:
     made = Scene(tmp_path)
     yield made
-    for process in made.processes:
-        process.kill()
-        process.communicate()
-
-
-def _until(process: "subprocess.Popen[str]", line: str) -> None:
-    assert process.stdout is not None
-    for said in process.stdout:
-        if said.startswith(line):
-            return
-    raise AssertionError(f"the worker ended before it said {line!r}")
-
-
-def _answer(process: "subprocess.Popen[str]") -> dict[str, Any]:
-    assert process.stdout is not None
-    # not communicate(), which misses what the line reader has taken ahead
-    out = process.stdout.read()
-    process.wait(timeout=90)
-    return dict(json.loads(out.strip().splitlines()[-1]))
+    made.close()
 
 
 @pytest.mark.slow
 def test_switch_killed_and_restarted_with_fallback(scene: Scene) -> None:
     switch = scene.switch()
     workers = scene.workers(steps=60, pace=0.03, deadline_s=1.5, fallback="allreduce", retry=0.3)
-    _until(workers[0], "step 10")
+    workers[0].until("step 10")
     switch.send_signal(signal.SIGKILL)
     switch.wait()
-    _until(workers[0], "step 15")
+    workers[0].until("step 15")
     scene.switch(scene.address)
-    first, second = (_answer(worker) for worker in workers)
+    first, second = (worker.answer() for worker in workers)
     assert first["digest"] == second["digest"]
     assert max(first["worst"], second["worst"]) < 1e-6
     assert first["rescues"] == second["rescues"] == 1
@@ -189,14 +216,19 @@ def test_last_result_reaches_the_rank_that_missed_it(scene: Scene) -> None:
     relay = Relay(scene.address)
     relay.start()
     # without guesses, so that what is held are sums that need nothing more of rank 1
-    workers = scene.workers(relay.address, steps=5, pace=0.5, deadline_s=1.5, fallback="allreduce", guess=False)
-    _until(workers[0], "step 3")
-    _until(workers[1], "step 3")
+    workers = scene.workers(relay.address, steps=5, halt="step 3", deadline_s=1.5, fallback="allreduce", guess=False)
+    for worker in workers:
+        worker.until("step 3")
     relay.hold.set()
-    _until(workers[0], "step 4")  # rank 0 has the last sum, and ends as soon as it may
-    assert relay.held > 0
+    for worker in workers:
+        worker.go_on()
+    workers[0].until("step 4")  # rank 0 has the last sum, and ends as soon as it may
+    deadline = time.monotonic() + 10
+    while not relay.held:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     switch.send_signal(signal.SIGKILL)
-    first, second = (_answer(worker) for worker in workers)
+    first, second = (worker.answer() for worker in workers)
     assert first["digest"] == second["digest"]
     assert max(first["worst"], second["worst"]) < 1e-6
     assert (first["rescues"], second["rescues"]) == (0, 1)
@@ -208,13 +240,13 @@ def test_last_result_reaches_the_rank_that_missed_it(scene: Scene) -> None:
 def test_switch_killed_without_fallback_is_named_on_every_rank(scene: Scene, listens_again: bool) -> None:
     switch = scene.switch()
     workers = scene.workers(steps=1000, pace=0.02, deadline_s=30.0 if listens_again else 2.0)
-    _until(workers[0], "step 3")
+    workers[0].until("step 3")
     switch.send_signal(signal.SIGKILL)
     switch.wait()
     if listens_again:
         scene.switch(scene.address)
     for worker in workers:
-        answer = _answer(worker)
+        answer = worker.answer()
         assert answer["error"] == ("SessionLost" if listens_again else "SwitchUnreachable")
         assert scene.address in answer["words"]
 
@@ -223,11 +255,11 @@ def test_switch_killed_without_fallback_is_named_on_every_rank(scene: Scene, lis
 def test_pause_of_5_s_within_a_deadline_of_10_s_costs_time_only(scene: Scene) -> None:
     scene.switch()
     workers = scene.workers(steps=20, pace=0.02, deadline_s=10.0, again=True)
-    _until(workers[0], "step 3")
-    workers[1].send_signal(signal.SIGSTOP)
+    workers[0].until("step 3")
+    workers[1].signal(signal.SIGSTOP)
     time.sleep(5.0)
-    workers[1].send_signal(signal.SIGCONT)
-    answers = [_answer(worker) for worker in workers]
+    workers[1].signal(signal.SIGCONT)
+    answers = [worker.answer() for worker in workers]
     assert len({answer[run] for answer in answers for run in ("digest", "undisturbed")}) == 1
     assert answers[0]["worst"] < 1e-6
 
@@ -236,23 +268,23 @@ def test_pause_of_5_s_within_a_deadline_of_10_s_costs_time_only(scene: Scene) ->
 def test_pause_of_5_s_beyond_a_deadline_of_2_s_is_named_on_every_rank(scene: Scene, fallback: str | None) -> None:
     scene.switch()
     workers = scene.workers(steps=1000, pace=0.02, deadline_s=2.0, fallback=fallback)
-    _until(workers[0], "step 3")
-    workers[1].send_signal(signal.SIGSTOP)
+    workers[0].until("step 3")
+    workers[1].signal(signal.SIGSTOP)
     time.sleep(5.0)
-    workers[1].send_signal(signal.SIGCONT)
-    answers = [_answer(worker) for worker in workers]
+    workers[1].signal(signal.SIGCONT)
+    answers = [worker.answer() for worker in workers]
     for answer in answers:
         assert answer["error"] == "WorkerMissing"
         assert "rank 1" in answer["words"]
-    assert answers[0]["ranks"] == [1]
+    assert answers[0]["ranks"] == (1,)
 
 
 @pytest.mark.parametrize("fallback", [pytest.param(None, marks=pytest.mark.slow), "allreduce"])
 def test_dead_worker_is_named(scene: Scene, fallback: str | None) -> None:
     scene.switch()
     workers = scene.workers(steps=1000, pace=0.02, deadline_s=1.0, fallback=fallback)
-    _until(workers[0], "step 3")
-    workers[1].send_signal(signal.SIGKILL)
-    answer = _answer(workers[0])
+    workers[0].until("step 3")
+    workers[1].signal(signal.SIGKILL)
+    answer = workers[0].answer()
     assert answer["error"] == "WorkerMissing"
-    assert answer["ranks"] == [1]
+    assert answer["ranks"] == (1,)

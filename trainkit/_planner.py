@@ -219,7 +219,7 @@ def _scheduled(
         if (finer_s := _seconds(finer, largest, backend)) >= best_s:
             break
         best, best_s, before = finer, finer_s, chunks
-    times = {nbytes: _seconds(best, nbytes, backend) for nbytes in set(buckets)}
+    times = {largest: best_s} | {nbytes: _seconds(best, nbytes, backend) for nbytes in set(buckets) - {largest}}
     loads = link_loads(best)
     busiest = max(loads, key=lambda link: loads[link] / Fraction(best.links[link]))
     return Way(name, tuple(times[nbytes] for nbytes in buckets), busiest, schedule=best)

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from fractions import Fraction
+from math import lcm
 
 from trainkit.collectives.schedule._form import Op, Schedule
 
@@ -30,7 +31,7 @@ def compose(reduce_scatter: Schedule, allgather: Schedule, name: str | None = No
         raise ValueError("both halves need the same shards")
     shift, steps = len(reduce_scatter.ops), reduce_scatter.steps
     ops = list(reduce_scatter.ops)
-    writers = _Writers(ops)
+    writers = _Writers(ops, allgather.ops)
     for op in allgather.ops:
         depends = tuple(other + shift for other in op.depends)
         if allgather.mode == "pipelined" and not depends:
@@ -50,12 +51,16 @@ def compose(reduce_scatter: Schedule, allgather: Schedule, name: str | None = No
 
 
 class _Writers:
-    """Which ops write a slice on a rank."""
+    """Which of `ops` write a slice on a rank, for the slices of `readers`; borders are whole ticks, which compare quickly."""
 
-    def __init__(self, ops: Sequence[Op]) -> None:
-        self.by_rank: dict[int, list[Op]] = defaultdict(list)
+    def __init__(self, ops: Sequence[Op], readers: Sequence[Op]) -> None:
+        borders = {border for op in (*ops, *readers) for border in (op.start, op.stop)}
+        ticks = lcm(1, *(border.denominator for border in borders))
+        self._tick = {border: int(border * ticks) for border in borders}
+        self._by_rank: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
         for op in ops:
-            self.by_rank[op.dst].append(op)
+            self._by_rank[op.dst].append((self._tick[op.start], self._tick[op.stop], op.id))
 
     def of(self, rank: int, start: Fraction, stop: Fraction) -> tuple[int, ...]:
-        return tuple(op.id for op in self.by_rank[rank] if op.start < stop and start < op.stop)
+        first, last = self._tick[start], self._tick[stop]
+        return tuple(number for begin, end, number in self._by_rank[rank] if begin < last and first < end)

@@ -133,7 +133,7 @@ class Stop(pl.Callback):
 
 
 def fit(
-    out, world=1, steps=120, resume=None, die=None, accumulate=1, ema=False, fp16=False, every=1, auto=None, **model
+    out, world=1, steps=120, resume=None, die=None, accumulate=1, ema=False, fp16=False, every=1000, auto=None, **model
 ):
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,6 @@ from rich.table import Table
 
 from trainkit._files import write_text_atomically
 from trainkit.demo._config import ARMS, Config
-from trainkit.demo._corpus import write_corpus
 from trainkit.demo._processes import Workers
 
 
@@ -63,11 +62,13 @@ def run(config: Config, folder: Path, *, switch: str | None = None, port: int = 
         WorkerFailed: a worker ended early.
         OSError: the port is in use.
     """
-    from trainkit.switchml import SoftwareSwitch
-
     console = Console(stderr=True)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_locked(folder))
+        # from here on PyTorch is needed; a worker, which imports this package, binds itself to its parent before it
+        from trainkit.demo._corpus import write_corpus
+        from trainkit.switchml import SoftwareSwitch
+
         if not (folder / "validation.bin").exists():  # written last
             write_corpus(folder)
         if switch is None:
