@@ -32,7 +32,7 @@ def check(found, kernels, spills):
         assert kernel["wgmma"] > 0 and kernel["tma"], name
         # As many waits as products: ptxas has given up overlapping them, and says so nowhere else.
         assert kernel["waits"] < kernel["wgmma"] / 2, (name, kernel)
-        assert kernel["spills"] <= spills, (name, kernel)
+        assert kernel["in loops"] <= spills, (name, kernel)
         assert kernel["shared"] <= 227 << 10, (name, kernel)
 
 
@@ -40,24 +40,24 @@ def test_forward():
     check(compiled("forward", 128, "causal"), 1, 0)
 
 
-# Instructions that spill or reload, as the ptxas of Triton 3.6.0 leaves them: at 160 registers (long, head_dim 64), where
-# head_dim is 256, and where a mask's own vectors stand beside the tile. 0 is the aim.
+# Instructions of a loop of products that spill or reload, as the ptxas of Triton 3.6.0 leaves them; 0 is the aim. At a
+# tile's start and end there are more (`python tests/kernels_cross_compile.py` counts them too).
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("width", "flags", "spills"),
     [
         (64, ("causal",), 0),
         (64, ("causal", "long"), 0),
-        (64, ("long",), 57),
-        (256, ("causal",), 7),
+        (64, ("long",), 0),
+        (256, ("causal",), 0),
         (128, ("causal", "rope"), 0),
-        (256, ("causal", "rope"), 7),
-        (128, ("documents",), 71),
+        (256, ("causal", "rope"), 0),
+        (128, ("documents",), 16),
         (64, ("documents", "bits"), 0),
         (128, ("documents", "bits"), 0),
-        (256, ("documents", "bits"), 3),
+        (256, ("documents", "bits"), 0),
         (128, ("causal", "capped"), 0),
-        (64, ("causal", "capped", "long"), 29),
+        (64, ("causal", "capped", "long"), 0),
     ],
 )
 def test_other_forwards(width, flags, spills):
@@ -65,15 +65,18 @@ def test_other_forwards(width, flags, spills):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("width", "kernels", "spills"), [(64, 2, 3), (128, 2, 0), (256, 3, 49)])
+@pytest.mark.parametrize(("width", "kernels", "spills"), [(64, 2, 0), (128, 2, 0), (256, 3, 8)])
 def test_deterministic_backward(width, kernels, spills):
     check(compiled("backward", width, "causal", "deterministic"), kernels, spills)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("width", "spills"), [(64, 17), (128, 4)])
-def test_fused_backward(width, spills):
-    check(compiled("backward", width, "causal"), 1, spills)
+@pytest.mark.parametrize(
+    ("width", "flags", "spills"),
+    [(64, ("causal",), 15), (128, ("causal",), 0), (64, ("documents", "bits"), 24), (128, ("documents", "bits"), 0)],
+)
+def test_fused_backward(width, flags, spills):
+    check(compiled("backward", width, *flags), 1, spills)
 
 
 def test_planes_describe_layouts_in_place():

@@ -98,6 +98,8 @@ def keys_producer(task, planes, stats, COUNTER, ring, units, lag, slots, rows, c
         )  # fmt: skip
         mbarrier.arrive(t_ready.index(page))
         summed = gl.where(live > 0, unit, -1)
+        key_at = (zb * k_batch + g * k_head + k0 + n0, g * k_col)
+        value_at = (zb * v_batch + g * v_head + k0 + n0, g * v_col)
         mine = -1
         missing = live
         for j in range(c.GROUP):
@@ -123,8 +125,7 @@ def keys_producer(task, planes, stats, COUNTER, ring, units, lag, slots, rows, c
                 tma.async_copy_global_to_shared(q_d, [q_row, h * q_col], q_ready.index(s), qs.index(s))
                 # After the first block's queries, whose room is free sooner.
                 if missing > 0:
-                    bring_keys(k_d, v_d, zb * k_batch + g * k_head + k0 + n0, g * k_col,
-                               zb * v_batch + g * v_head + k0 + n0, g * v_col, ks, vs, kv_ready, kv_free, kept, values)  # fmt: skip
+                    bring_keys(k_d, v_d, key_at, value_at, ks, vs, kv_ready, kv_free, kept, values)
                     missing = 0
                 mbarrier.wait(do_free.index(o), ((n // c.SO) & 1) ^ 1)
                 deltas.index(o).store(delta)
@@ -137,8 +138,7 @@ def keys_producer(task, planes, stats, COUNTER, ring, units, lag, slots, rows, c
                     mine, unit, number, waits = take(COUNTER, total, units, lag, tiles, ring, c)
             base += count
         if missing > 0:
-            bring_keys(k_d, v_d, zb * k_batch + g * k_head + k0 + n0, g * k_col,
-                       zb * v_batch + g * v_head + k0 + n0, g * v_col, ks, vs, kv_ready, kv_free, kept, values)  # fmt: skip
+            bring_keys(k_d, v_d, key_at, value_at, ks, vs, kv_ready, kv_free, kept, values)
         if mine < 0:
             mine, unit, number, waits = take(COUNTER, total, units, lag, tiles, ring, c)
         kept += live
@@ -151,11 +151,11 @@ def keys_producer(task, planes, stats, COUNTER, ring, units, lag, slots, rows, c
 
 
 @gluon.jit
-def bring_keys(k_d, v_d, kr, kc, vr, vc, ks, vs, ready, free, kept, values: gl.constexpr):
+def bring_keys(k_d, v_d, key_at, value_at, ks, vs, ready, free, kept, values: gl.constexpr):
     """Keys and values of the tile, of which there were `kept` before, once its last readers are done."""
     mbarrier.wait(free.index(0), (kept & 1) ^ 1)
     mbarrier.expect(ready.index(0), 2 * k_d.block_type.nbytes + values * v_d.block_type.nbytes)
     for j in gl.static_range(2):
-        tma.async_copy_global_to_shared(k_d, [kr + 64 * j, kc], ready.index(0), ks.index(j))
+        tma.async_copy_global_to_shared(k_d, [key_at[0] + 64 * j, key_at[1]], ready.index(0), ks.index(j))
     for j in gl.static_range(values):
-        tma.async_copy_global_to_shared(v_d, [vr + 64 * j, vc], ready.index(0), vs.index(j))
+        tma.async_copy_global_to_shared(v_d, [value_at[0] + 64 * j, value_at[1]], ready.index(0), vs.index(j))
