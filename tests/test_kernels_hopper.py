@@ -73,7 +73,7 @@ def test_deterministic_backward(width, kernels, spills):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("width", "flags", "spills"),
-    [(64, ("causal",), 15), (128, ("causal",), 0), (64, ("documents", "bits"), 24), (128, ("documents", "bits"), 0)],
+    [(64, ("causal",), 15), (128, ("causal",), 0), (64, ("documents", "bits"), 24), (128, ("documents", "bits"), 4)],
 )
 def test_fused_backward(width, flags, spills):
     check(compiled("backward", width, *flags), 1, spills)
