@@ -1,6 +1,7 @@
 """A kept launch passes what a launch of its own would pass: every option and layout, in turns, up to the call into CUDA."""
 
 import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,7 @@ from trainkit.kernels._attention._triton import Call
 from trainkit.kernels._attention._variant import build
 
 SLOPES = torch.tensor([0.5, 0.1, 0.2, 0.3])
+DOC = torch.arange(300) // 20
 OPTIONS = {
     "full": {},
     "causal": {"causal": True},
@@ -37,12 +39,16 @@ OPTIONS = {
     "RoPE and sinks": {"rope": True, "sinks": torch.float32, "causal": True},
     "gradient of lse": {"grad_lse": True},
 }
-FREE = {
+TRACED = {
     "ALiBi": {"alibi_slopes": SLOPES, "causal": True},
     "ALiBi, full": {"alibi_slopes": SLOPES},
     "score": {"score_mod": lambda s, b, h, q, k: s + SLOPES[h] * (q - k)},
     "cap and score": {"softcap": 20.0, "score_mod": lambda s, b, h, q, k: s + (q - k)},
     "mask": {"mask_mod": lambda b, h, q, k: q - k < 30},
+    "documents": {"mask_mod": lambda b, h, q, k: DOC[q] == DOC[k]},
+}
+"""Planned once for the same functions."""
+FREE = {
     "packed": {"cu": [0, 16, 64]},
     "packed otherwise": {"cu": [0, 32, 32, 64], "causal": True},
 }
@@ -129,6 +135,7 @@ def recorder(monkeypatch):
     recorder = Recorder(monkeypatch)
     monkeypatch.setattr(_triton_backward, "delta", JITFunction(_triton_backward.delta.fn))
     monkeypatch.setattr(_launch, "_KEPT", {})
+    monkeypatch.setattr(_blocks, "_KEPT", weakref.WeakKeyDictionary())
     lists = torch.full((2,), 12, dtype=torch.int32)
     monkeypatch.setattr(_blocks, "lists", lambda *_: (lists, lists, lists, 0, 0, 1))
     monkeypatch.setattr(_blocks, "bits", lambda *_: (lists, lists))
@@ -148,11 +155,12 @@ def recorder(monkeypatch):
 def alone(recorder, monkeypatch, case):
     with monkeypatch.context() as patch:
         patch.setattr(_launch, "_KEPT", {})
+        patch.setattr(_blocks, "_KEPT", weakref.WeakKeyDictionary())
         return launched(recorder, case)
 
 
 def cases():
-    for options in (OPTIONS | FREE).values():
+    for options in (OPTIONS | TRACED | FREE).values():
         plain = set(options) <= {"causal"}
         for size in SIZES if plain else SIZES[:1] if "cu" in options else SIZES[:3]:
             yield arranged(options, size)
@@ -179,17 +187,27 @@ class Unbounded(dict):
         return 0
 
 
-@pytest.mark.parametrize("name", OPTIONS | FREE)
+@pytest.mark.parametrize("name", OPTIONS | TRACED | FREE)
 def test_what_is_kept(recorder, name):
-    """A second call like one before asks Triton for nothing, unless its masks, scores or sequences are its own."""
-    case = arranged((OPTIONS | FREE)[name], SIZES[0])
-    first = launched(recorder, case)
+    """A second call like one before asks Triton for nothing, unless its sequences are its own."""
+    options = (OPTIONS | TRACED | FREE)[name]
+    first = launched(recorder, arranged(options, SIZES[0]))
     asked, recorder.by_triton = recorder.by_triton, 0
     assert asked == len(first)
-    again = launched(recorder, arranged((OPTIONS | FREE)[name], SIZES[0]))
+    again = launched(recorder, arranged(options, SIZES[0]))
     assert again == first
     free = {"sinks off by one": 1}.get(name, len(first) - 1 if name in FREE else 0)
     assert recorder.by_triton == free
+
+
+def test_a_mask_whose_table_changes_is_planned_anew(recorder, monkeypatch):
+    options = TRACED["documents"]
+    first = launched(recorder, arranged(options, SIZES[0]))
+    DOC.add_(0)
+    other = torch.full((2,), 16, dtype=torch.int32)
+    monkeypatch.setattr(_blocks, "lists", lambda *_: (other, other, other, 0, 0, 1))
+    again = launched(recorder, arranged(options, SIZES[0]))
+    assert again != first and again == alone(recorder, monkeypatch, arranged(options, SIZES[0]))
 
 
 def test_what_is_kept_holds_no_tensor_and_is_bounded(recorder, monkeypatch):

@@ -76,12 +76,12 @@ def _capturing(device):
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _kept(variant, device, key, make):
-    """What `make` returned for this mask and key, as long as the tensors that the mask captured do not change."""
+def kept(variant, device, key, make):
+    """What `make` returned for this variant and key, as long as the tensors that its mask captured do not change."""
     if _capturing(device):
         # A captured graph outlives what is kept here, and is replayed on tensors that have changed.
         return make()
-    versions = tuple(t._version for t in variant.mask.tables)
+    versions = () if variant.mask is None else tuple(t._version for t in variant.mask.tables)
     known = _KEPT.get(variant)
     if known is None or known[0] != versions:
         known = _KEPT[variant] = (versions, {})
@@ -117,7 +117,7 @@ def lists(variant, spec, B, H, Sq, Sk, BM, BN, device, by_keys):
         counts, full = ((states >= n).sum(-1, dtype=torch.int32).contiguous() for n in (1, 2))
         return blocks, counts, full, *strides, blocks.shape[2]
 
-    return _kept(variant, device, (spec.causal, spec.window, B, H, Sq, Sk, BM, BN, by_keys), make)
+    return kept(variant, device, (spec.causal, spec.window, B, H, Sq, Sk, BM, BN, by_keys), make)
 
 
 def bits(variant, spec, B, H, Sq, Sk, BM, BN, device, by_keys):
@@ -155,17 +155,19 @@ def bits(variant, spec, B, H, Sq, Sk, BM, BN, device, by_keys):
         _hold(variant, key, nbytes)
         return first, words
 
-    return _kept(variant, device, key, make)
+    return kept(variant, device, key, make)
 
 
 def _hold(variant, key, nbytes):
-    """Account for bits that will be kept, and drop the oldest where all are too many."""
+    """Account for bits that will be kept; where all are too many drop the oldest, and what else that mask keeps."""
     owner = weakref.ref(variant)
     _HELD.pop((owner, key), None)
     _HELD[owner, key] = nbytes
-    while sum(_HELD.values()) > MOST:
-        oldest, old = next(iter(_HELD))
-        del _HELD[oldest, old]
+    while sum(_HELD.values()) > MOST and len(_HELD) > 1:
+        oldest = next(iter(_HELD))[0]
+        for old in [x for x in _HELD if x[0] == oldest and x != (owner, key)]:
+            del _HELD[old]
         known = _KEPT.get(oldest()) if oldest() is not None else None
         if known is not None:
-            known[1].pop(old, None)
+            # Launches hold the bits, too.
+            known[1].clear()

@@ -1,6 +1,7 @@
 """The Hopper path: Gluon kernels for bf16 and fp16 on compute capability 9, head_dim 64, 128 and 256."""
 
 import math
+from collections.abc import Callable
 from functools import cache
 from typing import Any, ClassVar, NamedTuple
 
@@ -170,16 +171,20 @@ class Plan(NamedTuple):
         return [x.contiguous() if copy else x for x, copy in zip(tensors, self.copied, strict=True)]
 
 
-def _key(what: str, call: Call, *tensors: Tensor) -> Any:
-    """What a plan depends on; None where that is more than can be told: traced functions, masks, packed sequences."""
+def _planned(what: str, call: Call, make: Callable[[], Plan], *tensors: Tensor) -> Plan:
+    """The plan of a call of this form, made once: for its mask and traced functions, if it has any, and not where sequences
+    are packed.
+    """
     spec, variant = call.spec, call.variant
-    traced = variant.mask is not None or (variant.score is not None and _cap(spec) is None)
-    forms = None if traced or call.packed is not None else form(*tensors)
+    forms = None if call.packed is not None else form(*tensors)
     if forms is None:
-        return None
-    return (
-        what, forms, spec.causal, spec.window, spec.softcap, spec.scale, spec.deterministic,
-    )  # fmt: skip
+        return make()
+    key = (what, forms, spec.causal, spec.window, spec.softcap, spec.scale, spec.deterministic)
+    if variant.mask is None and (variant.score is None or _cap(spec) is not None):
+        return kept(key, make)
+    from trainkit.kernels._attention import _blocks
+
+    return _blocks.kept(variant, tensors[0].device, key, make)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _captured(call: Call, masked: bool = True) -> tuple[Any, ...]:
@@ -210,8 +215,7 @@ def forward(
     lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
     # None, one, two or three: how many tells which.
     tables = (*(() if sinks is None else (sinks,)), *(call.rope or ()))
-    key = _key("forward", call, q, k, v, *tables)
-    plan = kept(key, lambda: _forward_plan(q, k, v, sinks, call))
+    plan = _planned("forward", call, lambda: _forward_plan(q, k, v, sinks, call), q, k, v, *tables)
     tensors = (*plan.inputs(q, k, v), out, lse, counter(q.device), *tables)
     for run in plan.launches:
         run(tensors, launch)
@@ -330,8 +334,7 @@ def backward(
     """Gradients of q, k and v, contiguous; `delta` as `_triton.row_delta` gives it, `launch` as `Launch` takes it."""
     q, k, v, grad = aligned(q), aligned(k), aligned(v), aligned(grad)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    key = _key("backward", call, q, k, v, grad, lse, delta)
-    plan = kept(key, lambda: _backward_plan(q, k, v, grad, call))
+    plan = _planned("backward", call, lambda: _backward_plan(q, k, v, grad, call), q, k, v, grad, lse, delta)
     room = () if plan.ring is None else plan.ring.room(q.device)
     tensors = (*plan.inputs(q, k, v, grad), dq, dk, dv, lse, delta, counter(q.device), *room)
     for run in plan.launches:

@@ -147,13 +147,17 @@ def _again(first: Launch, compiled: Any) -> Callable[[Sequence[Tensor]], None] |
         None,
         None,
     )
-    # -1 is the None that follows the addresses.
-    pointers = [-1 if p is None else operator.index(p) for p in first.pointers]  # type: ignore[arg-type]
+    # What follows the addresses: None, and this launch's own tensors.
+    own = [None, *(p for p in first.pointers if isinstance(p, Tensor))]
+    beyond = iter(range(1 - len(own), 0))
+    pointers = [
+        next(beyond) if isinstance(p, Tensor) else -len(own) if p is None else operator.index(p) for p in first.pointers
+    ]
     constants = first.constants
 
     def again(tensors: Sequence[Tensor]) -> None:
-        at: list[int | None] = [x.data_ptr() for x in tensors]
-        at.append(None)
+        at: list[Any] = [x.data_ptr() for x in tensors]
+        at += own
         described: list[Any] = []
         for slot, how, sizes in maps:
             described += (encode(at[slot], *how), *sizes)
