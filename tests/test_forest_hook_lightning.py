@@ -1,56 +1,31 @@
 """ForestStrategy under Lightning, with real processes."""
 
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
-import pytorch_lightning as pl
-import torch
-import torch._dynamo
-import torch.nn.parallel
 from execute_ranks import processes
 from lightning_fabric.plugins.environments import LightningEnvironment
+from lightning_ranks import Net, fit
 
 from trainkit import ForestStrategy
 from trainkit.collectives import PeerLost, Schedule, ScheduleError, Topology, ring_schedule
 
 
-class Net(pl.LightningModule):
-    def __init__(self, dies: bool) -> None:
-        super().__init__()
-        self.net = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.Tanh(), torch.nn.Linear(32, 1))
-        self.dies = dies
-        self.counted: dict[str, int] = {}
-
-    def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
-        if index == 3 and self.dies:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return (self.net(batch) - batch.sum(1, keepdim=True)).square().mean()
+class Counted(Net):
+    counted: dict[str, int]
 
     def on_train_end(self) -> None:
         self.counted = self.trainer.strategy.forest_state.counters()  # type: ignore[attr-defined]
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
-
 
 def _train(rank: int, what: dict[str, Any], dies: int) -> tuple[list[int], int] | tuple[str, int]:
-    pl.seed_everything(0, verbose=False)
-    data = torch.utils.data.DataLoader(torch.randn(64, 16), batch_size=4)
     strategy = ForestStrategy(**what, deadline_s=10.0, cluster_environment=LightningEnvironment())
-    trainer = pl.Trainer(
-        accelerator="cpu", devices=2, strategy=strategy, max_epochs=1, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    net = Net(dies == rank)
     try:
-        trainer.fit(net, data)
+        bits, net = fit(strategy, lambda: Counted(dies == rank))
     except PeerLost as error:
         return str(error), error.rank
-    flat = torch.cat([p.detach().flatten() for p in net.parameters()])
-    return flat.view(torch.int32).tolist(), net.counted["sent_bytes"]
+    return bits, net.counted["sent_bytes"]
 
 
 @pytest.fixture

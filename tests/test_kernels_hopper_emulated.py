@@ -223,6 +223,14 @@ def test_other_orders(seed):
         backward(case, seed)
 
 
+def plant(monkeypatch, file, right, wrong):
+    """Put a mistake into a file of the kernels."""
+    path = kernels_gluon.source_of(f"trainkit.kernels._attention.{file}")
+    text = Path(path).read_text()
+    assert text.count(right) == 1
+    monkeypatch.setattr(kernels_gluon, "module", kernels_gluon.changed(path, text.replace(right, wrong)))
+
+
 WRONG = {
     "values given back too early": (
         "        acc, even, odd = warpgroup_mma_wait(0, deps=[acc, even, odd])\n        mbarrier.arrive(v_free.index(t))",
@@ -247,11 +255,7 @@ WRONG_BACKWARD = {
 
 @pytest.mark.parametrize("name", WRONG_BACKWARD)
 def test_a_wrong_backward_is_found(name, monkeypatch):
-    file, right, wrong = WRONG_BACKWARD[name]
-    path = kernels_gluon.source_of(f"trainkit.kernels._attention.{file}")
-    text = Path(path).read_text()
-    assert text.count(right) == 1
-    monkeypatch.setattr(kernels_gluon, "module", kernels_gluon.changed(path, text.replace(right, wrong)))
+    plant(monkeypatch, *WRONG_BACKWARD[name])
     monkeypatch.setattr(_launch, "_KEPT", {})
     monkeypatch.setattr(_hopper, "_processors", lambda _: 2)
     with pytest.raises((AssertionError, IndexError, ValueError)):
@@ -273,11 +277,7 @@ WRONG_BITS = {
 
 @pytest.mark.parametrize("name", WRONG_BITS)
 def test_wrong_bits_are_found(name, monkeypatch):
-    right, wrong = WRONG_BITS[name]
-    path = kernels_gluon.source_of("trainkit.kernels._attention._hopper_bits")
-    text = Path(path).read_text()
-    assert text.count(right) == 1
-    monkeypatch.setattr(kernels_gluon, "module", kernels_gluon.changed(path, text.replace(right, wrong)))
+    plant(monkeypatch, "_hopper_bits", *WRONG_BITS[name])
     with pytest.raises((AssertionError, IndexError)):
         for seed in range(2):
             forward((64, 64, 512, 512, {"mask_mod": striped}), seed)
@@ -286,11 +286,7 @@ def test_wrong_bits_are_found(name, monkeypatch):
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_kernel_is_found(name, monkeypatch):
     """What this file's other tests are worth: each of these mistakes is one that the source could have."""
-    path = kernels_gluon.source_of("trainkit.kernels._attention._hopper_forward")
-    right, wrong = WRONG[name]
-    text = Path(path).read_text()
-    assert text.count(right) == 1
-    monkeypatch.setattr(kernels_gluon, "module", kernels_gluon.changed(path, text.replace(right, wrong)))
+    plant(monkeypatch, "_hopper_forward", *WRONG[name])
     with pytest.raises((AssertionError, IndexError, ValueError)):
         for seed in range(6):
             forward((64, 64, 420, 150, {"causal": True}), seed)

@@ -1,49 +1,21 @@
 """SwitchMLStrategy under Lightning, with real processes."""
 
-import os
-import signal
-
 import pytest
-import pytorch_lightning as pl
-import torch
 from execute_ranks import processes
 from lightning_fabric.plugins.environments import LightningEnvironment
+from lightning_ranks import Net, fit
 
 from trainkit import SwitchMLStrategy
 from trainkit.switchml import SoftwareSwitch
 
 
-class Net(pl.LightningModule):
-    def __init__(self, dies: bool) -> None:
-        super().__init__()
-        self.net = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.Tanh(), torch.nn.Linear(32, 1))
-        self.dies = dies
-
-    def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
-        if index == 3 and self.dies:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return (self.net(batch) - batch.sum(1, keepdim=True)).square().mean()
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
-
-
 def _train(rank: int, switch: str, deadline_s: float, dies: int) -> tuple[list[int], dict[str, int]] | str:
     """Bits of the parameters and the counters, or the error that ended the training."""
-    pl.seed_everything(0, verbose=False)
-    data = torch.utils.data.DataLoader(torch.randn(64, 16), batch_size=4)
     strategy = SwitchMLStrategy(switch, deadline_s=deadline_s, cluster_environment=LightningEnvironment())
-    trainer = pl.Trainer(
-        accelerator="cpu", devices=2, strategy=strategy, max_epochs=1, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    net = Net(dies == rank)
     try:
-        trainer.fit(net, data)
+        return fit(strategy, lambda: Net(dies == rank))[0], strategy.counters()
     except Exception as error:
         return repr(error)
-    flat = torch.cat([p.detach().flatten() for p in net.parameters()])
-    return flat.view(torch.int32).tolist(), strategy.counters()
 
 
 def test_hook_is_called_on_cpu_and_ranks_end_bit_equal() -> None:

@@ -374,9 +374,11 @@ def _backward_plan(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, call: Call) ->
         total = math.prod(grid)
         if total == 0:
             continue
-        lag = _under_way(q, grid[0], total // grid[0])
-        sums, turn, room = dqp.box(4, 64, D * bm // 128), (lag, 1, 0), (8, 8)
-        if fused:
+        if not fused:
+            # No ring, and no more of its numbers than the order of tiles needs.
+            lag = _under_way(q, grid[0], total // grid[0])
+            sums, turn, room = dqp.box(4, 64, D * bm // 128), (lag, 1, 0), (8, 8)
+        else:
             ring = _ring(q, k, grid[0], call)
             sums, turn, room = Box(10, (ring.size // D, D), D, (64, D * bm // 128)), ring[2:], (10, 11)
             total += ring.lag * grid[0]

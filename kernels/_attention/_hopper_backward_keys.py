@@ -127,7 +127,7 @@ def keys_step(
     slope, shift, first_key = alibi
     if c.ALIBI:
         lse += slope * (rows + (Sk - Sq - first_key)).to(gl.float32)
-    p, weight = weigh(S, lse[None, :], shift, qv[None, :], cols[:, None], qv, kv, problem, MASKED, c, words)
+    p, weight = weigh(S, lse[None, :], shift, qv[None, :], cols[:, None], qv, kv, problem, words, MASKED, c)
     if c.WANT_DV:
         P = gl.convert_layout(p.to(dos.dtype), gl.DotOperandLayout(0, LV, 2))
     if c.LATE:
@@ -278,6 +278,7 @@ def keys_consumer(task, results, ring, units, W: gl.constexpr, c: gl.constexpr):
         else:
             dk_room = (outs if c.STAGED else ks).index(W)
             dv_room = (outs if c.STAGED else vs if c.VALUES else ks).index(W)
+        # Read anew: not kept in a register through the loops.
         kv_head = posted(box, page, 3)
         out_row = posted(box, page, 4)
         if c.WANT_DV:

@@ -67,7 +67,7 @@ def queries_step(
     shift = 0.0
     if c.ALIBI:
         shift = slope[0] * (cols - slope[1]).to(gl.float32)[None, :]
-    _p, weight = weigh(S, lse[:, None], shift, rows[:, None], cols[None, :], rows, kv, problem, MASKED, c, words)
+    _p, weight = weigh(S, lse[:, None], shift, rows[:, None], cols[None, :], rows, kv, problem, words, MASKED, c)
     dP = warpgroup_mma_wait(1, deps=[dP])
     mbarrier.arrive(v_free.index(v))
     ds = score_gradient(weight, dP - delta[:, None], S, rows, kv, problem, c)

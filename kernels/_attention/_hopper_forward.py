@@ -183,7 +183,7 @@ def clipped(S, rows, n0, Sk, off, w, L: gl.constexpr, c: gl.constexpr):
 @gluon.jit
 def exp2_by_both(x, factor, c: gl.constexpr):
     """2**(x * factor), all columns or six of eight on the FMA units, since the unit for special functions is busy with the
-    scores' tanh: what was fastest at each width. Which columns is known when the kernel is compiled.
+    scores' tanh: what was measured best at 128 and at 64. Which columns is known when the kernel is compiled.
     """
     polynomials: gl.constexpr = 8 if c.DV > 64 else 6
     eights = gl.arange(0, c.BN // 2, gl.SliceLayout(0, x.type.layout)) // 4

@@ -35,7 +35,7 @@ def slope_of(problem, c: gl.constexpr):
 
 
 @gluon.jit
-def weigh(S, lse, shift, q, k, qv, kv, problem, MASKED: gl.constexpr, c: gl.constexpr, words=0):
+def weigh(S, lse, shift, q, k, qv, kv, problem, words, MASKED: gl.constexpr, c: gl.constexpr):
     """Of a tile of raw scores, `qv` and `kv` being its indices, kept inside: (probabilities, what they are in the gradient).
 
     The second is the first times the derivative of the soft cap, where that is all that was done to the scores. `shift` is
