@@ -8,8 +8,8 @@ learns in the same way who is missing.
 from collections.abc import Mapping
 
 from trainkit.switchml import _control as control
+from trainkit.switchml._membership import Address, Outgoing
 from trainkit.switchml._session import DataPlane, Programmed, Sessions
-from trainkit.switchml._switch import Address, Outgoing
 
 _UNBOUNDED = 1 << 40
 

@@ -16,8 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from trainkit.switchml._membership import Membership
-from trainkit.switchml._switch import Address
+from trainkit.switchml._membership import Address, Membership
 
 _SOURCE = Path(__file__).parent / "xdp" / "switch.bpf.c"
 SESSIONS, SLOTS, WORKERS, MOST = 4, 64, 32, 352

@@ -1,9 +1,15 @@
 """What a join has agreed: all that the state machines of a worker and a switch need to know of a session."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
 from trainkit.switchml._packet import PROFILES
 from trainkit.switchml._tag import session_key
+
+Address = Hashable
+"""Where a worker is reached: a socket address, or whatever the transport of a test calls one."""
+
+Outgoing = tuple[Address, bytes]
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ from typing import Protocol
 from trainkit.switchml import _packet as packet
 from trainkit.switchml._buffers import footprint
 from trainkit.switchml._control import PROTOCOL, Message
-from trainkit.switchml._membership import Membership
-from trainkit.switchml._switch import Address
+from trainkit.switchml._membership import Address, Membership
 
 Replies = list[tuple[Address, Message]]
 

@@ -11,10 +11,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 os.environ["PYTHONSAFEPATH"] = "1"  # the same for the processes that tests start
 # `python -m pytest` puts the repository root on sys.path, where `kernels/` and `p4/` would shadow other people's
-# packages (tests/test_house.py): the installed trainkit is what is tested.
+# packages (tests/trainkit/test_house.py): the installed trainkit is what is tested.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
-# What several test files share lies beside them (tests/kernels_interpreter.py).
-sys.path.append(str(ROOT / "tests"))
+# What several test files share; the one folder of the tests that is on the path.
+sys.path.append(str(ROOT / "tests" / "support"))
 
 # Without a GPU the Triton kernels are tested on Triton's interpreter, which must be asked for before Triton is imported.
 if not Path("/dev/nvidiactl").exists():

@@ -7,23 +7,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from trainkit._callback import AutoLRS as AutoLRS
-    from trainkit._network import AutoNetworkStrategy as AutoNetworkStrategy
-    from trainkit._network import NetworkState as NetworkState
-    from trainkit._network import auto_network_hook as auto_network_hook
-    from trainkit._strategies import ForestStrategy as ForestStrategy
-    from trainkit._strategies import SwitchMLStrategy as SwitchMLStrategy
+    from trainkit.integrations.lightning._callback import AutoLRS as AutoLRS
+    from trainkit.integrations.lightning._network import AutoNetworkStrategy as AutoNetworkStrategy
+    from trainkit.integrations.lightning._network import NetworkState as NetworkState
+    from trainkit.integrations.lightning._network import auto_network_hook as auto_network_hook
+    from trainkit.integrations.lightning._strategies import ForestStrategy as ForestStrategy
+    from trainkit.integrations.lightning._strategies import SwitchMLStrategy as SwitchMLStrategy
 
 __version__ = "0.1.0"
 __all__ = ["AutoLRS", "AutoNetworkStrategy", "ForestStrategy", "NetworkState", "SwitchMLStrategy", "auto_network_hook"]
 
 _HOMES = {
-    "AutoLRS": "trainkit._callback",
-    "AutoNetworkStrategy": "trainkit._network",
-    "ForestStrategy": "trainkit._strategies",
-    "NetworkState": "trainkit._network",
-    "SwitchMLStrategy": "trainkit._strategies",
-    "auto_network_hook": "trainkit._network",
+    "AutoLRS": "trainkit.integrations.lightning._callback",
+    "AutoNetworkStrategy": "trainkit.integrations.lightning._network",
+    "ForestStrategy": "trainkit.integrations.lightning._strategies",
+    "NetworkState": "trainkit.integrations.lightning._network",
+    "SwitchMLStrategy": "trainkit.integrations.lightning._strategies",
+    "auto_network_hook": "trainkit.integrations.lightning._network",
 }
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parents[1] / "tests"))
+sys.path.append(str(HERE.parents[1] / "tests" / "support"))
 
 from p4_bmv2 import MACS, OWN_IP, OWN_MAC, Bmv2, HardwareSwitch, free_port, worker_frame  # noqa: E402
 

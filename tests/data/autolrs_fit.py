@@ -1,4 +1,4 @@
-"""A small fit under AutoLRS, run by tests/test_autolrs_callback.py in processes of its own.
+"""A small fit under AutoLRS, run by tests/trainkit/integrations/test_autolrs_callback.py in processes of its own.
 
 python autolrs_fit.py OUT '{"world": 2, "steps": 120, ...}' writes OUT/end<rank>.pt and checkpoints step=<n>.ckpt.
 """

@@ -12,7 +12,7 @@ import numpy as np
 from trainkit.switchml import _packet as packet
 from trainkit.switchml._membership import Membership
 from trainkit.switchml._packet import Header, Kind
-from trainkit.switchml._switch import Switch
+from trainkit.switchml.reference import Switch
 
 HOSTS = [f"10.77.0.{rank + 1}" for rank in range(3)]
 

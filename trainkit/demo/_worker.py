@@ -53,14 +53,14 @@ def train(job: Job) -> None:
     import torch
     from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 
-    from trainkit._callback import AutoLRS
     from trainkit._files import write_text_atomically
-    from trainkit._strategies import SwitchMLStrategy
     from trainkit.demo._checkpoint import DurableCheckpointIO, RollingCheckpoint, newest_checkpoint
     from trainkit.demo._config import USELESS_RATE, Config
     from trainkit.demo._corpus import WindowLoader, read_corpus
     from trainkit.demo._model import GPT
     from trainkit.demo._recorder import Recorder, parameters_digest
+    from trainkit.integrations.lightning._callback import AutoLRS
+    from trainkit.integrations.lightning._strategies import SwitchMLStrategy
 
     _quiet()
     folder = Path(job.folder)

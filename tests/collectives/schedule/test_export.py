@@ -1,0 +1,118 @@
+"""Exported files, run by interpreters that know only the files."""
+
+import json
+from typing import Any
+
+import pytest
+from paths import DATA
+
+from trainkit.collectives import Topology, allreduce_forest, fabrics, forest
+from trainkit.collectives.schedule import export
+from trainkit.collectives.schedule.export import ExportError
+from trainkit.collectives.trees import RUNTIMES, fit
+
+CASES = json.loads((DATA / "forest_cases.json").read_text())
+
+
+def network(case: dict[str, Any]) -> Topology:
+    return Topology.from_dict({key: case[key] for key in ("name", "nodes", "compute_nodes", "links")})
+
+
+@pytest.mark.parametrize("collective", ["allgather", "reduce_scatter", "allreduce"])
+@pytest.mark.parametrize("runtime", sorted(RUNTIMES))
+@pytest.mark.parametrize("case", [c for c in CASES if len(c["compute_nodes"]) <= 12], ids=lambda case: case["name"])
+def test_small_cases_fit(case: dict[str, Any], runtime: Any, collective: str) -> None:
+    fitted = fit(network(case), collective, runtime)
+    assert fitted.loss >= 0
+    if case["name"] != "exactness_K6_caps_1e7":
+        assert fitted.loss == 0
+    if collective == "allreduce":
+        fitted.schedule.verify()
+
+
+def test_two_dgx_a100_allreduce_with_one_tree_fits_msccl() -> None:
+    schedule = allreduce_forest(fabrics.dgx_a100(2), trees_per_root=1).schedule()
+    text = export.msccl_xml(schedule)
+    assert text.count("<gpu ") == 16
+    export.run_msccl(text)
+    export.msccl_xml(schedule, channels=4)
+    export.run_mscclpp(export.mscclpp_json(schedule))
+
+
+def test_capacities_of_millions_lose_something_and_say_so() -> None:
+    case = next(case for case in CASES if case["name"] == "exactness_K6_caps_1e7")
+    fitted = fit(network(case), "allgather", "msccl")
+    assert fitted.trees_per_root is not None and 0 < fitted.loss < 0.1
+
+
+def test_limits_are_named() -> None:
+    large = forest(fabrics.boxes(1, 64, inside=1, uplink=1)).schedule()
+    with pytest.raises(ExportError, match="MSCCL allows 108 thread blocks, rank 0 would need 126"):
+        export.msccl_xml(large)
+    with pytest.raises(ExportError, match="MSCCL allows 108 thread blocks"):
+        fit(fabrics.boxes(1, 64, inside=1, uplink=1), "allgather", "msccl")
+    with pytest.raises(ExportError, match="at most 32 channels, 33 between each pair of 64 ranks need 132"):
+        export.msccl_xml(large, channels=33)
+    with pytest.raises(ExportError, match=r"MSCCL\+\+ allows (64 ops|16 channels) per thread block"):
+        export.mscclpp_json(forest(fabrics.star([1] * 80)).schedule())
+    with pytest.raises(ExportError, match="not broadcast"):
+        export.msccl_xml(forest(fabrics.star([1] * 4), "broadcast", root="0").schedule())
+    with pytest.raises(ExportError, match="equal shards"):
+        export.msccl_xml(forest(fabrics.star([1] * 4), weights={"0": 2}).schedule())
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('type="rrc"', 'type="r"', "wrong"),
+        ('chan="0"', 'chan="7"', "wait in a circle|ends with"),
+        ('type="s"', 'type="nop"', "wrong|race|wait in a circle"),
+        ('depid="0" deps="0"', 'depid="-1" deps="-1"', "race"),
+        ('cnt="1"', 'cnt="2"', "sends 1 chunks|sends 2 chunks|receives"),
+    ],
+)
+def test_the_msccl_interpreter_reads_the_file(old: str, new: str, words: str) -> None:
+    text = export.msccl_xml(allreduce_forest(fabrics.star([1] * 3)).schedule())
+    assert old in text
+    with pytest.raises(ExportError, match=words):
+        export.run_msccl(text.replace(old, new, 1))
+
+
+def test_the_mscclpp_interpreter_reads_the_file() -> None:
+    text = export.mscclpp_json(allreduce_forest(fabrics.star([1] * 3)).schedule())
+
+    def broken(change: Any) -> str:
+        plan = json.loads(text)
+        change(plan["gpus"][0])
+        return json.dumps(plan)
+
+    def without(name: str) -> Any:
+        def change(gpu: Any) -> None:
+            block = next(b for b in gpu["threadblocks"] if any(op["name"] == name for op in b["ops"]))
+            block["ops"].remove(next(op for op in block["ops"] if op["name"] == name))
+
+        return change
+
+    for name, words in (
+        ("wait", "race|wrong|signalled more often"),
+        ("pws", "waits for ever|wrong|race"),
+        ("re", "ends with|wrong"),
+    ):
+        with pytest.raises(ExportError, match=words):
+            export.run_mscclpp(broken(without(name)))
+
+    def unpaired(gpu: Any) -> None:
+        gpu["channels"][0]["connected_to"].append(1)
+
+    with pytest.raises(ExportError, match="channels to each other"):
+        export.run_mscclpp(broken(unpaired))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if 12 < len(c["compute_nodes"]) <= 64], ids=lambda case: case["name"]
+)
+def test_larger_cases_fit(case: dict[str, Any]) -> None:
+    for runtime in ("msccl", "mscclpp"):
+        for collective in ("allgather", "allreduce"):
+            assert fit(network(case), collective, runtime).loss < 0.05  # type: ignore[arg-type]

@@ -1,0 +1,1 @@
+"""What knows a host framework: one room a framework."""
