@@ -75,7 +75,7 @@ def load(path: str | Path) -> Description:
     """Read a description.
 
     Raises:
-        DescriptionError: the file cannot be read, or breaks one of the rules of docs/p4.md.
+        DescriptionError: the file cannot be read, or breaks one of the rules of docs/how-it-works/p4.md.
     """
     try:
         document = yaml.safe_load(Path(path).read_text())

@@ -98,7 +98,7 @@ def compile_tofino(into: Path, seconds: float = 600) -> Path:
 def _run(name: str, arguments: list[str], seconds: float, strict: bool = True) -> None:
     program = shutil.which(name)
     if program is None:
-        raise CompileError(f"{name} is not on PATH: docs/p4.md says how to get it")
+        raise CompileError(f"{name} is not on PATH: docs/how-it-works/p4.md says how to get it")
     try:
         done = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:

@@ -57,7 +57,7 @@ def deploy(
     """Bring a switch to what the file at `path` describes. Doing it again changes nothing.
 
     Args:
-        path: YAML of the switch's address, the workers and the sessions; see docs/p4.md.
+        path: YAML of the switch's address, the workers and the sessions; see docs/how-it-works/p4.md.
         grpc: "host:port" of the switch's P4Runtime server.
         device: its device id.
         election: election id; the greatest is primary.

@@ -196,7 +196,7 @@ class SwitchMLState:
     def counters(self) -> dict[str, float]:
         """Bytes and packets each way and what became of them, buckets, hook calls and seconds of waiting, so far.
 
-        docs/switchml.md says what each name counts.
+        docs/how-it-works/switchml.md says what each name counts.
         """
         totals = self._past + Counter(self.link.counters() if self.link else {})
         names = {name: float(totals[name]) for name in COUNTED}
