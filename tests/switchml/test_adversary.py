@@ -3,6 +3,8 @@
 The published algorithm, which does not look at the chunk of a packet, is driven by the same adversary and must fail.
 """
 
+from typing import Any
+
 import pytest
 from switchml_adversary import Adversary, PublishedSwitch, schedule
 

@@ -107,11 +107,8 @@ def test_the_repository_root_is_not_on_the_path() -> None:
 
 def test_of_the_tests_only_support_is_on_the_path() -> None:
     """Else `tests/kernels` and `tests/p4` would be the packages `kernels` and `p4`."""
-    ours = [
-        Path(entry).resolve()
-        for entry in sys.path
-        if (ROOT / "tests") in [Path(entry).resolve(), *Path(entry).resolve().parents]
-    ]
+    entries = [Path(entry).resolve() for entry in sys.path]
+    ours = [entry for entry in entries if entry.is_relative_to(ROOT / "tests")]
     assert set(ours) == {ROOT / "tests" / "support"}
 
 
