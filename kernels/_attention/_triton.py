@@ -40,7 +40,7 @@ def interpreted() -> bool:
 def why_not(q: Tensor, v: Tensor, spec: Spec) -> str | None:
     """The reason the Triton path cannot serve the call, or None."""
     if not _installed():
-        return "Triton is not installed (pip install 'trainkit[kernels]')"
+        return "Triton is not installed (pip install 'triton>=3.6')"
     if not q.is_cuda and not interpreted():
         return f"Triton has no kernels on {q.device.type}"
     if q.dtype == torch.float64:

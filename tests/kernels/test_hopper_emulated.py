@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="Triton is not installed: pip install 'trainkit[kernels]'")
+pytest.importorskip("triton", reason="Triton is not installed: pip install 'triton>=3.6'")
 
 import kernels_gluon
 from kernels_cases import LAYOUTS, filled

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="Triton is not installed: pip install 'trainkit[kernels]'")
+pytest.importorskip("triton", reason="Triton is not installed: pip install 'triton>=3.6'")
 
 from kernels_cases import LAYOUTS, filled
 from kernels_recorder import Address, Recorder

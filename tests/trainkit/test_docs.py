@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from paths import ROOT
 
-from trainkit.cli._main import _VERBS, _find
+from trainkit.cli._main import _SUBCOMMANDS, _find
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "benchmarks").rglob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
@@ -34,10 +34,10 @@ def test_commands_parse(name: str) -> None:
             continue
         if words[0].endswith("trainkit"):
             found = _find(words[1:])
-            assert found or words[1] in ("--version", "--help"), f"no verb: {' '.join(words)}"
+            assert found or words[1] in ("--version", "--help"), f"no subcommand: {' '.join(words)}"
             if found and not {"-h", "--help"} & set(words):
                 # a flag that is gone, a value that does not parse: SystemExit
-                importlib.import_module(_VERBS[found[0]]).VERB.parser().parse_args(found[1])
+                importlib.import_module(_SUBCOMMANDS[found[0]]).SUBCOMMAND.parser().parse_args(found[1])
         elif words[0] == "make":
             targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
             assert set(words[1:]) <= set(targets), f"no target: {' '.join(words)}"

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from trainkit.cli._verb import Verb
+from trainkit.cli._subcommand import Subcommand
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def run(options: Options) -> int:
     return 1 if outcome.unseen else 0
 
 
-VERB = Verb(
+SUBCOMMAND = Subcommand(
     name="p4 deploy",
     summary="Program a P4 switch from a file of workers and sessions; again changes nothing.",
     options=Options,

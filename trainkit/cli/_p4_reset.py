@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 
-from trainkit.cli._verb import Verb
+from trainkit.cli._subcommand import Subcommand
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def run(options: Options) -> int:
     return 0
 
 
-VERB = Verb(
+SUBCOMMAND = Subcommand(
     name="p4 reset",
     summary="End sessions on a P4 switch and empty their slots.",
     options=Options,

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trainkit.cli._verb import Verb
+from trainkit.cli._subcommand import Subcommand
 
 if TYPE_CHECKING:
     from trainkit.p4._plane import Plane
@@ -75,7 +75,7 @@ def serve(plane: "Plane", control: "FixedSwitch", stop: threading.Event) -> None
             control.sweep(now)
 
 
-VERB = Verb(
+SUBCOMMAND = Subcommand(
     name="p4 serve",
     summary="Answer the workers that join sessions on a P4 switch.",
     options=Options,

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 
-from trainkit.cli._verb import Verb
+from trainkit.cli._subcommand import Subcommand
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def run(options: Options) -> int:
     return 0 if found.as_described else 1
 
 
-VERB = Verb(
+SUBCOMMAND = Subcommand(
     name="p4 status",
     summary="Show what a P4 switch holds and what it has counted.",
     options=Options,
