@@ -219,7 +219,7 @@ def _read(options: Options, message: int) -> _Job:
 
 SUBCOMMAND = Subcommand(
     name="order",
-    summary="give ranks to hosts so that collectives cross the network's thin links least",
+    summary="Give ranks to hosts so that collectives cross the network's thin links least.",
     options=Options,
     run=run,
     example="trainkit order network.json --algorithm ring --write torchrun --out rank_order.json",

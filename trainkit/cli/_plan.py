@@ -223,7 +223,7 @@ def _print(facts: dict[str, Any], unit: str | None) -> None:
 
 SUBCOMMAND = Subcommand(
     name="plan",
-    summary="the best collective on a network: its bound, its bottleneck, its trees",
+    summary="Find the best collective on a network: its bound, its bottleneck, its trees",
     options=Options,
     run=run,
     example="trainkit plan --topology examples/forest_two_islands.json --export msccl --out forest.xml",

@@ -234,7 +234,7 @@ def _upward(u: str, v: str, network: "Topology") -> str:
 
 SUBCOMMAND = Subcommand(
     name="probe",
-    summary="measure the network between the job's hosts: racks, capacities, latencies",
+    summary="Measure the network between the job's hosts: racks, capacities, latencies.",
     options=Options,
     run=run,
     example="torchrun --nnodes 8 --rdzv-endpoint host0:29400 --no-python trainkit probe --out network.json",

@@ -49,9 +49,9 @@ class Subcommand:
             about = (helps.get(field.name) or "").replace("%", "%%")
             if field.metadata.get("positional"):
                 if get_origin(kind) is tuple:
-                    parser.add_argument(field.name, type=get_args(kind)[0], nargs="*", default=(), help=about)
+                    parser.add_argument(field.name, type=get_args(kind)[0], nargs="*", help=about)
                 elif field.default is None:
-                    parser.add_argument(field.name, type=kind, nargs="?", default=None, help=about)
+                    parser.add_argument(field.name, type=kind, nargs="?", help=about)
                 else:
                     parser.add_argument(field.name, type=kind, help=about)
             elif kind is bool:
@@ -69,8 +69,9 @@ class Subcommand:
         given: dict[str, Any] = {}
         for field in dataclasses.fields(self.options):
             value = getattr(parsed, field.name)
-            words = isinstance(value, list) and field.metadata.get("positional")
-            given[field.name] = tuple(value) if words else value
+            # a list of words comes as a list, or as None where there are none
+            words = field.metadata.get("positional") and field.default == ()
+            given[field.name] = tuple(value or ()) if words else value
         return self.run(self.options(**given))
 
 
