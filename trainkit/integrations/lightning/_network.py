@@ -235,7 +235,7 @@ class NetworkState:
     def _adopt(self, way: Way) -> None:
         if way.schedule is not None:
             forest = ForestState(
-                way.schedule, interface=self._interface, deadline_s=self._deadline_s, fallback=self._fallback
+                way.schedule, interface=self._interface, timeout_s=self._deadline_s, fallback=self._fallback
             )
             self._carrier, self._carry = forest, lambda bucket: forest_hook(forest, bucket)
         elif way.name == "switchml":
