@@ -5,6 +5,7 @@ import ipaddress
 import os
 import socket
 import struct
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -64,13 +65,22 @@ def reachable_address(exchange: Exchange, interface: str | None) -> str:
     others = [str(there) for host, there, _ in everyone if host != everyone[exchange.rank][0]]
     if not others or not is_loopback(address):
         return address
-    for there in (*(there for there in others if not is_loopback(there)), *_DOCUMENTATION):
-        found = _routes(there)
-        if interface is None and found is not None and not is_loopback(found):
+    return default_address(interface, [there for there in others if not is_loopback(there)])
+
+
+def default_address(interface: str | None, others: Sequence[str] = ()) -> str:
+    """This host's address where its own name says nothing: the one that leads to other hosts, or to anywhere.
+
+    Raises:
+        ValueError: the only address found is a loopback one.
+    """
+    for there in (*others, *_DOCUMENTATION):
+        found = own_address(interface) if interface is not None else _routes(there)
+        if found is not None and not is_loopback(found):
             return found
     raise ValueError(
-        f"ranks on other hosts cannot reach {socket.gethostname()} at {address}: set {VARIABLE} to a network interface "
-        "that leads to them, or name it with interface="
+        f"hosts cannot reach {socket.gethostname()} at its loopback address: set {VARIABLE} to a network interface that "
+        "leads to them, or name it with interface="
     )
 
 

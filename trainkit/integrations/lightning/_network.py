@@ -14,7 +14,7 @@ from pytorch_lightning.strategies import DDPStrategy, StrategyRegistry
 
 from trainkit._planner import NetworkPlan, Way, plan_network
 from trainkit.collectives import ForestState, ProbeError, Topology, forest_hook, probe
-from trainkit.collectives._probe import seated, seats
+from trainkit.collectives._probe import placed, placements
 from trainkit.integrations.lightning._stopwatch import Stopwatch
 from trainkit.integrations.lightning._strategies import _Hooked
 from trainkit.switchml import SwitchMLState, switchml_hook
