@@ -14,8 +14,9 @@ from trainkit.switchml._hook import noop_hook as noop_hook
 from trainkit.switchml._hook import switchml_hook as switchml_hook
 from trainkit.switchml._kernel import KernelUnavailable as KernelUnavailable
 from trainkit.switchml._kernel_switch import KernelSwitch as KernelSwitch
+from trainkit.switchml._limits import Limits as Limits
+from trainkit.switchml._limits import Preconfigured as Preconfigured
+from trainkit.switchml._options import Options as Options
 from trainkit.switchml._options import read_token as read_token
-from trainkit.switchml._session import Limits as Limits
-from trainkit.switchml._session import Programmed as Programmed
 from trainkit.switchml._software_switch import SoftwareSwitch as SoftwareSwitch
 from trainkit.switchml._state import SwitchMLState as SwitchMLState

@@ -240,13 +240,12 @@ class NetworkState:
             self._carrier, self._carry = forest, lambda bucket: forest_hook(forest, bucket)
         elif way.name == "switchml":
             assert self._switch is not None
-            fallback: Literal["allreduce"] | None = "allreduce" if self._fallback == "allreduce" else None
             switch = SwitchMLState(
                 self._switch[0],
                 token_file=self._token_file,
                 interface=self._interface,
-                deadline_s=self._deadline_s,
-                fallback=fallback,
+                timeout_s=self._deadline_s,
+                fallback=self._fallback,
             )
             self._carrier, self._carry = switch, lambda bucket: switchml_hook(switch, bucket)
         elif way.name == "reordered ring":
