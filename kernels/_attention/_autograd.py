@@ -13,6 +13,7 @@ from trainkit.kernels._attention._reference import reference
 from trainkit.kernels._attention._spec import Packed, Spec
 from trainkit.kernels._attention._triton import Call
 from trainkit.kernels._attention._variant import build
+from trainkit.kernels._once import only_once
 
 
 def run_forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
@@ -55,6 +56,7 @@ class _Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @only_once("attention")
     def backward(ctx: Any, *grads: Any) -> Any:
         q, k, v, sinks, out, lse = ctx.saved_tensors[:6]
         grad = torch.zeros_like(out) if grads[0] is None else grads[0]

@@ -17,6 +17,7 @@ from trainkit.kernels._attention._program import LARGEST, Program, Table, Value,
 from trainkit.kernels._attention._scalars import ScalarIndex
 from trainkit.kernels._attention._spec import Packed
 from trainkit.kernels._attention._trace import Untraceable, append
+from trainkit.kernels._once import only_once
 from trainkit.kernels.fused._rope import reference as rotate
 from trainkit.kernels.fused._rope import rope as fused_rope
 from trainkit.kernels.fused._rope import rotated
@@ -198,6 +199,7 @@ class _Transform(torch.autograd.Function):
         return _run(hook, x, None, cu)
 
     @staticmethod
+    @only_once("a hook of attention")
     def backward(ctx: Any, *grads: Any) -> Any:
         x, cu, *tables = ctx.saved_tensors
         return _run(Captured(ctx.compiled, tuple(tables)), x, grads[0], cu), None, None

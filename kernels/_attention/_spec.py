@@ -1,6 +1,5 @@
 """What an attention call asks for, checked once: every path reads the same frozen description."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise

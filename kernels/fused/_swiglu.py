@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainkit.kernels._grid import flat
+from trainkit.kernels._once import only_once
 from trainkit.kernels.fused._launch import fusible
 
 BLOCK = 2048
@@ -58,6 +59,7 @@ class _SwiGLU(torch.autograd.Function):
         return _forward(gate, up)
 
     @staticmethod
+    @only_once("swiglu")
     def backward(ctx: Any, *grads: Any) -> Any:
         gate, up = ctx.saved_tensors
         return _backward(gate, up, grads[0]).chunk(2, -1)
