@@ -27,7 +27,7 @@ Floats = npt.NDArray[np.float64]
 _GRAIN = 2**26  # float capacities become integers of this many steps for the max-flows
 _TOLERANCE = 1e-9
 # The simplex goes on from where it was when rows are added: presolve would throw that away.
-_OPTIONS = {
+_OPTIONS: dict[str, bool | str | int | float] = {
     "output_flag": False,
     "presolve": "off",
     "solver": "simplex",
@@ -208,7 +208,7 @@ class CutProgram:
 
     def _solver(self) -> highspy.Highs:
         """The program without its upper rows; capacities are relative to the largest, as tolerances are absolute."""
-        solver = highspy.Highs()
+        solver = highspy.Highs()  # type: ignore[no-untyped-call]
         for option, value in _OPTIONS.items():
             solver.setOptionValue(option, value)
         solver.addVars(self.variables, np.zeros(self.variables), np.full(self.variables, inf))

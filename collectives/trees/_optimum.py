@@ -6,7 +6,7 @@ violated cut raises the bound to its own exact ratio, so there is no bisection, 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
@@ -86,5 +86,6 @@ def optimum(
     if not asked.balanced():
         reached, _, certificate = achievable(asked)
     weight = {name: int(asked.weight[topology.index[name]]) for name in names(topology, asked.members)}
-    exact = proved_rate(asked.topology, list(weight), weight, certificate) == reached * scale
+    plain = replace(asked.topology, multicast=frozenset())
+    exact = proved_rate(plain, list(weight), weight, certificate) == reached * scale
     return Optimum(rate * scale, reached * scale, inside, int(asked.weight.sum()), topology.unit, exact)
