@@ -18,6 +18,7 @@ test: $(VENV)/installed-for-tests
 
 lint: $(VENV)/installed-for-tests
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy && $(VENV)/bin/lint-imports
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 setup: $(VENV)/installed-for-tests
 
@@ -32,7 +33,7 @@ $(VENV)/installed: $(VENV)/python $(SOURCES)
 	touch $@
 
 $(VENV)/installed-for-tests: $(VENV)/python $(SOURCES)
-	$(PIP) install --constraint constraints.txt '.[test,p4,kernels]'
+	$(PIP) install --constraint constraints.txt '.[test,p4,kernels,docs]'
 	touch $@ $(VENV)/installed
 
 clean:

@@ -62,19 +62,20 @@ class Page:
         text = self.path.read_text()
         self.blocks = [Block(m[2], m[3], m[4], m.span(4)) for m in _FENCE.finditer(text) if not m[1]]
 
-    def commands(self, *languages: str) -> Iterator[tuple[str, Block, int]]:
-        """Each command with its block and where its output begins in the block."""
-        for block in self.blocks:
-            if block.language in languages:
-                yield from ((line, block, at) for line, at in _commands(block))
+    def commands(self) -> list[str]:
+        """Every command of the page, whether it runs here or not."""
+        return [line for block in self.blocks if block.language in ("sh", "console") for line, _ in _commands(block)]
 
     @property
     def starts_processes(self) -> bool:
         """Whether a command is more than a `trainkit` subcommand that ends by itself."""
-        return any(not _in_process(line) for line, _, _ in self.commands("console"))
+        consoles = [block for block in self.blocks if block.language == "console"]
+        return any(not _in_process(line) for block in consoles for line, _ in _commands(block))
 
-    def run(self, folder: Path, names: dict[str, Any]) -> list[Printed]:
+    def run(self, folder: Path, names: dict[str, Any], *, processes: bool = True) -> list[Printed]:
         """Run the page in `folder`, with `names` known to its code.
+
+        Without `processes`, commands that start some are left out.
 
         Raises:
             RuntimeError: a command failed.
@@ -95,7 +96,7 @@ class Page:
                     if after and after.language == "text" and not after.title:
                         found.append(Printed(after.span, after.code, out.getvalue(), block.code))
                 elif block.language == "console":
-                    found += _console(block, folder, beside)
+                    found += _console(block, folder, beside, processes)
         finally:
             for process in beside:
                 os.killpg(process.pid, signal.SIGTERM)
@@ -113,13 +114,15 @@ def _commands(block: Block) -> list[tuple[str, int]]:
 
 
 def _in_process(line: str) -> bool:
-    return line.startswith("trainkit ") and not line.endswith("&") and "|" not in line
+    return line.startswith("trainkit ") and not re.search(r"&$|\||^trainkit (demo|check|switch) ", line)
 
 
-def _console(block: Block, folder: Path, beside: list[subprocess.Popen[bytes]]) -> list[Printed]:
+def _console(block: Block, folder: Path, beside: list[subprocess.Popen[bytes]], processes: bool) -> list[Printed]:
     found = []
     commands = _commands(block)
     for index, (line, at) in enumerate(commands):
+        if not (processes or _in_process(line)):
+            continue
         end = block.code.find("\n$ ", at - 1) + 1 if index + 1 < len(commands) else len(block.code)
         if line.endswith("&"):
             beside.append(
