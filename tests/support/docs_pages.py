@@ -194,14 +194,15 @@ def readers_names(text: str) -> Iterator[dict[str, Any]]:
     }  # fmt: skip
     if "attention(" in text:
         names |= {name: torch.randn(1, 64, 2, 32, requires_grad=True) for name in "qkv"}
-    if not re.search(r"\bddp\.", text):
+    if not re.search(r"\bddp\b", text):
         yield names
         return
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield names | {"ddp": torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(8, 1))}
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def update(path: Path, printed: list[Printed]) -> bool:
