@@ -16,7 +16,13 @@ from paths import ROOT
 
 from trainkit.cli._main import _VERBS, _find
 
-DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "SECURITY.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 PAGES = [*DOCS, *sorted((ROOT / "benchmarks").rglob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 RUNS = [
@@ -139,9 +145,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("mkdocs")
     built = tmp_path_factory.mktemp("site")
     command = ["mkdocs", "build", "--strict", "--site-dir", str(built)]
-    done = subprocess.run(
-        [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return built
 
