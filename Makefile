@@ -31,6 +31,7 @@ test-oldest: $(VENV)-oldest/installed
 
 lint: $(VENV)/installed-for-tests
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy && $(VENV)/bin/lint-imports
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 setup: $(VENV)/installed-for-tests
 
@@ -45,7 +46,7 @@ $(VENV)/installed: $(VENV)/python $(SOURCES)
 	touch $@
 
 $(VENV)/installed-for-tests: $(VENV)/python $(SOURCES)
-	$(PIP) install --constraint constraints.txt '.[test,p4,kernels]'
+	$(PIP) install --constraint constraints.txt '.[test,p4,kernels,docs]'
 	touch $@ $(VENV)/installed
 
 $(VENV)-oldest/installed: .ci/oldest $(SOURCES)
