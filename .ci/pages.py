@@ -13,7 +13,7 @@ from typing import Any
 from griffe import Extension, Object
 from mkdocs.structure.files import File, Files
 
-from trainkit.cli._main import _VERBS
+from trainkit.cli._main import _SUBCOMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
 HELP = "<!-- help of every subcommand -->"
@@ -63,8 +63,8 @@ def public(package: str) -> list[str]:
 
 def _help() -> str:
     parts = []
-    for name, home in _VERBS.items():
-        parser = import_module(home).VERB.parser()
+    for name, home in _SUBCOMMANDS.items():
+        parser = import_module(home).SUBCOMMAND.parser()
         parts.append(f"## trainkit {name}\n\n```text\n{parser.format_help().rstrip()}\n```")
     return "\n\n".join(parts)
 

@@ -134,7 +134,7 @@ class NetworkState:
                 f"{len(network.compute_nodes)}, the job {world} ranks: probe with as many ranks a host as the job has"
             )
         if network is not None:
-            network = seated(network, seats(control, self._interface))
+            network = placed(network, placements(control, self._interface))
         self.network, self._control = network, control
 
     def close(self) -> None:
