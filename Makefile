@@ -9,8 +9,8 @@ CONSTRAINTS = $(VENV)/constraints.txt
 OLDEST_TOOLS = hypothesis pytest pytest-benchmark pytest-timeout
 # what speaks to torch, Lightning, numpy and scipy
 OLDEST_TESTS = tests/autolrs tests/switchml tests/collectives tests/trainkit/integrations tests/kernels/test_attention.py
-SOURCES = pyproject.toml constraints.txt $(shell find CMakeLists.txt autolrs switchml collectives kernels p4 trainkit/ \
-	-name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.p4' -o -name '*.bpf.c' -o -name 'CMakeLists.txt')
+SOURCES = pyproject.toml constraints.txt $(shell find CMakeLists.txt autolrs switchml collectives kernels p4 docs trainkit/ \
+	-name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.p4' -o -name '*.bpf.c' -o -name '*.md' -o -name 'CMakeLists.txt')
 
 .PHONY: demo test test-slow test-gpu test-oldest lint setup clean
 
@@ -32,6 +32,7 @@ test-oldest: $(VENV)-oldest/installed
 
 lint: $(VENV)/installed-for-tests
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy && $(VENV)/bin/lint-imports
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 setup: $(VENV)/installed-for-tests
 
@@ -48,7 +49,7 @@ $(VENV)/installed: $(VENV)/python $(SOURCES)
 	touch $@
 
 $(VENV)/installed-for-tests: $(VENV)/python $(SOURCES)
-	$(PIP) install --constraint $(CONSTRAINTS) '.[test,p4,kernels]'
+	$(PIP) install --constraint $(CONSTRAINTS) '.[test,p4,kernels,docs]'
 	touch $@ $(VENV)/installed
 
 $(VENV)-oldest/installed: .ci/oldest $(SOURCES)

@@ -17,9 +17,10 @@ from trainkit.switchml._errors import WorkerMissing as WorkerMissing
 from trainkit.switchml._fixed_switch import FixedSwitch as FixedSwitch
 from trainkit.switchml._kernel import KernelUnavailable as KernelUnavailable
 from trainkit.switchml._kernel_switch import KernelSwitch as KernelSwitch
+from trainkit.switchml._limits import Limits as Limits
+from trainkit.switchml._limits import Preconfigured as Preconfigured
+from trainkit.switchml._options import Options as Options
 from trainkit.switchml._options import read_token as read_token
-from trainkit.switchml._session import Limits as Limits
-from trainkit.switchml._session import Programmed as Programmed
 from trainkit.switchml._software_switch import SoftwareSwitch as SoftwareSwitch
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ def run(options: Options) -> int:
     """Serve until SIGINT or SIGTERM."""
     from trainkit.p4._plane import Plane
     from trainkit.p4.deploy import deployed
-    from trainkit.switchml import FixedSwitch, Programmed, read_token
+    from trainkit.switchml import FixedSwitch, Preconfigured, read_token
 
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -38,7 +38,7 @@ def run(options: Options) -> int:
     with deployed(options.path, options.grpc, options.device, options.election) as (switch, description):
         plane = Plane(switch, description)
         sessions = {
-            session.name: Programmed(
+            session.name: Preconfigured(
                 session.number, tuple(worker.host for worker in session.workers), session.slots, session.elements
             )
             for session in description.sessions
