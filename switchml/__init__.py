@@ -20,3 +20,4 @@ from trainkit.switchml._options import Options as Options
 from trainkit.switchml._options import read_token as read_token
 from trainkit.switchml._software_switch import SoftwareSwitch as SoftwareSwitch
 from trainkit.switchml._state import SwitchMLState as SwitchMLState
+from trainkit.switchml._text import shown as shown

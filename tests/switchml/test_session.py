@@ -213,7 +213,7 @@ def test_metrics_are_prometheus_text() -> None:
         states = joined(switch.address, 1, session='a "b"')
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
             lines = answer.read().decode().splitlines()
-        assert 'switchml_session_workers{session="a \\"b\\""} 1' in lines
+        assert 'switchml_session_workers{session="a \\"b\\"",job=""} 1' in lines
         assert all(line.startswith("# TYPE ") or float(line.rsplit(" ", 1)[1]) >= 0 for line in lines)
         closed(states)
 
