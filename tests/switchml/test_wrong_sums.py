@@ -161,14 +161,3 @@ def test_nothing_grows_over_two_hundred_thousand_buckets(thousands: int) -> None
         assert max(ends) <= 1000 + 2 * link.member.slots and max(known) <= 4096
         assert link.counters()["buckets"] == 1000 * thousands
         state.close()
-
-
-def test_names_of_the_last_release_are_taken_with_a_warning() -> None:
-    with pytest.warns(DeprecationWarning, match="timeout_s"):
-        assert SwitchMLState("127.0.0.1:1", deadline_s=3.0).options.timeout_s == 3.0
-    with pytest.warns(DeprecationWarning, match="channels"):
-        assert SwitchMLState("127.0.0.1:1", lanes=2).options.channels == 2
-    with pytest.warns(DeprecationWarning, match="'error'"):
-        assert SwitchMLState("127.0.0.1:1", fallback=None).options.fallback == "error"  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="no option 'deadlines'"):
-        SwitchMLState("127.0.0.1:1", deadlines=3)
