@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainkit import AutoNetworkStrategy
 from trainkit.collectives import ForestState, Topology, fabrics, probe
-from trainkit.collectives._probe import seated
+from trainkit.collectives._probe import placed
 from trainkit.integrations.lightning._network import NetworkState, auto_network_hook
 from trainkit.switchml import SoftwareSwitch
 
@@ -184,7 +184,7 @@ def test_one_rank_has_nothing_to_plan_and_trains() -> None:
     assert processes(_alone, 1) == {0: True}
 
 
-def seats(*addresses: str) -> list[dict[str, str]]:
+def placements(*addresses: str) -> list[dict[str, str]]:
     return [{"address": address, "name": "node"} for address in addresses]
 
 
@@ -194,11 +194,11 @@ def test_a_job_in_another_order_than_the_probe_finds_its_places() -> None:
     links += [("a", "b", 1), ("b", "a", 1)]
     devices = {host: {"address": f"10.0.0.{number}", "ranks": 2} for number, host in enumerate("ab")}
     network = Topology("probed", [*names, "a", "b"], names, links, unit="Mbit/s", devices=devices)
-    in_turn = seated(network, seats("10.0.0.1", "10.0.0.0", "10.0.0.1", "10.0.0.0"))
+    in_turn = placed(network, placements("10.0.0.1", "10.0.0.0", "10.0.0.1", "10.0.0.0"))
     assert in_turn.compute_nodes == ("b.0", "a.0", "b.1", "a.1")
-    assert seated(network, seats("10.0.0.9", "10.0.0.0", "10.0.0.1", "10.0.0.0")) == network
+    assert placed(network, placements("10.0.0.9", "10.0.0.0", "10.0.0.1", "10.0.0.0")) == network
     with pytest.raises(ValueError, match="host 'a' has 2 ranks there and 3 in this job"):
-        seated(network, seats("10.0.0.0", "10.0.0.0", "10.0.0.1", "10.0.0.0"))
+        placed(network, placements("10.0.0.0", "10.0.0.0", "10.0.0.1", "10.0.0.0"))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from pytorch_lightning.strategies import DDPStrategy, StrategyRegistry
 
 from trainkit._planner import NetworkPlan, Way, plan_network
 from trainkit.collectives import ForestState, ProbeError, Topology, forest_hook, probe
-from trainkit.collectives._probe import seated, seats
+from trainkit.collectives._probe import placed, placements
 from trainkit.integrations.lightning._stopwatch import Stopwatch
 from trainkit.integrations.lightning._strategies import _Hooked
 from trainkit.switchml import SwitchMLState, switchml_hook
@@ -134,7 +134,7 @@ class NetworkState:
                 f"{len(network.compute_nodes)}, the job {world} ranks: probe with as many ranks a host as the job has"
             )
         if network is not None:
-            network = seated(network, seats(control, self._interface))
+            network = placed(network, placements(control, self._interface))
         self.network, self._control = network, control
 
     def close(self) -> None:
@@ -235,7 +235,7 @@ class NetworkState:
     def _adopt(self, way: Way) -> None:
         if way.schedule is not None:
             forest = ForestState(
-                way.schedule, interface=self._interface, deadline_s=self._deadline_s, fallback=self._fallback
+                way.schedule, interface=self._interface, timeout_s=self._deadline_s, fallback=self._fallback
             )
             self._carrier, self._carry = forest, lambda bucket: forest_hook(forest, bucket)
         elif way.name == "switchml":

@@ -140,7 +140,7 @@ class _AlongSchedule(_Hooked):
         self.forest_state = ForestState(
             Schedule.load(schedule) if isinstance(schedule, str | Path) else schedule,
             Topology.load(topology) if isinstance(topology, str | Path) else topology,
-            ranks=ranks, deadline_s=deadline_s, fallback=fallback, transport=transport, interface=interface,
+            ranks=ranks, timeout_s=deadline_s, fallback=fallback, transport=transport, interface=interface,
         )  # fmt: skip
         super().__init__(ddp_comm_state=self.forest_state, ddp_comm_hook=forest_hook, **ddp)
 
