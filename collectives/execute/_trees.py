@@ -19,7 +19,7 @@ def trees_said(trees: Forest | AllreduceForest) -> dict[str, Any]:
     if isinstance(trees, Forest):
         return said | {"forest": _forest_said(trees)}
     both = {"reduce": _forest_said(trees.reduce), "broadcast": _forest_said(trees.broadcast)}
-    return said | {"time_per_byte": str(trees.time_per_byte), "exact": trees.exact, **both}
+    return said | {"time_per_byte": str(trees.time_per_byte), "bound": str(trees.bound), **both}
 
 
 def trees_of(said: Any) -> Forest | AllreduceForest:
@@ -33,7 +33,8 @@ def trees_of(said: Any) -> Forest | AllreduceForest:
         if "forest" in said:
             return _forest_of(topology, said["forest"])
         reducing, broadcasting = (_forest_of(topology, said[key]) for key in ("reduce", "broadcast"))
-        made = AllreduceForest(topology, Fraction(said["time_per_byte"]), bool(said["exact"]), reducing, broadcasting)
+        time_per_byte, bound = Fraction(said["time_per_byte"]), Fraction(said["bound"])
+        made = AllreduceForest(topology, time_per_byte, bound, reducing, broadcasting)
         made.verify()
     except (KeyError, TypeError, IndexError, OverflowError, ZeroDivisionError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from None

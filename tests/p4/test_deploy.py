@@ -296,5 +296,5 @@ def test_a_changed_session_ends_what_was_joined(switch: FakeSwitch, tmp_path: Pa
 
 def test_the_extra_is_named_where_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "trainkit.p4._client", None)
-    with pytest.raises(DeployError, match=r"pip install 'trainkit\[p4\]'"):
+    with pytest.raises(DeployError, match=r"pip install 'p4runtime-shell>=0\.0\.6'"):
         deploy(written(tmp_path))

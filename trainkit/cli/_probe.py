@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainkit._files import write_text_atomically
 from trainkit.cli._quantities import bytes_per_second, size_text
-from trainkit.cli._verb import Verb
+from trainkit.cli._subcommand import Subcommand
 
 if TYPE_CHECKING:
     from trainkit.collectives import Topology
@@ -231,9 +231,9 @@ def _upward(u: str, v: str, network: "Topology") -> str:
     return min(f"{u}->{v}", f"{v}->{u}", key=pairs.index)
 
 
-VERB = Verb(
+SUBCOMMAND = Subcommand(
     name="probe",
-    summary="measure the network between the job's hosts: racks, capacities, latencies",
+    summary="Measure the network between the job's hosts: racks, capacities, latencies.",
     options=Options,
     run=run,
     example="torchrun --nnodes 8 --rdzv-backend c10d --rdzv-endpoint host0:29400 --no-python trainkit probe --out network.json",

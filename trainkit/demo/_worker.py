@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainkit.demo._processes import die_with_parent
+from trainkit._processes import die_with_parent
 
 
 @dataclass(frozen=True)
