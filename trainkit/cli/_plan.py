@@ -51,6 +51,8 @@ class Options:
     """bytes of one gradient, for --switch-node: 2 for bf16"""
     export: str | None = None
     """json, msccl or mscclpp: write the schedule, to --out or standard output"""
+    runtime: str = "msccl"
+    """what reads --export msccl: msccl (Microsoft's MSCCL), azure (its executor for NCCL) or rccl"""
     out: Path | None = None
     """file for --export"""
     draw: Path | None = None
@@ -67,6 +69,8 @@ def run(options: Options) -> int:
         raise ValueError(f"--collective must be one of {', '.join(_COLLECTIVES)}, got {options.collective!r}")
     if options.export not in (None, "json", "msccl", "mscclpp"):
         raise ValueError(f"--export must be json, msccl or mscclpp, got {options.export!r}")
+    if options.runtime not in ("msccl", "azure", "rccl"):
+        raise ValueError(f"--runtime must be msccl, azure or rccl, got {options.runtime!r}")
     if options.nbytes < 1:
         raise ValueError(f"--nbytes must be at least 1, got {options.nbytes}")
     topology = Topology.load(options.topology)
@@ -164,7 +168,7 @@ def _export(topology: "Topology", options: Options, schedule: "Schedule | None")
         schedule.verify()
         text = json.dumps(to_dict(schedule)) + "\n"
     else:
-        runtime: Any = options.export
+        runtime: Any = options.runtime if options.export == "msccl" else options.export
         one: Any = options.collective
         if options.collective not in ("allreduce", "allgather", "reduce_scatter"):
             raise ExportError(

@@ -135,7 +135,7 @@ class _Emulator:
             for entry in gpu["channels"]:
                 for own, peer in enumerate(entry["connected_to"]):
                     ends[gpu["id"], peer, entry["channel_type"]].append(own)
-        partner = {}
+        partner: dict[tuple[int, str, int], tuple[int, str, int]] = {}
         for (rank, peer, kind), here in ends.items():
             there = ends.get((peer, rank, kind), [])
             if len(here) != len(there):
