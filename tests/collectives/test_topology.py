@@ -191,8 +191,9 @@ def test_nvidia_smi_matrix() -> None:
     two = fb.from_nvidia_smi(SMI_H100, count=2)
     # Two GPUs share each 50 GB/s adapter: 4 GPUs leave a box over 100 GB/s.
     assert optimum(two).inv_rate == Fraction(4, 100)
-    meshed = SMI_H100.replace("GPU0     X      NV18    NV18", "GPU0     X      NV18    NV2 ").replace(
-        "GPU2    NV18    NV18     X", "GPU2    NV2     NV18     X"
+    thin = SMI_H100.replace("NV18", "NV4 ")
+    meshed = thin.replace("GPU0     X      NV4     NV4 ", "GPU0     X      NV4     NV2 ").replace(
+        "GPU2    NV4     NV4      X", "GPU2    NV2     NV4      X"
     )
     direct = fb.from_nvidia_smi(meshed)
     assert not direct.switches

@@ -28,7 +28,10 @@ class Options:
     """Options of the plan."""
 
     topology: Path
-    """JSON file of the network: name, nodes, compute_nodes, links [[from, to, capacity], ...], optional unit"""
+    """the network: JSON (name, nodes, compute_nodes, links [[from, to, capacity], ...], optional unit), or what
+    nvidia-smi topo -m, rocm-smi --showtopo or ibnetdiscover printed, or Slurm's topology.conf or topology.yaml"""
+    machines: int = 1
+    """equal machines, each as nvidia-smi topo -m shows one"""
     collective: str = "allreduce"
     """allreduce, allgather, reduce_scatter, broadcast or reduce"""
     trees_per_root: int | None = None
@@ -63,7 +66,7 @@ class Options:
 
 def run(options: Options) -> int:
     """Print the plan; write what was asked for."""
-    from trainkit.collectives import Topology
+    from trainkit.collectives.fabrics import read_network
 
     if options.collective not in _COLLECTIVES:
         raise ValueError(f"--collective must be one of {', '.join(_COLLECTIVES)}, got {options.collective!r}")
@@ -73,7 +76,9 @@ def run(options: Options) -> int:
         raise ValueError(f"--runtime must be msccl, azure or rccl, got {options.runtime!r}")
     if options.nbytes < 1:
         raise ValueError(f"--nbytes must be at least 1, got {options.nbytes}")
-    topology = Topology.load(options.topology)
+    if options.machines < 1:
+        raise ValueError(f"--machines must be at least 1, got {options.machines}")
+    topology = read_network(options.topology, machines=options.machines)
     if options.buckets is not None:
         return _compare(topology, options)
     if options.switch_node is not None:
