@@ -7,6 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainkit.cli._picture import check_picture, save_picture
 from trainkit.cli._verb import Verb
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def run(options: Options) -> int:
         raise ValueError(f"--export must be json, msccl or mscclpp, got {options.export!r}")
     if options.runtime not in ("msccl", "azure", "rccl"):
         raise ValueError(f"--runtime must be msccl, azure or rccl, got {options.runtime!r}")
+    check_picture("--draw", options.draw)
     if options.nbytes < 1:
         raise ValueError(f"--nbytes must be at least 1, got {options.nbytes}")
     if options.machines < 1:
@@ -152,8 +154,19 @@ def _plan(topology: "Topology", options: Options) -> "tuple[dict[str, Any], Sche
         facts["seconds"] = made.seconds(options.nbytes)
         facts["nbytes"] = options.nbytes
     if options.draw is not None:
-        (made.broadcast if both else made).draw().savefig(options.draw)
+        save_picture(made.draw(_limits(topology, best, options.collective)), options.draw)
+        facts["drawn"] = str(options.draw)
     return facts, made.schedule(options.chunks) if options.export == "json" else None
+
+
+def _limits(topology: "Topology", best: "Optimum", collective: str) -> set[tuple[str, str]]:
+    """The links that leave the bottleneck, or enter it for reductions; both ways for an all-reduce."""
+    inside = best.bottleneck
+    leaving = {(u, v) for u, v, _ in topology.links if u in inside and v not in inside}
+    entering = {(u, v) for u, v, _ in topology.links if v in inside and u not in inside}
+    if collective == "allreduce":
+        return leaving | entering
+    return entering if collective in ("reduce", "reduce_scatter") else leaving
 
 
 def _bottleneck(topology: "Topology", best: "Optimum") -> list[str]:
@@ -226,8 +239,9 @@ def _print(facts: dict[str, Any], unit: str | None) -> None:
             print(f"  {what:20}{float(facts[key] / facts['time_per_unit']):.3g} times the forest's time")
     if "seconds" in facts:
         print(f"  {facts['nbytes']} bytes take at least {float(facts['seconds']):.6g} s, latency apart")
-    if "written" in facts:
-        print(f"  written             {facts['written']}")
+    for key in ("written", "drawn"):
+        if key in facts:
+            print(f"  written             {facts[key]}")
 
 
 VERB = Verb(

@@ -51,7 +51,9 @@ PARSED = {
 
 def two_ways(fast: int, slow: int) -> Topology:
     pairs = [("a", "b", fast), ("b", "c", fast), ("a", "c", slow)]
-    return Topology("two ways", "abc", "abc", [link for u, v, c in pairs for link in ((u, v, c), (v, u, c))])
+    return Topology(
+        "two ways", list("abc"), list("abc"), [link for u, v, c in pairs for link in ((u, v, c), (v, u, c))]
+    )
 
 
 @pytest.mark.parametrize("runtime", sorted(PARSED))
