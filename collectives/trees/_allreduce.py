@@ -5,11 +5,12 @@ link is a bottleneck of both phases in turn. Here both run together and the spli
 shares of the roots. The optimum is that of all schedules that reduce along trees and then broadcast along trees.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import reduce
 from math import gcd, lcm
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,6 +24,9 @@ from trainkit.collectives.trees._cut_program import CutProgram, Solution
 from trainkit.collectives.trees._flat import ForestError
 from trainkit.collectives.trees._forest import Forest, build, check_counts
 from trainkit.collectives.trees._problem import Problem, Progress, problem
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,12 @@ class AllreduceForest:
             ValueError: the network has no unit.
         """
         return nbytes * self.time_per_byte / bytes_per_second(self.topology.unit)
+
+    def draw(self, bottleneck: Collection[tuple[str, str]] = ()) -> "Figure":
+        """Trees of the reduction, then of the broadcast, at most six each; the links of a bottleneck are marked."""
+        from trainkit.collectives.trees._draw import draw_allreduce
+
+        return draw_allreduce(self, bottleneck)
 
     def schedule(self, chunks: int = 1) -> Schedule:
         """Both phases as one schedule; pieces of the second start as soon as the first has finished them."""

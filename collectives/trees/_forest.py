@@ -4,7 +4,7 @@ ForestColl (arXiv:2402.06787) and the bandwidth-optimal pipeline schedule (arXiv
 whole trees, split the switches off, pack spanning out-trees, map them back to physical paths.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -171,11 +171,11 @@ class Forest:
         """[trees] the part of the message that each tree carries."""
         return share_of(self.flat, self.weight * self.k, self.weight)
 
-    def draw(self) -> "Figure":
-        """One panel per tree, at most twelve."""
-        from trainkit.collectives._draw import draw_forest
+    def draw(self, bottleneck: Collection[tuple[str, str]] = ()) -> "Figure":
+        """One panel per tree, at most twelve; the links of a bottleneck are marked."""
+        from trainkit.collectives.trees._draw import draw_forest
 
-        return draw_forest(self)
+        return draw_forest(self, bottleneck)
 
 
 def forest(

@@ -73,12 +73,13 @@ def pack(problem: Problem, quota: Ints, max_height: int | None) -> Flat:
     least = _least_height(problem, quota) if max_height is None else max_height
     best = grow(problem, quota)
     small = len(problem.members) <= _FEW_ROOTS
-    if best is not None and (best.height <= max(least, 2) or (max_height is None and not small)):
+    short = max(least, 2) if max_height is None else max_height
+    if best is not None and (best.height <= short or (max_height is None and not small)):
         return best
     expected = effort(problem, quota)
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if expected.memory > 0.8 * machine:
-        if best is not None:
+        if best is not None and max_height is None:
             return best
         raise MemoryError(
             f"packing {int(quota.sum())} trees over {len(problem.members)} nodes will take {expected}, this machine has "

@@ -118,6 +118,8 @@ def problem(
         )
     if rooted and weights is not None:
         raise ValueError(f"weights are shard sizes: {collective} has no shards")
+    if isinstance(group, str):
+        raise ValueError(f"group is a list of compute nodes, got the text {group!r}")
     members = list(topology.compute_nodes) if group is None else list(group)
     for what, given in (("group", members), ("root", [root] if root is not None else []), ("weights", weights or ())):
         for name in given:
