@@ -24,6 +24,7 @@ _SUBCOMMANDS: dict[str, str] = {
     "plan": "trainkit.cli._plan",
     "probe": "trainkit.cli._probe",
     "report": "trainkit.cli._report",
+    "serve simulate": "trainkit.cli._serve_simulate",
     "switch": "trainkit.cli._switch",
     "topology find": "trainkit.cli._topology_find",
     "topology show": "trainkit.cli._topology_show",
