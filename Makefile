@@ -5,16 +5,29 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 TORCH = torch==2.13.0
+OLDEST_TOOLS = hypothesis pytest pytest-benchmark pytest-timeout
+# what speaks to torch, Lightning, numpy and scipy
+OLDEST_TESTS = tests/autolrs tests/switchml tests/collectives tests/trainkit/integrations tests/kernels/test_attention.py
 SOURCES = pyproject.toml constraints.txt $(shell find CMakeLists.txt autolrs switchml collectives kernels p4 trainkit/ \
 	-name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.p4' -o -name '*.bpf.c' -o -name 'CMakeLists.txt')
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test test-slow test-gpu test-oldest lint setup clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/trainkit demo --out runs/demo --overwrite
 
 test: $(VENV)/installed-for-tests
 	$(VENV)/bin/python -m pytest $(PYTEST)
+
+test-slow: $(VENV)/installed-for-tests
+	$(VENV)/bin/python -m pytest --slow -m slow $(PYTEST)
+
+test-gpu: $(VENV)/installed-for-tests
+	$(VENV)/bin/python -m pytest -m gpu $(PYTEST)
+
+# The lowest versions that pyproject.toml allows, in an environment of their own.
+test-oldest: $(VENV)-oldest/installed
+	$(VENV)-oldest/bin/python -m pytest $(if $(PYTEST),$(PYTEST),$(OLDEST_TESTS))
 
 lint: $(VENV)/installed-for-tests
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy && $(VENV)/bin/lint-imports
@@ -36,5 +49,13 @@ $(VENV)/installed-for-tests: $(VENV)/python $(SOURCES)
 	$(PIP) install --constraint constraints.txt '.[test,p4,kernels,docs]'
 	touch $@ $(VENV)/installed
 
+$(VENV)-oldest/installed: .ci/oldest $(SOURCES)
+	@sh .ci/prerequisites $(PYTHON)
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(PYTHON) .ci/oldest pyproject.toml > $(VENV)-oldest/constraints.txt
+	$(VENV)-oldest/bin/python -m pip --disable-pip-version-check --quiet install \
+		--constraint $(VENV)-oldest/constraints.txt . $(OLDEST_TOOLS)
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) $(VENV)-oldest build dist

@@ -169,7 +169,7 @@ def connected(grpc: str, device: int = 0, election: int | None = 1) -> Iterator[
     try:
         from trainkit.p4._client import Connection
     except ImportError as error:
-        raise DeployError(f"{error}: the extra `p4` is missing: pip install 'trainkit[p4]'") from error
+        raise DeployError(f"{error}: P4Runtime is missing: pip install 'p4runtime-shell>=0.0.6'") from error
     with Connection(grpc, device, election) as connection:
         yield connection
 

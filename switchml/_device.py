@@ -17,6 +17,12 @@ class DeviceCopies:
         self._device = device
         self._stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="switchml-copies")
+        self._free: dict[int, list[torch.Tensor]] = {}
+
+    def staging(self, count: int) -> torch.Tensor:
+        """Pinned fp32 memory of `count` values that no other bucket uses; `up` gives it back."""
+        free = self._free.setdefault(count, [])
+        return free.pop() if free else torch.empty(count, dtype=torch.float32, pin_memory=True)
 
     def down(self, bucket: torch.Tensor, host: torch.Tensor, then: Callable[[], None]) -> "Future[None]":
         """Copy `bucket` to `host` once the current stream has computed it, then call `then` on the thread."""
@@ -39,6 +45,8 @@ class DeviceCopies:
         with torch.cuda.stream(self._stream):
             bucket.copy_(host, non_blocking=True)
             then()
+        # the next use of it is a copy on this stream, after this one
+        self._free[host.numel()].append(host)
 
     def close(self) -> None:
         """End the thread."""

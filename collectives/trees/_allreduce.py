@@ -17,11 +17,12 @@ from trainkit.collectives._topology import Ints, Topology
 from trainkit.collectives.schedule import Schedule
 from trainkit.collectives.schedule._units import bytes_per_second
 from trainkit.collectives.trees._capacity import Share
+from trainkit.collectives.trees._certificate import CertificateError, Lengths, proved_time
 from trainkit.collectives.trees._copying import choose_copying
+from trainkit.collectives.trees._cut_program import CutProgram, Solution
 from trainkit.collectives.trees._flat import ForestError
 from trainkit.collectives.trees._forest import Forest, build, check_counts
 from trainkit.collectives.trees._problem import Problem, Progress, problem
-from trainkit.collectives.trees._program import CutProgram, Solution
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,19 @@ class AllreduceForest:
     """The network."""
     time_per_byte: Fraction
     """A message M takes M * time_per_byte, in the network's own unit of capacity: what the trees prove."""
-    exact: bool
-    """Whether an exact dual proves that no reduction and broadcast along trees is faster."""
+    bound: Fraction
+    """No reduction and broadcast along trees is faster: what the certificate proves; 0 where none was looked for."""
     reduce: Forest
     """Trees towards the roots."""
     broadcast: Forest
     """Trees away from the roots, with the same shares."""
+    certificate: Lengths | None = None
+    """The proof of `bound`, checked when the trees were made."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether no reduction and broadcast along trees is faster, proved."""
+        return self.time_per_byte == self.bound
 
     @property
     def height(self) -> int:
@@ -100,25 +108,37 @@ def allreduce_forest(
     up = choose_copying(problem(topology, "reduce_scatter", group=group, progress=progress))
     if trees_per_root is not None:
         return _mirrored(topology, trees_per_root, group, max_height, progress)
-    free = CutProgram([down, up], free_roots=True).solve()
+    members = tuple(topology.compute_nodes if group is None else group)
     # Equal shares mostly do as well, and need far fewer trees.
-    even = CutProgram([down, up], free_roots=False).solve()
-    chosen = even if even.value >= free.value else free
+    chosen = CutProgram([down, up], free_roots=False).solve()
+    bound, certificate = _proof(topology, members, chosen)
+    if bound * chosen.value < topology.scale:
+        free = CutProgram([down, up], free_roots=True).solve()
+        bound, certificate = max((bound, certificate), _proof(topology, members, free), key=lambda proof: proof[0])
+        chosen = max(chosen, free, key=lambda solution: solution.value)
     scale = _whole(chosen)
     weight = np.array([int(x * scale) for x in chosen.roots], dtype=np.int64)
     unit = scale * topology.scale
-    halves, members = [], tuple(topology.compute_nodes if group is None else group)
+    halves = []
     for half, capacity in ((down, chosen.sides[0]), (up, chosen.sides[1])):
         part = _part(half, capacity, scale, weight)
-        flat = build(Share(part, 1, Fraction(scale), True), max_height)
+        flat = build(Share(part, 1, Fraction(scale), ()), max_height)
         kind = "allgather" if half is down else "reduce_scatter"
-        halves.append(Forest(topology, kind, 1, Fraction(unit), True, members, weight, flat))  # type: ignore[arg-type]
-    total = int(weight.sum())
+        halves.append(Forest(topology, kind, 1, Fraction(unit), False, members, weight, flat))  # type: ignore[arg-type]
     result = AllreduceForest(
-        topology, Fraction(unit, total), Fraction(total, scale) == free.bound, halves[1], halves[0]
+        topology, Fraction(unit, int(weight.sum())), bound, halves[1], halves[0], certificate=certificate
     )
     result.verify()
     return result
+
+
+def _proof(topology: Topology, members: Sequence[str], solution: Solution) -> tuple[Fraction, Lengths | None]:
+    """What the solver's lengths prove, and the lengths."""
+    certificate = Lengths(solution.lengths)
+    try:
+        return proved_time(topology, members, certificate), certificate
+    except CertificateError:
+        return Fraction(0), None
 
 
 def _whole(solution: Solution) -> Fraction:
@@ -144,6 +164,6 @@ def _mirrored(
     halves = [
         Forest(topology, half.collective, k, unit, False, half.members, half.weight, half.flat) for half in (down, up)
     ]
-    result = AllreduceForest(topology, unit / k / len(down.members), False, halves[1], halves[0])
+    result = AllreduceForest(topology, unit / k / len(down.members), Fraction(0), halves[1], halves[0])
     result.verify()
     return result

@@ -12,7 +12,8 @@ from typing import Literal
 import numpy as np
 
 import trainkit.collectives._native as _native
-from trainkit.collectives._topology import Ints, Topology
+from trainkit.collectives._topology import Ints, Topology, names
+from trainkit.collectives.trees._certificate import Cut
 
 Collective = Literal["allgather", "reduce_scatter", "broadcast", "reduce"]
 COLLECTIVES = ("allgather", "reduce_scatter", "broadcast", "reduce")
@@ -77,6 +78,10 @@ class Problem:
         """The same with these switches spanned by every tree."""
         spanned = np.concatenate([self.members, np.array(copying, dtype=np.int64)])
         return Problem(self.topology, self.members, self.weight, spanned, self.cap, self.progress)
+
+    def cut(self, inside: Ints) -> Cut:
+        """The named vertices of a cut."""
+        return Cut(frozenset(names(self.topology, np.flatnonzero(inside).tolist())))
 
     def search(self) -> tuple[Fraction, Ints]:
         """(max over cuts of weight inside / capacity out, in integer capacities; [vertices] 1 inside that cut)."""

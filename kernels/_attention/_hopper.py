@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from trainkit.kernels import _gluon
-from trainkit.kernels._attention import _triton
+from trainkit.kernels._attention import _block_lists, _triton
 from trainkit.kernels._attention._codegen import arguments
-from trainkit.kernels._attention._launch import Box, Launch, counter, form, kept
+from trainkit.kernels._attention._launch import PLANS, Box, Launch, Slot, counter, form
 from trainkit.kernels._attention._spec import Spec
 from trainkit.kernels._attention._triton import Call, Tiling
 
@@ -181,25 +181,27 @@ def _planned(what: str, call: Call, make: Callable[[], Plan], *tensors: Tensor) 
         return make()
     key = (what, forms, spec.causal, spec.window, spec.softcap, spec.scale, spec.deterministic)
     if variant.mask is None and (variant.score is None or _cap(spec) is not None):
-        return kept(key, make)
-    from trainkit.kernels._attention import _blocks
-
-    return _blocks.kept(variant, tensors[0].device, key, make)  # type: ignore[no-any-return, no-untyped-call]
+        return PLANS.get(key, make)  # type: ignore[no-any-return]
+    return _block_lists.kept(variant, tensors[0].device, key, make)
 
 
-def _captured(call: Call, masked: bool = True) -> tuple[Any, ...]:
-    score, mask = call.variant.score, call.variant.mask if masked else None
-    return tuple(() if x is None else arguments(x) for x in (score, mask))
+def _captured(call: Call, first: int, masked: bool = True) -> tuple[Any, ...]:
+    """Score's and mask's tensors as their functions read them, each a slot: from number `first` on the call brings them."""
+    slots: list[tuple[Any, ...]] = []
+    for tables, wanted in ((call.variant.score_tables, True), (call.variant.mask_tables, masked)):
+        numbers = iter(range(first, first + len(tables)))
+        flat = arguments(tables) if wanted else ()
+        slots.append(tuple(Slot(next(numbers)) if isinstance(x, Tensor) else x for x in flat))
+        first += len(tables)
+    return tuple(slots)
 
 
-def _bits(call: Call, q: Tensor, k: Tensor, bm: int, bn: int, by_keys: bool) -> tuple[Tensor, Tensor] | None:
-    """The mask's bits in blocks of bm queries and bn keys, where it need not be evaluated: `_blocks.bits`."""
+def _bits(call: Call, q: Tensor, k: Tensor, bm: int, bn: int, by_keys: bool) -> _block_lists.Bits | None:
+    """The mask's bits in blocks of bm queries and bn keys, where it need not be evaluated: `_block_lists.bits`."""
     if call.variant.mask is None or call.packed is not None:
         return None
-    from trainkit.kernels._attention import _blocks
-
     shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
-    return _blocks.bits(call.variant, call.spec, *shape, bm, bn, q.device, by_keys)  # type: ignore[no-any-return, no-untyped-call]
+    return _block_lists.bits(_block_lists.Blocks(call.variant, call.spec, *shape, bm, bn, q.device, by_keys))
 
 
 def forward(
@@ -216,7 +218,8 @@ def forward(
     # None, one, two or three: how many tells which.
     tables = (*(() if sinks is None else (sinks,)), *(call.rope or ()))
     plan = _planned("forward", call, lambda: _forward_plan(q, k, v, sinks, call), q, k, v, *tables)
-    tensors = (*plan.inputs(q, k, v), out, lse, counter(q.device), *tables)
+    captured = (*call.variant.score_tables, *call.variant.mask_tables)
+    tensors = (*plan.inputs(q, k, v), out, lse, counter(q.device), *tables, *captured)
     for run in plan.launches:
         run(tensors, launch)
     return out, lse
@@ -248,7 +251,8 @@ def _forward_plan(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: C
     )  # fmt: skip
     constants = (
         *strides, *qp.steps, *kp.steps, *vp.steps, q.shape[2] * DV, q.shape[2], q.shape[1], k.shape[1], spec.window or 0,
-        spec.scale, cap or 1.0, *_captured(call, bits is None), grid[0], total, template,
+        spec.scale, cap or 1.0, *_captured(call, 6 + (sinks is not None) + len(call.rope or ()), bits is None), grid[0], total,
+        template,
     )  # fmt: skip
     boxes = qp.box(0, 64, D), kp.box(1, bn, D), vp.box(2, bn, DV), op.box(3, 64, min(DV, 128))
     first = 6 if sinks is None else 7
@@ -336,7 +340,8 @@ def backward(
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     plan = _planned("backward", call, lambda: _backward_plan(q, k, v, grad, call), q, k, v, grad, lse, delta)
     room = () if plan.ring is None else plan.ring.room(q.device)
-    tensors = (*plan.inputs(q, k, v, grad), dq, dk, dv, lse, delta, counter(q.device), *room)
+    captured = (*call.variant.score_tables, *call.variant.mask_tables)
+    tensors = (*plan.inputs(q, k, v, grad), dq, dk, dv, lse, delta, counter(q.device), *room, *captured)
     for run in plan.launches:
         run(tensors, launch)
     return dq, dk, dv
@@ -400,7 +405,7 @@ def _backward_plan(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, call: Call) ->
                 (4, *room, 5, 6, 7, 8, 9, *(8 if p is None else p for p in (*lists, *(bits or (None, None))))),
                 (
                     *turn, *strides, *steps, k.shape[2] * D, k.shape[2] * DV, q.shape[2], k.shape[2], *scalars,
-                    *_captured(call, bits is None), grid[0], total, template,
+                    *_captured(call, 12 if fused else 10, bits is None), grid[0], total, template,
                 ),
             )
         )  # fmt: skip
@@ -420,7 +425,9 @@ def _backward_plan(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, call: Call) ->
             Launch(
                 _hopper_backward_queries.backward_queries, (math.prod(grid), 1, 1), sides,
                 (4, 7, 8, *(8 if p is None else p for p in (*lists, *(bits or (None, None))))),
-                (*strides, *steps, q.shape[2] * D, q.shape[2], *scalars, *_captured(call, bits is None), grid[0], template),
+                (
+                    *strides, *steps, q.shape[2] * D, q.shape[2], *scalars, *_captured(call, 10, bits is None), grid[0], template,
+                ),
             )
         )  # fmt: skip
     return Plan(copied, tuple(launches))

@@ -4,13 +4,13 @@ import operator
 from collections.abc import Callable, Sequence
 from functools import cache
 from inspect import getclosurevars
-from threading import Lock
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from trainkit.kernels import _gluon
+from trainkit.kernels._cache import Cache, capturing
 
 Plan = TypeVar("Plan")
 
@@ -30,24 +30,26 @@ def stream() -> int:
     return torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
 
 
-_KEPT: dict[Any, Any] = {}
-_LOCK = Lock()
-MOST = 768
+PLANS: Cache[Any] = Cache(768)
 """Plans kept: forward, delta and backward of 256 forms of call."""
 
 
-def kept(key: Any, make: Callable[[], Plan]) -> Plan:
-    """What `make` returned for this key the first time; made anew where there is no key."""
-    plan: Plan | None = None if key is None else _KEPT.get(key)
-    if plan is None:
-        plan = make()
-        if key is not None:
-            # Backward runs in a thread for each device.
-            with _LOCK:
-                if len(_KEPT) >= MOST:
-                    del _KEPT[next(iter(_KEPT))]
-                _KEPT[key] = plan
-    return plan
+class Slot:
+    """Among a launch's constants, in its place: the call's tensor of this number."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def slotted(x: Any) -> bool:
+    return isinstance(x, Slot) or (type(x) is tuple and any(map(slotted, x)))
+
+
+def filled(x: Any, tensors: Sequence[Tensor]) -> Any:
+    """Constants with the call's tensors in their places."""
+    if isinstance(x, Slot):
+        return tensors[x.number]
+    return tuple(filled(y, tensors) for y in x) if type(x) is tuple else x
 
 
 class Box(NamedTuple):
@@ -81,7 +83,7 @@ class Launch:
         boxes: the kernel's first parameters.
         pointers: its next ones: numbers of the call's tensors, None where the kernel has none, or a tensor of this
             launch's own (which no other call may be given).
-        constants: all others, those known when compiling too. Tensors among them are this launch's own, as above.
+        constants: all others, those known when compiling too; a `Slot` in place of a tensor.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class Launch:
         constants: tuple[Any, ...],
     ) -> None:  # fmt: skip
         self.kernel, self.grid, self.boxes, self.pointers, self.constants = kernel, grid, boxes, pointers, constants
+        self.slotted = slotted(constants)
         self._compiled: Any = None
         self._again: Callable[[Sequence[Tensor]], None] | None = None
 
@@ -105,7 +108,8 @@ class Launch:
                 return self._again(tensors)
         compiled = (launch or operator.getitem)(self.kernel, self.grid)(
             *(box.descriptor(tensors[box.slot]) for box in self.boxes),
-            *(tensors[p] if isinstance(p, int) else p for p in self.pointers), *self.constants, num_warps=4,
+            *(tensors[p] if isinstance(p, int) else p for p in self.pointers),
+            *(filled(self.constants, tensors) if self.slotted else self.constants), num_warps=4,
         )  # fmt: skip
         if launch is None:
             self._compiled = compiled
@@ -153,7 +157,7 @@ def _again(first: Launch, compiled: Any) -> Callable[[Sequence[Tensor]], None] |
     pointers = [
         next(beyond) if isinstance(p, Tensor) else -len(own) if p is None else operator.index(p) for p in first.pointers
     ]
-    constants = first.constants
+    constants, slotted = first.constants, first.slotted
 
     def again(tensors: Sequence[Tensor]) -> None:
         at: list[Any] = [x.data_ptr() for x in tensors]
@@ -161,7 +165,8 @@ def _again(first: Launch, compiled: Any) -> Callable[[Sequence[Tensor]], None] |
         described: list[Any] = []
         for slot, how, sizes in maps:
             described += (encode(at[slot], *how), *sizes)
-        start(*grid, stream(), function, *options, *described, *[at[p] for p in pointers], *constants)
+        others = filled(constants, tensors) if slotted else constants
+        start(*grid, stream(), function, *options, *described, *[at[p] for p in pointers], *others)
 
     return again
 
@@ -175,7 +180,7 @@ def counter(device: torch.device) -> Tensor:
     Kernels of one stream run one after the other and share it; a captured graph, which may run beside anything, gets its
     own.
     """
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda" or capturing(device):
         return torch.zeros(1, dtype=torch.int32, device=device)
     key = (device.index, stream())
     known = _COUNTERS.get(key)

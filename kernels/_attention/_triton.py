@@ -1,17 +1,20 @@
 """The Triton path: every variant, forward and backward, on any GPU that Triton serves (and on its interpreter)."""
 
 import importlib.util
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from trainkit.kernels._attention import _block_lists
 from trainkit.kernels._attention._codegen import arguments
 from trainkit.kernels._attention._dropout import threshold
-from trainkit.kernels._attention._launch import Launch, form, kept, stream
+from trainkit.kernels._attention._launch import PLANS, Launch, form
 from trainkit.kernels._attention._spec import Packed, Spec
 from trainkit.kernels._attention._variant import Variant
+from trainkit.kernels._cache import Cache, capturing, stream
+from trainkit.kernels._grid import flat
 
 LARGEST_HEAD = 256
 
@@ -40,7 +43,7 @@ def interpreted() -> bool:
 def why_not(q: Tensor, v: Tensor, spec: Spec) -> str | None:
     """The reason the Triton path cannot serve the call, or None."""
     if not _installed():
-        return "Triton is not installed (pip install 'trainkit[kernels]')"
+        return "Triton is not installed (pip install 'triton>=3.6')"
     if not q.is_cuda and not interpreted():
         return f"Triton has no kernels on {q.device.type}"
     if q.dtype == torch.float64:
@@ -95,15 +98,15 @@ def strides_of(x: Tensor) -> tuple[int, int, int]:
 
 def packed_tiles(bounds: tuple[int, ...], size: int, device: torch.device) -> Tensor:
     """int32 `[tiles, 2]`: (sequence, tile) for each tile of `size` tokens, the sequences' last tiles first."""
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        # A captured graph outlives what is kept here.
-        return _packed_tiles.__wrapped__(bounds, size, device, 0)
-    return _packed_tiles(bounds, size, device, stream())
+    # For one stream alone, whose kernels have read it when its memory is used again: copying it waits for the device.
+    key = None if capturing(device) else (bounds, size, device, stream(device))
+    return _TILES.get(key, lambda: _packed_tiles(bounds, size, device))
 
 
-@lru_cache(64)
-def _packed_tiles(bounds: tuple[int, ...], size: int, device: torch.device, _: int) -> Tensor:
-    """For one stream alone, whose kernels have read it when its memory is used again: copying it waits for the device."""
+_TILES: Cache[Tensor] = Cache(64)
+
+
+def _packed_tiles(bounds: tuple[int, ...], size: int, device: torch.device) -> Tensor:
     tiles = [(i, t) for i in range(len(bounds) - 1) for t in range(-(-(bounds[i + 1] - bounds[i]) // size))]
     tiles.sort(key=lambda pair: -pair[1])
     return torch.tensor(tiles, dtype=torch.int32, device=device).reshape(-1, 2)
@@ -121,8 +124,8 @@ def _common(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[tuple[Any, ...
         spec.seed,
         threshold(spec.dropout_p),
         1.0 / (1.0 - spec.dropout_p),
-        () if call.variant.score is None else arguments(call.variant.score),
-        () if call.variant.mask is None else arguments(call.variant.mask),
+        arguments(call.variant.score_tables),
+        arguments(call.variant.mask_tables),
     )
     functions = call.variant.functions("triton")
     constants = {
@@ -155,11 +158,9 @@ def layout(call: Call, q: Tensor, k: Tensor, tiling: Tiling, by_keys: bool) -> t
     grid = (-(-tokens // size), heads, q.shape[0])
     if call.variant.mask is None:
         return grid, (None,) * 6, (0, 0, 0), False
-    from trainkit.kernels._attention import _blocks
-
     shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
-    blocks, counts, full, *strides = _blocks.lists(  # type: ignore[no-untyped-call]
-        call.variant, call.spec, *shape, tiling.bm, tiling.bn, q.device, by_keys
+    blocks, counts, full, *strides = _block_lists.lists(
+        _block_lists.Blocks(call.variant, call.spec, *shape, tiling.bm, tiling.bn, q.device, by_keys)
     )
     return grid, (None, None, None, blocks, counts, full), tuple(strides), True
 
@@ -170,7 +171,9 @@ def launch(kernel: Any, grid: tuple[int, ...], tiling: Tiling, *args: Any, **con
 
     for stages in range(tiling.stages, 0, -1):
         try:
-            kernel[grid](*args, **constants, BM=tiling.bm, BN=tiling.bn, num_warps=tiling.warps, num_stages=stages)
+            kernel[flat(grid)](
+                *args, grid[0], **constants, BM=tiling.bm, BN=tiling.bn, num_warps=tiling.warps, num_stages=stages
+            )
             return
         except OutOfResources:
             if stages == 1:
@@ -203,7 +206,7 @@ def row_delta(out: Tensor, grad: Tensor, grad_lse: Tensor | None) -> Tensor:
     tensors = (out, grad, delta, *(() if grad_lse is None else (grad_lse.contiguous(),)))
     if delta.numel():
         forms = form(*tensors)
-        kept(None if forms is None else ("delta", forms), lambda: _delta(*tensors))(tensors)
+        PLANS.get(None if forms is None else ("delta", forms), lambda: _delta(*tensors))(tensors)
     return delta
 
 
@@ -213,8 +216,8 @@ def _delta(out: Tensor, grad: Tensor, _: Tensor, grad_lse: Tensor | None = None)
     B, S, H, DV = out.shape
     bm = 64 if out.is_cuda else 32
     return Launch(
-        _triton_backward.delta, (-(-S // bm), H, B), (), (0, 1, None if grad_lse is None else 3, 2),
-        (*strides_of(out), *strides_of(grad), H, S, DV, _padded(DV), bm, grad_lse is not None),
+        _triton_backward.delta, (*flat((-(-S // bm), H, B)), 1, 1), (), (0, 1, None if grad_lse is None else 3, 2),
+        (*strides_of(out), *strides_of(grad), H, S, -(-S // bm), DV, _padded(DV), bm, grad_lse is not None),
     )  # fmt: skip
 
 
@@ -248,20 +251,14 @@ def backward(
         )  # fmt: skip
 
     learned = call.variant.learned
-    score = call.variant.score
-    tables = [torch.zeros_like(t, dtype=torch.float32) for t in score.tables] if score is not None and learned else []
-    flat: list[object] = []
-    for table in tables:
-        flat.append(table)
-        for size, stride in zip(table.shape, table.stride(), strict=True):
-            flat += [size, stride]
+    captured = call.variant.score_tables
+    tables = [torch.zeros_like(t, dtype=torch.float32) for t in captured] if learned else []
     tiling = _tiling("queries", q.shape[3], v.shape[3], q)
     grid, pointers, strides, listed = layout(call, q, k, tiling, False)
     if 0 not in grid:
         launch(
             _triton_backward.backward_queries, grid, tiling, *inputs, dq, *pointers, *steps, *strides_of(dq),
-            *strides, *scalars, tuple(flat), **constants,
+            *strides, *scalars, arguments(tables), **constants,
             LISTED=listed, TABLES=bool(learned),
         )  # fmt: skip
-    grads = [tables[i].to(score.tables[i].dtype) for i in learned] if score is not None else []
-    return dq, dk, dv, grads
+    return dq, dk, dv, [tables[i].to(captured[i].dtype) for i in learned]

@@ -10,12 +10,13 @@ from trainkit.kernels._attention._triton_tiles import keep, key_range, load_rows
 
 
 @triton.jit
-def delta(OUT, DO, DLSE, DELTA, sob, sos, soh, sdb, sds, sdh, Hq, Sq, DV: tl.constexpr, BDV: tl.constexpr,
+def delta(OUT, DO, DLSE, DELTA, sob, sos, soh, sdb, sds, sdh, Hq, Sq, tiles, DV: tl.constexpr, BDV: tl.constexpr,
           BM: tl.constexpr, GRAD_LSE: tl.constexpr):  # fmt: skip
     """DELTA = rowsum(OUT * dO) - dLSE, fp32 `[B, H, Sq]`."""
-    m0 = tl.program_id(0) * BM
-    h = tl.program_id(1).to(tl.int64)
-    b = tl.program_id(2).to(tl.int64)
+    m0 = tl.program_id(0) % tiles * BM
+    z = tl.program_id(0) // tiles
+    h = (z % Hq).to(tl.int64)
+    b = (z // Hq).to(tl.int64)
     o = load_rows(OUT + b * sob + h * soh, m0, Sq, sos, BM, DV, BDV, True).to(tl.float32)
     do = load_rows(DO + b * sdb + h * sdh, m0, Sq, sds, BM, DV, BDV, True).to(tl.float32)
     rows = m0 + tl.arange(0, BM)
@@ -93,11 +94,11 @@ def key_span(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["Sq", "Sk", "w", "seed", "threshold"])
+@triton.jit(do_not_specialize=["Sq", "Sk", "w", "seed", "threshold", "tiles"])
 def backward_keys(
     Q, K, V, DO, LSE, DELTA, DK, DV_OUT, TILES, CU_Q, CU_K, BLOCKS, COUNTS, FULL,
     sqb, sqs, sqh, skb, sks, skh, svb, svs, svh, sdb, sds, sdh, sgb, sgs, sgh, swb, sws, swh, sbb, sbh, NB,
-    Hq, Sq, Sk, w, scale, seed, threshold, keep_scale, score_args, mask_args,
+    Hq, Sq, Sk, w, scale, seed, threshold, keep_scale, score_args, mask_args, tiles,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SIGMOID: tl.constexpr,
     DROPOUT: tl.constexpr, PACKED: tl.constexpr, LISTED: tl.constexpr, PRECISION: tl.constexpr,
@@ -108,15 +109,12 @@ def backward_keys(
     BLOCKS lists a key tile's query blocks, as in `forward`; DELTA and LSE are `[B, Hq, Sq]`.
     """
     total_q = Sq
-    tile, b, kv_head, zb, q0, k0, LSE, Sq, Sk = locate(TILES, CU_Q, CU_K, LSE, 0, Sq, Sk, PACKED)
+    tile, b, kv_head, zb, q0, k0, LSE, Sq, Sk = locate(TILES, CU_Q, CU_K, LSE, Hq // GROUP, Sq, Sk, tiles, PACKED)
     # `locate` counted rows by the key head; statistics are by query head.
-    if PACKED:
-        stats = q0
-        LSE -= kv_head.to(tl.int64) * total_q + q0
-    else:
-        tile = tl.program_id(0)
-        stats = zb * Hq * Sq
-        LSE -= kv_head.to(tl.int64) * Sq
+    LSE -= (zb * (Hq // GROUP) + kv_head) * total_q + q0
+    stats = zb * Hq * total_q + q0
+    if not PACKED:
+        tile = tiles - 1 - tile
     n0 = tile * BN
     off = Sk - Sq
     cols = n0 + tl.arange(0, BN)
@@ -234,11 +232,11 @@ def query_span(
     return dq
 
 
-@triton.jit(do_not_specialize=["Sq", "Sk", "w", "seed", "threshold"])
+@triton.jit(do_not_specialize=["Sq", "Sk", "w", "seed", "threshold", "tiles"])
 def backward_queries(
     Q, K, V, DO, LSE, DELTA, DQ, TILES, CU_Q, CU_K, BLOCKS, COUNTS, FULL,
     sqb, sqs, sqh, skb, sks, skh, svb, svs, svh, sdb, sds, sdh, sgb, sgs, sgh, sbb, sbh, NB,
-    Hq, Sq, Sk, w, scale, seed, threshold, keep_scale, score_args, mask_args, table_grads,
+    Hq, Sq, Sk, w, scale, seed, threshold, keep_scale, score_args, mask_args, table_grads, tiles,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SIGMOID: tl.constexpr,
     DROPOUT: tl.constexpr, PACKED: tl.constexpr, LISTED: tl.constexpr, TABLES: tl.constexpr, PRECISION: tl.constexpr,
@@ -246,7 +244,7 @@ def backward_queries(
 ):  # fmt: skip
     """Compute dQ of BM queries of one head, and with TABLES the gradients of the score's captured tensors."""
     total_q = Sq
-    tile, b, h, zb, q0, k0, LSE, Sq, Sk = locate(TILES, CU_Q, CU_K, LSE, Hq, Sq, Sk, PACKED)
+    tile, b, h, zb, q0, k0, LSE, Sq, Sk = locate(TILES, CU_Q, CU_K, LSE, Hq, Sq, Sk, tiles, PACKED)
     if PACKED:
         DELTA += h.to(tl.int64) * total_q + q0
     else:

@@ -58,11 +58,11 @@ def span(
     return acc, m, den
 
 
-@triton.jit(do_not_specialize=["Sq", "Sk", "w", "seed", "threshold"])
+@triton.jit(do_not_specialize=["Sq", "Sk", "w", "seed", "threshold", "tiles"])
 def forward(
     Q, K, V, OUT, LSE, SINKS, TILES, CU_Q, CU_K, BLOCKS, COUNTS, FULL,
     sqb, sqs, sqh, skb, sks, skh, svb, svs, svh, sob, sos, soh, sbb, sbh, NB,
-    Hq, Sq, Sk, w, scale, seed, threshold, keep_scale, score_args, mask_args,
+    Hq, Sq, Sk, w, scale, seed, threshold, keep_scale, score_args, mask_args, tiles,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SIGMOID: tl.constexpr,
     DROPOUT: tl.constexpr, SINK: tl.constexpr, PACKED: tl.constexpr, LISTED: tl.constexpr, PRECISION: tl.constexpr,
@@ -72,7 +72,7 @@ def forward(
 
     BLOCKS `[B|1, H|1, tiles, NB]` lists the key blocks of a tile, those seen whole first (FULL of COUNTS of them).
     """
-    tile, b, h, zb, q0, k0, LSE, Sq, Sk = locate(TILES, CU_Q, CU_K, LSE, Hq, Sq, Sk, PACKED)
+    tile, b, h, zb, q0, k0, LSE, Sq, Sk = locate(TILES, CU_Q, CU_K, LSE, Hq, Sq, Sk, tiles, PACKED)
     m0 = tile * BM
     off = Sk - Sq
     bh = b * Hq + h

@@ -17,18 +17,19 @@ ROW: tl.constexpr = tl.constexpr(_ROW)
 
 
 @triton.jit
-def locate(TILES, CU_Q, CU_K, LSE, Hq, Sq, Sk, PACKED: tl.constexpr):
-    """Find a program's tile.
+def locate(TILES, CU_Q, CU_K, LSE, H, Sq, Sk, tiles, PACKED: tl.constexpr):
+    """Find a program's tile: of `tiles` a head, of H heads a batch entry.
 
     Returns:
         Tile, batch entry or sequence, head, batch entry of the tensors, first row, first key, LSE at its first row,
         queries, keys.
     """
-    h = tl.program_id(1)
+    pid = tl.program_id(0)
+    tile = pid % tiles
+    h = pid // tiles % H
     if PACKED:
-        pid = tl.program_id(0)
-        b = tl.load(TILES + 2 * pid)
-        tile = tl.load(TILES + 2 * pid + 1)
+        b = tl.load(TILES + 2 * tile)
+        tile = tl.load(TILES + 2 * tile + 1)
         zb = tl.zeros([], tl.int64)
         q0 = tl.load(CU_Q + b).to(tl.int64)
         k0 = tl.load(CU_K + b).to(tl.int64)
@@ -37,12 +38,12 @@ def locate(TILES, CU_Q, CU_K, LSE, Hq, Sq, Sk, PACKED: tl.constexpr):
         Sk = tl.load(CU_K + b + 1) - tl.load(CU_K + b)
     else:
         # The last queries see the most keys under a causal mask: they start first.
-        tile = tl.num_programs(0) - 1 - tl.program_id(0)
-        b = tl.program_id(2)
+        tile = tiles - 1 - tile
+        b = pid // tiles // H
         zb = b.to(tl.int64)
         q0 = tl.zeros([], tl.int64)
         k0 = q0
-        LSE += (zb * Hq + h) * Sq
+        LSE += (zb * H + h) * Sq
     return tile, b, h, zb, q0, k0, LSE, Sq, Sk
 
 

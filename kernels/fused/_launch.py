@@ -1,7 +1,9 @@
 """Whether a fused kernel can run on a tensor, and launch sizes; the plain formula serves everything else."""
 
 import importlib.util
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +25,19 @@ def fusible(*tensors: Tensor) -> bool:
     import triton
 
     return bool(triton.knobs.runtime.interpret) and all(x.device.type == "cpu" for x in tensors)
+
+
+def on(x: Tensor) -> AbstractContextManager[Any]:
+    """Where x lies: kernels run on the current device."""
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return nullcontext()
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast casts x to, as it does for a matrix product; None outside of autocast."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def warps(block: int) -> int:

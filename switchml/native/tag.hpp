@@ -1,4 +1,4 @@
-// The tag behind a packet, and the key it is made with, by OpenSSL's libcrypto.
+// The tag behind a packet, by OpenSSL's libcrypto.
 #pragma once
 
 #include <openssl/evp.h>
@@ -29,8 +29,5 @@ class Tagger {
   };
   std::unique_ptr<EVP_CIPHER_CTX, Free> context_;
 };
-
-// HKDF-SHA256 (RFC 5869).
-std::string hkdf(const std::string& secret, const std::string& salt, const std::string& info, size_t bytes);
 
 }  // namespace switchml

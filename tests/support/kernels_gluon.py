@@ -47,8 +47,12 @@ class Tensor(np.ndarray):
 
 
 def tensor(x):
+    """Wide integers stay wide, and so do wide floats; Python's own numbers are narrow."""
+    narrow = not isinstance(x, np.ndarray | np.generic) or x.dtype.itemsize < 8
     x = np.asarray(x)
-    return x.astype({"f": np.float32, "i": np.int32, "b": bool}[x.dtype.kind]).view(Tensor)
+    return (
+        x.astype({"f": np.float32, "i": np.int32, "b": bool}[x.dtype.kind]) if narrow or x.dtype == bool else x
+    ).view(Tensor)
 
 
 class Kind:

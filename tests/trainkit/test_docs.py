@@ -14,7 +14,7 @@ import pytest
 from docs_pages import WIDTH, Page, differs, readers_names
 from paths import ROOT
 
-from trainkit.cli._main import _VERBS, _find
+from trainkit.cli._main import _SUBCOMMANDS, _find
 
 DOCS = [
     ROOT / "README.md",
@@ -74,7 +74,7 @@ def test_commands_parse(name: str) -> None:
             assert found or words[1] in ("--version", "--help"), f"no subcommand: {line}"
             if found and not {"-h", "--help"} & set(words):
                 # a flag that is gone, a value that does not parse: SystemExit
-                importlib.import_module(_VERBS[found[0]]).VERB.parser().parse_args(found[1])
+                importlib.import_module(_SUBCOMMANDS[found[0]]).SUBCOMMAND.parser().parse_args(found[1])
         elif words[0] == "make":
             assert {word for word in words[1:] if "=" not in word} <= set(targets), f"no target: {line}"
         elif words[:2] == ["pip", "install"]:

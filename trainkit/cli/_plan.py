@@ -7,7 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainkit.cli._verb import Verb
+from trainkit.cli._subcommand import Subcommand
 
 if TYPE_CHECKING:
     from trainkit.collectives import Optimum, Topology
@@ -221,9 +221,9 @@ def _print(facts: dict[str, Any], unit: str | None) -> None:
         print(f"  written             {facts['written']}")
 
 
-VERB = Verb(
+SUBCOMMAND = Subcommand(
     name="plan",
-    summary="the best collective on a network: its bound, its bottleneck, its trees",
+    summary="Find the best collective on a network: its bound, its bottleneck, its trees",
     options=Options,
     run=run,
     example="trainkit plan --topology examples/forest_two_islands.json --export msccl --out forest.xml",

@@ -7,7 +7,7 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trainkit.cli._verb import Verb
+from trainkit.cli._subcommand import Subcommand
 
 if TYPE_CHECKING:
     from trainkit.switchml import KernelSwitch, SoftwareSwitch
@@ -99,7 +99,7 @@ def _watch(switch: "SoftwareSwitch | KernelSwitch", stop: threading.Event, inter
             before = now
 
 
-VERB = Verb(
+SUBCOMMAND = Subcommand(
     name="switch",
     summary="Run the software switch that adds the gradients of SwitchML workers.",
     options=Options,

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from trainkit._files import write_text_atomically
+from trainkit._processes import Workers
 from trainkit.demo._config import ARMS, Config
-from trainkit.demo._processes import Workers
 
 
 def prepare(config: Config, folder: Path, *, overwrite: bool) -> None:

@@ -59,7 +59,7 @@ def compare(rank: int, lab: Lab, measured: Topology, options: Any, pipe: Connect
         states = []
         for way in box[0].ways:
             if way.schedule is not None:
-                states.append(ForestState(schedule=way.schedule, interface=INTERFACE, deadline_s=120.0))
+                states.append(ForestState(schedule=way.schedule, interface=INTERFACE, timeout_s=120.0))
                 methods[way.name] = lambda message, state=states[-1]: state.all_reduce(message).wait()
             else:
                 ranks = [measured.compute_nodes.index(name) for name in way.order]

@@ -18,9 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainkit.collectives import Op, Schedule, Topology, allreduce_forest, bfb, forest, ring_schedule
+from trainkit.collectives._address import own_address
 from trainkit.collectives._native import execute_add
 from trainkit.collectives.execute import PeerLost, Runner, run_reference
-from trainkit.collectives.execute._mesh import Mesh, local_address
+from trainkit.collectives.execute._mesh import Mesh
 from trainkit.collectives.execute._nccl import adds_in_place, plan_groups, plan_waves, waves_of
 from trainkit.collectives.execute._program import COPY, OUT, compile_rank, cut, rank_order
 from trainkit.collectives.execute._tcp import DTYPES
@@ -279,13 +280,13 @@ def test_another_size_on_one_rank_is_named() -> None:
             pair.transports[rank].start(compile_rank(schedule, rank), torch.zeros(1000 + 2 * rank)) for rank in (0, 1)
         ]
         for work in works:
-            with pytest.raises(PeerLost, match="another schedule or another size"):
+            with pytest.raises(PeerLost, match="called another collective, or with another schedule, size or dtype"):
                 work.wait()
 
 
 def test_a_rank_that_never_comes_is_named() -> None:
     schedule = ring_schedule(Topology("pair", "ab", "ab", [("a", "b", 1), ("b", "a", 1)]))
-    with engines(2, deadline_s=2.0) as pair:
+    with engines(2, timeout_s=2.0) as pair:
         work = pair.transports[0].start(compile_rank(schedule, 0), torch.zeros(1000))
         with pytest.raises(PeerLost, match=r"rank 1 did not call the collective within 2 s") as raised:
             work.wait()
@@ -325,12 +326,16 @@ def test_a_rank_that_is_not_there_is_named_before_anything_runs() -> None:
     mesh.close()
 
 
-def test_addresses() -> None:
-    assert (
-        local_address("lo", None) == local_address("127.0.0.1", None) == local_address(None, "127.0.0.1") == "127.0.0.1"
-    )
+def test_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    assert own_address("lo") == own_address("127.0.0.1") == own_address(None, "127.0.0.1") == "127.0.0.1"
     with pytest.raises(ValueError, match="interface must be a network interface"):
-        local_address("nosuchdevice0", None)
+        own_address("nosuchdevice0")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,eth9")
+    assert own_address(None, "192.0.2.1") == "127.0.0.1"
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuchdevice0")
+    with pytest.raises(ValueError, match="GLOO_SOCKET_IFNAME must be a network interface"):
+        own_address()
 
 
 def test_wrong_arguments_are_told() -> None:
@@ -339,8 +344,8 @@ def test_wrong_arguments_are_told() -> None:
         Runner()
     with pytest.raises(ValueError, match="transport must be one of"):
         Runner(transport="mpi")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="deadline_s must be seconds above 0"):
-        Runner(deadline_s=0)
+    with pytest.raises(ValueError, match="timeout_s must be seconds above 0"):
+        Runner(timeout_s=0)
     with pytest.raises(ValueError, match="is for 2 ranks, the process group has 3"):
         rank_order(schedule, None, 3)
     with pytest.raises(ValueError, match="ranks must give each of a, b"):
@@ -355,7 +360,7 @@ def _both_ways(rank: int) -> list[list[int]]:
     schedule = allreduce_forest(topology).schedule(3)
     bits = []
     for transport in ("tcp", "gloo"):
-        runner = Runner(transport=transport, deadline_s=20.0, ranks={"a": 2, "b": 0, "c": 1})  # type: ignore[arg-type]
+        runner = Runner(transport=transport, timeout_s=20.0, ranks={"a": 2, "b": 0, "c": 1})  # type: ignore[arg-type]
         value = torch.randn(1001, generator=torch.Generator().manual_seed(rank))
         for tensor in (value, torch.zeros(0), torch.ones(1)):
             runner.run(schedule, tensor)

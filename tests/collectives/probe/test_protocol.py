@@ -14,7 +14,7 @@ from execute_ranks import start
 
 from trainkit.collectives import Topology
 from trainkit.collectives._probe import ProbeError, probe_hosts
-from trainkit.collectives._probe._conductor import Conductor
+from trainkit.collectives._probe._coordinator import Coordinator
 from trainkit.collectives._probe._streams import receive_rate, send_until
 from trainkit.collectives._probe._wire import Channel, Gone, accept_channel, number, open_channel, whole
 
@@ -146,27 +146,27 @@ def _dying_leader(port: int) -> None:
     probe_hosts(("127.0.0.1", port), 2, rank=0, warm_s=0.02, measure_s=0.04, progress=die)
 
 
-def test_a_conductor_that_dies_is_named() -> None:
+def test_a_coordinator_that_dies_is_named() -> None:
     port = free_port()
     leader = start(_dying_leader, port)
     (said,) = together(host(port, 1, 2))
     leader.join()
-    assert "the conductor left the probe" in str(said)
+    assert "the coordinator left the probe" in str(said)
 
 
 def test_a_host_too_many_is_told_so() -> None:
     about = {"name": "first", "devices": {}, "port": 1}
     listener = socket.create_server(("127.0.0.1", 0))
-    conductor = Conductor(listener, b"", 5.0)
+    coordinator = Coordinator(listener, b"", 5.0)
     at = listener.getsockname()
     with socket.create_connection(at) as late, socket.create_connection(at) as first:
-        thread = threading.Thread(target=conductor.collect, args=(1, 5.0))
+        thread = threading.Thread(target=coordinator.collect, args=(1, 5.0))
         thread.start()
         open_channel(first, b"", about, 5.0)
         thread.join()
         channel, _ = open_channel(late, b"", {**about, "name": "late"}, 5.0)
         said = channel.receive(5.0)
-        conductor.close()
+        coordinator.close()
     assert said["do"] == "abort"
     assert "host 'late' came after the 1 that this probe is for" in said["reason"]
 
@@ -192,7 +192,7 @@ def pair() -> tuple[socket.socket, socket.socket]:
     ("sent", "what"),
     [
         (struct.pack(">I", 1 << 30), "1073741824 bytes was announced"),
-        (struct.pack(">I", 4) + b"{{{{", "not JSON"),
+        (struct.pack(">I", 4) + b"{{{{", "makes no sense"),
         (struct.pack(">I", 2) + b"[]", "must be an object, got list"),
         (b"\0\0", "nothing came in time"),
         (None, "the connection was closed"),

@@ -14,7 +14,7 @@ from pytorch_lightning.strategies import DDPStrategy, StrategyRegistry
 
 from trainkit._planner import NetworkPlan, Way, plan_network
 from trainkit.collectives import ForestState, ProbeError, Topology, forest_hook, probe
-from trainkit.collectives._probe import seated, seats
+from trainkit.collectives._probe import placed, placements
 from trainkit.integrations.lightning._stopwatch import Stopwatch
 from trainkit.integrations.lightning._strategies import _Hooked
 from trainkit.switchml import SwitchMLState, switchml_hook
@@ -235,18 +235,17 @@ class NetworkState:
     def _adopt(self, way: Way) -> None:
         if way.schedule is not None:
             forest = ForestState(
-                way.schedule, interface=self._interface, deadline_s=self._deadline_s, fallback=self._fallback
+                way.schedule, interface=self._interface, timeout_s=self._deadline_s, fallback=self._fallback
             )
             self._carrier, self._carry = forest, lambda bucket: forest_hook(forest, bucket)
         elif way.name == "switchml":
             assert self._switch is not None
-            fallback: Literal["allreduce"] | None = "allreduce" if self._fallback == "allreduce" else None
             switch = SwitchMLState(
                 self._switch[0],
                 token_file=self._token_file,
                 interface=self._interface,
-                deadline_s=self._deadline_s,
-                fallback=fallback,
+                timeout_s=self._deadline_s,
+                fallback=self._fallback,
             )
             self._carrier, self._carry = switch, lambda bucket: switchml_hook(switch, bucket)
         elif way.name == "reordered ring":

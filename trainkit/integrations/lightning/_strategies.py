@@ -60,19 +60,22 @@ class _ThroughSwitch(_Hooked):
         interface: str | None = None,
         elements: int | None = None,
         slots: int | None = None,
-        deadline_s: float = 30.0,
-        fallback: Literal["allreduce"] | None = None,
+        timeout_s: float = 30.0,
+        fallback: Literal["error", "allreduce"] = "error",
         wire: Literal["int32", "int16", "int8"] = "int32",
         profile: Literal["core", "full"] = "full",
+        channels: int | None = None,
         **ddp: Any,
     ) -> None:
+        renamed = {name: ddp.pop(name) for name in ("deadline_s", "lanes") if name in ddp}
         self.switchml_state = SwitchMLState(
             switch, session=session, token_file=token_file, interface=interface, elements=elements, slots=slots,
-            deadline_s=deadline_s, fallback=fallback, wire=wire, profile=profile,
+            timeout_s=timeout_s, fallback=fallback, wire=wire, profile=profile, channels=channels,
+            process_group=ddp.get("process_group"), **renamed,
         )  # fmt: skip
         super().__init__(ddp_comm_state=self.switchml_state, ddp_comm_hook=switchml_hook, **ddp)
 
-    def counters(self) -> dict[str, float]:
+    def counters(self) -> dict[str, int | float]:
         """What this rank has exchanged with the switch so far: `SwitchMLState.counters`."""
         return self.switchml_state.counters()
 
@@ -87,10 +90,11 @@ class SwitchMLStrategy(_ThroughSwitch, DDPStrategy):
         interface: network interface to send from.
         elements: values a packet; None finds the most that the path carries.
         slots: packets in flight; None: as many as the receive buffers hold.
-        deadline_s: seconds without progress after which training ends with a named error.
-        fallback: "allreduce" goes on with torch.distributed when the switch fails.
+        timeout_s: seconds without progress after which training ends with a named error.
+        fallback: what to do when the switch fails: raise, or go on with torch.distributed.
         wire: integers from worker to switch: "int32", or "int16" or "int8" with error feedback.
-        profile: "full", or "core" for a P4 or XDP switch.
+        profile: what the switch can do: "core" for P4 and XDP.
+        channels: independent streams, each with a thread here and one on the switch; None: as many as the switch has.
         **ddp: arguments of `pytorch_lightning.strategies.DDPStrategy`.
 
     Raises:
@@ -136,7 +140,7 @@ class _AlongSchedule(_Hooked):
         self.forest_state = ForestState(
             Schedule.load(schedule) if isinstance(schedule, str | Path) else schedule,
             Topology.load(topology) if isinstance(topology, str | Path) else topology,
-            ranks=ranks, deadline_s=deadline_s, fallback=fallback, transport=transport, interface=interface,
+            ranks=ranks, timeout_s=deadline_s, fallback=fallback, transport=transport, interface=interface,
         )  # fmt: skip
         super().__init__(ddp_comm_state=self.forest_state, ddp_comm_hook=forest_hook, **ddp)
 

@@ -17,7 +17,7 @@ _log = logging.getLogger(__name__)
 _LOOK = 0.2  # seconds between looks at the connections while nothing runs
 
 
-class Rescue:
+class Failover:
     """All-reduces that survive the loss of the schedule's connections, one after the other.
 
     A rank that fails may be a collective behind one that does not: before the ranks go on they compare how many each
@@ -25,24 +25,27 @@ class Rescue:
 
     Args:
         runner: what runs the schedules; this object has its line of waits for itself.
-        deadline_s: seconds that a message may take.
     """
 
-    def __init__(self, runner: Runner, deadline_s: float) -> None:
+    def __init__(self, runner: Runner) -> None:
         self._runner = runner
-        seat = runner.seat
+        placement = runner.placement
         # not by new_group: it would stay after this object, and under the name that the next one is to have
-        store = dist.distributed_c10d.PrefixStore("rescue", seat.store)  # type: ignore[arg-type]
-        timeout = timedelta(seconds=max(deadline_s, 1))
-        self._group: Any = dist.ProcessGroupGloo(store, seat.rank, seat.size, timeout)  # type: ignore[attr-defined]
+        store = dist.distributed_c10d.PrefixStore("failover", placement.store)  # type: ignore[arg-type]
+        timeout = timedelta(seconds=max(runner.options.patience_s, 1))
+        self._group = gloo_group(store, placement.rank, placement.size, timeout, runner.address())
         self._count = 0
         self._last: torch.Tensor | None = None
         self.cause: ExecutionError | None = None
         self._closed = threading.Event()
-        threading.Thread(target=self._watch, name="trainkit-rescue", daemon=True).start()
+        threading.Thread(target=self._watch, name="trainkit-failover", daemon=True).start()
 
-    def all_reduce(self, schedule: Schedule, tensor: torch.Tensor) -> None:
+    def all_reduce(self, schedule: Schedule | None, tensor: torch.Tensor) -> None:
         """Sum in place; runs in the runner's line.
+
+        Args:
+            schedule: what runs; None where the ranks could not be connected.
+            tensor: [elements] to sum.
 
         Raises:
             ExecutionError: the process group's all-reduce failed as well.
@@ -50,7 +53,9 @@ class Rescue:
         if self.cause is None:
             before = tensor.clone()
             try:
-                self._runner.start(schedule, tensor).wait()
+                if schedule is None:
+                    raise self._runner.failure or ExecutionError("the ranks of the schedule could not be connected")
+                self._runner.wait(self._runner.start(schedule, tensor))
             except ExecutionError as error:
                 tensor.copy_(before)
                 if not self._agree(error, tensor):
@@ -69,7 +74,7 @@ class Rescue:
         """Meet the other ranks; whether `tensor` still has to be summed."""
         self.cause = cause
         _log.warning("gradients go over the process group's all-reduce from now on: %s", cause)
-        counts = [torch.zeros(1, dtype=torch.int64) for _ in range(self._runner.seat.size)]
+        counts = [torch.zeros(1, dtype=torch.int64) for _ in range(self._runner.placement.size)]
         self._guarded(lambda: self._group.allgather([counts], [torch.tensor([self._count])]))
         done = [int(count) for count in counts]
         if min(done) == max(done):
@@ -100,3 +105,20 @@ class Rescue:
             if self.cause is not None or self._runner.broken:
                 self._runner.later(meet)
                 return
+
+
+def gloo_group(store: Any, rank: int, size: int, timeout: timedelta, address: str) -> Any:
+    """A gloo backend at an address that the others reach, whatever this host's name resolves to.
+
+    Args:
+        store: shared by the ranks.
+        rank: this one.
+        size: how many there are.
+        timeout: of a message.
+        address: of this host.
+    """
+    gloo: Any = dist.ProcessGroupGloo  # type: ignore[attr-defined]
+    options = gloo._Options()
+    options._devices = [gloo.create_device(hostname=address)]
+    options._timeout = timeout
+    return gloo(store, rank, size, options)

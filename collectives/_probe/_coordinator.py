@@ -13,7 +13,17 @@ from typing import Any
 
 from trainkit.collectives._probe._rounds import PINGS, Pair
 from trainkit.collectives._probe._tree import Flows
-from trainkit.collectives._probe._wire import Channel, Gone, ProbeError, accept_channel, number, shut, whole
+from trainkit.collectives._probe._wire import (
+    STRANGER_S,
+    Channel,
+    Gone,
+    ProbeError,
+    Strangers,
+    accept_channel,
+    number,
+    shut,
+    whole,
+)
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many rounds are done and how many there are."""
@@ -44,7 +54,7 @@ class RoundTrips:
     """Routers between the two, where the system told."""
 
 
-class Conductor:
+class Coordinator:
     """Leads the hosts of one probe."""
 
     def __init__(self, listener: socket.socket, key: bytes, timeout_s: float, streams: int = 1) -> None:
@@ -62,6 +72,7 @@ class Conductor:
         self._news = threading.Condition()
         self._inbox: queue.Queue[tuple[int, dict[str, Any] | Gone]] = queue.Queue()
         self._turn = 0
+        self._strangers = Strangers()
 
     def collect(self, hosts: int, join_s: float) -> None:
         """Let `hosts` hosts in and tell each who the others are.
@@ -150,7 +161,8 @@ class Conductor:
 
     def _admit(self, connection: socket.socket, address: str, hosts: int) -> None:
         try:
-            channel, hello = accept_channel(connection, self._key, {}, self._timeout_s)
+            with self._strangers.admitted(connection):
+                channel, hello = accept_channel(connection, self._key, {}, min(STRANGER_S, self._timeout_s))
             rank = None if hello.get("rank") is None else whole(hello, "rank", 0, 1 << 20)
             name, devices = hello.get("name"), hello.get("devices")
             if not isinstance(name, str) or not NAME.fullmatch(name) or not isinstance(devices, dict):
@@ -167,7 +179,7 @@ class Conductor:
                 )
                 channel.send({"do": "abort", "reason": reason}, self._timeout_s)
                 connection.close()
-        except Gone:  # a stranger, or a host with another key: it may try again
+        except (Gone, OSError):  # a stranger, or a host with another key: it may try again
             connection.close()
 
     def _listen(self, number_: int, channel: Channel) -> None:

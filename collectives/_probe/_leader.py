@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from trainkit.collectives._probe._conductor import Conductor, Progress, RoundTrips
+from trainkit.collectives._probe._coordinator import Coordinator, Progress, RoundTrips
 from trainkit.collectives._probe._infer import Declared, Partition, Tree, infer
 from trainkit.collectives._probe._prior import Prior
 from trainkit.collectives._probe._result import HostFacts, topology
@@ -16,12 +16,17 @@ from trainkit.collectives._topology import Topology
 
 
 def lead(
-    conductor: Conductor, plan: Plan, hosts: Sequence[HostFacts], prior: Prior | None, progress: Progress, hops: bool
+    coordinator: Coordinator,
+    plan: Plan,
+    hosts: Sequence[HostFacts],
+    prior: Prior | None,
+    progress: Progress,
+    hops: bool,
 ) -> Topology:
-    """Probe the hosts that the conductor has collected.
+    """Probe the hosts that the coordinator has collected.
 
     Args:
-        conductor: with its members.
+        coordinator: with its members.
         plan: how long the rounds are.
         hosts: what is known of each beside its rates.
         prior: a declared topology.
@@ -38,13 +43,13 @@ def lead(
     rounds = tournament(count, rng)
     for done, pairs in enumerate(rounds):
         progress("round trips", done, len(rounds))
-        conductor.ping(pairs, trips)
+        coordinator.ping(pairs, trips)
     measured: list[Flows] = []
 
     def load(what: str, waves: Sequence[Sequence[Pair]]) -> None:
         for done, flows in enumerate(waves):
             progress(what, done, len(waves))
-            measured.append(conductor.load(flows, plan.warm_s, plan.measure_s))
+            measured.append(coordinator.load(flows, plan.warm_s, plan.measure_s))
 
     load("all pairs under load", [both_ways(pairs) for _ in range(plan.repeats) for pairs in tournament(count, rng)])
     said = _claimed_by_hops(trips, count) if hops and not claims else None
@@ -55,7 +60,7 @@ def lead(
         before, tree = tree, infer(measured, count, claims)
         if np.array_equal(before.sets, tree.sets):
             break
-    hosts = [_with_loopback(conductor, plan, number, host) for number, host in enumerate(hosts)]
+    hosts = [_with_loopback(coordinator, plan, number, host) for number, host in enumerate(hosts)]
     return topology(tree, trips, hosts, len(measured))
 
 
@@ -83,7 +88,7 @@ def _claimed_by_hops(trips: RoundTrips, hosts: int) -> Declared | None:
     return Declared([f"\0{int(np.argmax(row))}" for row in near], "the count of routers")
 
 
-def _with_loopback(conductor: Conductor, plan: Plan, number: int, host: HostFacts) -> HostFacts:
+def _with_loopback(coordinator: Coordinator, plan: Plan, number: int, host: HostFacts) -> HostFacts:
     if host.ranks == 1 or host.devices.get("topology"):
         return host
-    return replace(host, loopback=float(conductor.load([(number, number)], plan.warm_s, plan.measure_s).rate[0]))
+    return replace(host, loopback=float(coordinator.load([(number, number)], plan.warm_s, plan.measure_s).rate[0]))

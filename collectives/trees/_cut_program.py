@@ -2,19 +2,19 @@
 
 Two quantities need one: what a network reaches when its switches are unbalanced and cannot copy, and the native
 all-reduce, where each link is split between the reduction and the broadcast. Both are: capacities that pass through
-every switch, such that no cut holds back more root weight than the capacity leaving it. Cuts come from integer max-flows,
-variables are one per orbit of verified symmetries (averaging over a group keeps a solution feasible and as good), and
-the float optimum is turned into the exact vertex behind it, with an exact dual as the proof.
+every switch, such that no cut holds back more root weight than the capacity leaving it. Cuts come from integer max-flows
+and join the running simplex; variables are one per orbit of verified symmetries (averaging over a group keeps a solution
+feasible and as good), and the float optimum is turned into the exact vertex behind it. The multipliers of the capacities
+are lengths of the links, which `_certificate` measures on the physical network: nothing here is believed.
 """
 
 from dataclasses import dataclass
 from fractions import Fraction
-from math import ceil
+from math import ceil, inf
 
+import highspy
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import linprog
-from scipy.sparse import csr_matrix
 
 import trainkit.collectives._native as _native
 from trainkit.collectives._topology import Ints
@@ -26,20 +26,29 @@ Row = dict[int, int]
 Floats = npt.NDArray[np.float64]
 _GRAIN = 2**26  # float capacities become integers of this many steps for the max-flows
 _TOLERANCE = 1e-9
+# The simplex goes on from where it was when rows are added: presolve would throw that away.
+_OPTIONS: dict[str, bool | str | int | float] = {
+    "output_flag": False,
+    "presolve": "off",
+    "solver": "simplex",
+    "threads": 1,
+    "primal_feasibility_tolerance": _TOLERANCE,
+    "dual_feasibility_tolerance": _TOLERANCE,
+}
 
 
 @dataclass(frozen=True)
 class Solution:
-    """An exact optimum, or an exact lower and upper bound on it."""
+    """A feasible point, exact, and what the solver holds for its proof."""
 
     value: Fraction
     """Total root weight carried, in integer capacities; reached."""
-    bound: Fraction
-    """No solution carries more."""
     roots: list[Fraction]
     """[vertices] root weight of each."""
     sides: list[list[Fraction]]
     """Per side, [links] the capacity it uses."""
+    lengths: tuple[Fraction, ...]
+    """[links] multipliers of the capacities, for a certificate."""
 
 
 class CutProgram:
@@ -62,12 +71,8 @@ class CutProgram:
         self.roots = {orbit: i if free_roots else 0 for i, orbit in enumerate(orbits)}
         self.head = len(orbits) if free_roots else 1
         self.variables = self.head + self.arcs * len(sides)
-        # Tolerances of floats are relative to the largest capacity: one that is of no use must not set it.
-        useful = self._useful(first)
-        most = min(self._most(problem) for problem in sides)
-        self.limits: list[int] = [0] * self.arcs
-        for e, orbit in enumerate(self.arc):
-            self.limits[orbit] = min(int(useful[e]), most)
+        self.limits = self._limits()
+        self.unit = max(self.limits)
         self.objective = [0] * self.variables
         for v in owners:
             self.objective[self.roots[self.root_of[v]]] += 1 if free_roots else int(first.weight[v])
@@ -84,22 +89,43 @@ class CutProgram:
                 cut[v] = 0
                 self._add_cut(side, cut)
 
-    def _useful(self, first: Problem) -> Ints:
-        """[links] capacities, none above what the passing vertices at its ends take in or give out."""
-        _, tail, head, cap = first.graph
+    def _limits(self) -> list[int]:
+        """[orbits] a capacity that some best solution leaves unused in part, or the physical one if that is less.
+
+        The solver's tolerances are relative to the largest capacity, so one that is of no use must not set it. Narrowing
+        is sound as every limit here exceeds what a best solution needs, by at least 1: that solution meets the physical
+        limits alone with equality, so in every best dual the multiplier of a narrowed limit is 0 (complementary
+        slackness), and the certificate never rests on one. Two bounds hold for the capacity that a link is used with.
+
+        What passes through: a passing vertex gives out as much as it takes in, on both sides together, so a link at it
+        carries no more than all its links the other way round may.
+
+        What trees need: capacities that carry a total weight T past every cut can be packed with T trees (edge
+        splitting at the passing vertices, then Edmonds), each of one path per spanned vertex other than its root. What
+        these paths use, without their circles, is itself a solution that passes through, is as good, and uses a link at
+        most T times the number of paths.
+        """
+        most = min(self._most(problem) for problem in self.sides)
+        needed = most * sum(len(problem.spanned) - 1 for problem in self.sides) + 1
+        _, tail, head, physical = self.sides[0].graph
         passing = np.logical_and.reduce([problem.passing.astype(bool) for problem in self.sides])
+        carried = physical
         while True:
-            taken, given = np.zeros(first.size, dtype=np.int64), np.zeros(first.size, dtype=np.int64)
-            np.add.at(taken, head, cap)
-            np.add.at(given, tail, cap)
-            smaller = np.where(passing[tail], np.minimum(cap, taken[tail]), cap)
+            taken, given = np.zeros(len(passing), dtype=np.int64), np.zeros(len(passing), dtype=np.int64)
+            np.add.at(taken, head, carried)
+            np.add.at(given, tail, carried)
+            smaller = np.where(passing[tail], np.minimum(carried, taken[tail]), carried)
             smaller = np.where(passing[head], np.minimum(smaller, given[head]), smaller)
-            if (smaller == cap).all():
-                return smaller
-            cap = smaller
+            if (smaller == carried).all():
+                break
+            carried = smaller
+        limits = [0] * self.arcs
+        for e, orbit in enumerate(self.arc):
+            limits[orbit] = min(int(physical[e]), int(carried[e]) + 1, needed)
+        return limits
 
     def _most(self, problem: Problem) -> int:
-        """More than any link can be of use: what all roots together can send.
+        """At least the total weight of all roots.
 
         With given roots that is the cut bound. With free ones, what two members take in: the one hears of all roots but
         itself, the other of that one.
@@ -161,34 +187,47 @@ class CutProgram:
         Raises:
             RuntimeError: the linear solver gave up.
         """
+        solver = self._solver()
+        given = 0
         while True:
-            point, upper_dual, equal_dual = self._solve_floats()
+            self._extend(solver, self.upper[given:], self.right[given:])
+            given = len(self.upper)
+            solver.run()
+            if solver.getModelStatus() != highspy.HighsModelStatus.kOptimal:
+                status = solver.modelStatusToString(solver.getModelStatus())
+                raise RuntimeError(f"the linear program was not solved: {status}")
+            found = solver.getSolution()
+            point = np.array(found.col_value) * self.unit
             new = False
             for side in range(len(self.sides)):
                 for cut in self._violated(side, point):
                     new = self._add_cut(side, cut) or new
             if not new:
-                return self._exact(point, upper_dual, equal_dual)
+                dual = -np.array(found.row_dual)
+                return self._exact(point, dual[len(self.equal) :], dual[: len(self.equal)])
 
-    def _solve_floats(self) -> tuple[Floats, Floats, Floats]:
-        # Capacities relative to the largest: the solver's tolerances are absolute.
-        unit = max(self.limits)
-        result = linprog(
-            -np.array(self.objective, dtype=float),
-            A_ub=_matrix(self.upper, self.variables),
-            b_ub=np.array(self.right, dtype=float) / unit,
-            A_eq=_matrix(self.equal, self.variables) if self.equal else None,
-            b_eq=np.zeros(len(self.equal)) if self.equal else None,
-            method="highs-ds",
-        )
-        if result.status != 0:
-            raise RuntimeError(f"the linear program was not solved: {result.message}")
-        return result.x * unit, -result.ineqlin.marginals, -result.eqlin.marginals if self.equal else np.zeros(0)
+    def _solver(self) -> highspy.Highs:
+        """The program without its upper rows; capacities are relative to the largest, as tolerances are absolute."""
+        solver = highspy.Highs()  # type: ignore[no-untyped-call]
+        for option, value in _OPTIONS.items():
+            solver.setOptionValue(option, value)
+        solver.addVars(self.variables, np.zeros(self.variables), np.full(self.variables, inf))
+        every = np.arange(self.variables, dtype=np.int32)
+        solver.changeColsCost(self.variables, every, -np.array(self.objective, dtype=float))
+        self._extend(solver, self.equal, [0] * len(self.equal), low=0.0)
+        return solver
+
+    def _extend(self, solver: highspy.Highs, rows: list[Row], right: list[int], low: float = -inf) -> None:
+        starts = np.cumsum([0, *map(len, rows)])[:-1].astype(np.int32)
+        at = np.array([at for row in rows for at in row], dtype=np.int32)
+        values = np.array([value for row in rows for value in row.values()], dtype=float)
+        highest = np.array(right, dtype=float) / self.unit
+        solver.addRows(len(rows), np.full(len(rows), low), highest, len(at), starts, at, values)
 
     def _violated(self, side: int, point: Floats) -> list[Ints]:
         problem = self.sides[side]
         size, tail, head, _ = problem.graph
-        largest = max(self.limits)
+        largest = self.unit
         first = self.head + side * self.arcs
         cap = np.rint(point[first : first + self.arcs][self.arc] / largest * _GRAIN).astype(np.int64)
         weight = np.zeros(size, dtype=np.int64)
@@ -203,9 +242,8 @@ class CutProgram:
         return found
 
     def _exact(self, point: Floats, upper_dual: Floats, equal_dual: Floats) -> Solution:
-        unit = max(self.limits)
-        value = self._exact_primal(point, unit)
-        bound = self._exact_dual(upper_dual, equal_dual)
+        value = self._exact_primal(point, self.unit)
+        dual = self._exact_dual(upper_dual, equal_dual)
         roots = [Fraction(0)] * self.sides[0].size
         for v, orbit in self.root_of.items():
             roots[v] = value[self.roots[orbit]] * (1 if self.free_roots else int(self.sides[0].weight[v]))
@@ -213,7 +251,9 @@ class CutProgram:
         for side in range(len(self.sides)):
             first = self.head + side * self.arcs
             sides.append([value[first + int(orbit)] for orbit in self.arc])
-        return Solution(sum(roots, Fraction(0)), bound, roots, sides)
+        share = np.bincount(self.arc, minlength=self.arcs).tolist()
+        lengths = tuple(dual[orbit] / share[orbit] for orbit in self.arc.tolist())
+        return Solution(sum(roots, Fraction(0)), roots, sides, lengths)
 
     def _exact_primal(self, point: Floats, unit: int) -> list[Fraction]:
         zero = point < unit * _TOLERANCE
@@ -247,7 +287,8 @@ class CutProgram:
         leaving = -sum((c * value[at] for at, c in row.items() if at >= self.head), Fraction(0))
         return leaving / inside if inside > leaving else Fraction(1)
 
-    def _exact_dual(self, upper_dual: Floats, equal_dual: Floats) -> Fraction:
+    def _exact_dual(self, upper_dual: Floats, equal_dual: Floats) -> list[Fraction]:
+        """[orbits] the multipliers of the physical capacities."""
         # Unknown: the multipliers that are not 0; equations: the variables whose column they meet exactly.
         guess = np.concatenate([upper_dual, equal_dual])
         columns: list[Row] = [{} for _ in range(self.variables)]
@@ -259,21 +300,4 @@ class CutProgram:
         ]
         rows: list[tuple[Row, int]] = [({i: 1}, 0) for i in range(len(self.upper)) if guess[i] < _TOLERANCE]
         rows += [(columns[at], self.objective[at]) for at in range(self.variables) if abs(short[at]) < 1e-7]
-        dual = solve_near(rows, guess)
-        dual[: len(self.upper)] = [max(v, Fraction(0)) for v in dual[: len(self.upper)]]
-        # Where the columns fall short, raise all multipliers of capacities: each variable is in a capacity row or a root.
-        total = sum((dual[i] * b for i, b in enumerate(self.right)), Fraction(0))
-        worst = Fraction(1)
-        for column, c in zip(columns, self.objective, strict=True):
-            have = sum((v * dual[i] for i, v in column.items()), Fraction(0))
-            if have < c:
-                if have <= 0 or c <= 0:
-                    return Fraction(-1)
-                worst = max(worst, Fraction(c) / have)
-        return total * worst
-
-
-def _matrix(rows: list[Row], width: int) -> csr_matrix:
-    places = [(i, at, value) for i, row in enumerate(rows) for at, value in row.items()]
-    i, at, value = zip(*places, strict=True)
-    return csr_matrix((np.array(value, dtype=float), (i, at)), shape=(len(rows), width))
+        return [max(multiplier, Fraction(0)) for multiplier in solve_near(rows, guess)[: self.arcs]]

@@ -12,18 +12,21 @@ import logging
 import queue
 import threading
 import time
+from collections import Counter
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import timedelta
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from trainkit.switchml._channels import Channels
 from trainkit.switchml._errors import SwitchMLError, WorkerMissing
 from trainkit.switchml._fixed_point import Floats
-from trainkit.switchml._lanes import Lanes
+from trainkit.switchml._ledger import Job, Ledger
 from trainkit.switchml._options import Options
+from trainkit.switchml._place import Place
 
 _log = logging.getLogger(__name__)
 
@@ -32,52 +35,42 @@ _RETRY = 15.0
 _RETRY_FOR = 2.0
 
 
-@dataclass
-class _Job:
-    number: int
-    values: Floats
-    out: Floats
-    residual: Floats | None
-    index: int | None
-    original: Floats
-    done: "Future[None]" = field(default_factory=Future)
-    sent: "Future[None] | None" = None
-    turn: int = -1
-    """How many buckets this link had before it; -1 where it did not go through the switch."""
-
-
-class Rescue:
-    """`Lanes` that outlive their switch; same `submit`, `counters` and `close`.
+class Failover:
+    """`Channels` that outlive their switch; same `submit`, `counters` and `close`.
 
     Args:
         options: what the user asked for.
-        rank: this worker.
-        world: workers.
+        place: this worker's.
 
     Raises:
         ValueError: torch.distributed is not initialised, so that there is nothing to fall back on.
         SwitchMLError: the session could not be joined.
     """
 
-    def __init__(self, options: Options, rank: int, world: int) -> None:
+    def __init__(self, options: Options, place: Place) -> None:
         if not dist.is_initialized():
-            raise ValueError("fallback='allreduce' needs torch.distributed: call init_process_group first, or use None")
-        self._options, self._rank, self._world = options, rank, world
-        self._patience = 2 * options.deadline_s + 10
-        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self._patience))
-        self._link: Lanes | None = Lanes(options, rank, world)
+            raise ValueError(
+                "fallback='allreduce' needs torch.distributed: call init_process_group first, or use 'error'"
+            )
+        self._options, self._place, self._rank = options, place, place.rank
+        self._patience = 2 * options.timeout_s + 10
+        self.group = dist.new_group(
+            place.global_ranks(),
+            backend="gloo",
+            timeout=timedelta(seconds=self._patience),
+            use_local_synchronization=True,
+        )
+        self._link: Channels | None = Channels(options, place)
         self.member = self._link.member
         self.error: SwitchMLError | None = None
-        self.rescues = 0
+        self.failovers = 0
         self._cause = SwitchMLError("the session failed")
         self._lock = threading.Lock()
-        self._jobs: dict[int, _Job] = {}
-        self._kept: dict[int, _Job] = {}
-        self._submitted = self._finished = self._forwarded = 0
+        self._ledger = Ledger()
         self._tried = 0.0
-        self._past: dict[str, int] = {}
-        self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name=f"switchml-rescue-{rank}", daemon=True)
+        self._past: Counter[str] = Counter()
+        self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=f"switchml-failover-{self._rank}", daemon=True)
         self._thread.start()
 
     def submit(
@@ -85,31 +78,26 @@ class Rescue:
     ) -> "Future[None]":
         """As `Link.submit`."""
         with self._lock:
-            job = _Job(self._submitted, values, out, residual, index, values.copy())
-            self._submitted += 1
+            job = self._ledger.add(values, out, residual, index)
             if self.error is not None:
+                del self._ledger.open[job.number]
                 job.done.set_exception(self.error)
                 return job.done
-            self._jobs[job.number] = job
-            self._forward(job)
+            if self._link is not None:
+                self._ledger.forward(job, self._link)
             self._queue.put(job)
         return job.done
 
     def counters(self) -> dict[str, int]:
-        """As `Lanes.counters`, over all links so far."""
-        now = self._link.counters() if self._link else {}
-        return {name: now.get(name, 0) + self._past.get(name, 0) for name in {*now, *self._past}}
+        """As `Channels.counters`, over all links so far."""
+        link = self._link
+        return dict(self._past + Counter(link.counters() if link else {}))
 
     def close(self) -> None:
         """Serve who still lacks a bucket, leave the session and end the thread."""
         self._queue.put(None)
         self._thread.join()
         self._unlink()
-
-    def _forward(self, job: _Job) -> None:
-        if self._link is not None:
-            job.turn, self._forwarded = self._forwarded, self._forwarded + 1
-            job.sent = self._link.submit(job.values, job.out, job.residual, job.index)
 
     def _run(self) -> None:
         while (job := self._queue.get()) is not None:
@@ -123,7 +111,7 @@ class Rescue:
             except RuntimeError as error:
                 _log.warning("rank %d could not see whether all ranks have their last bucket: %s", self._rank, error)
 
-    def _process(self, job: _Job) -> None:
+    def _process(self, job: Job) -> None:
         if job.done.done():
             return
         if self._link is not None and self._arrived(job):
@@ -133,8 +121,8 @@ class Rescue:
         if not job.done.done():
             self._reduce(job)
 
-    def _arrived(self, job: _Job) -> bool:
-        """Wait for the switch's answer; a failure begins a rescue."""
+    def _arrived(self, job: Job) -> bool:
+        """Wait for the switch's answer; a failure begins a failover."""
         assert job.sent is not None
         try:
             job.sent.result()
@@ -143,22 +131,21 @@ class Rescue:
             return False
         assert self._link is not None
         self._complete(job)
-        confirmed = self._link.confirmed
-        self._kept = {number: kept for number, kept in self._kept.items() if kept.turn >= confirmed}
+        with self._lock:
+            self._ledger.acknowledge(self._link.acknowledged)
         return True
 
-    def _complete(self, job: _Job) -> None:
-        del self._jobs[job.number]
-        self._finished = job.number + 1
-        self._kept[job.number] = replace(job, out=job.out.copy())
+    def _complete(self, job: Job) -> None:
+        with self._lock:
+            self._ledger.complete(job)
         job.done.set_result(None)
 
     def _fall_back(self, error: SwitchMLError) -> None:
         _log.warning("rank %d goes on without the switch: %s", self._rank, error)
-        self.rescues += 1
+        self.failovers += 1
         self._cause = error
-        # a rank that is only cut off from the switch answers here; one that is dead or paused has had its deadline
-        patience = self._options.deadline_s if isinstance(error, WorkerMissing) else self._patience
+        # a rank that is only cut off from the switch answers here; one that is dead or paused has had its time
+        patience = self._options.timeout_s if isinstance(error, WorkerMissing) else self._patience
         try:
             self._agree(patience)
         except RuntimeError as failed:
@@ -167,18 +154,15 @@ class Rescue:
     def _agree(self, patience: float) -> None:
         """Exchange what is finished, and serve those who lack an average that another rank has."""
         self._unlink()
-        mine = torch.tensor([self._finished])
-        gathered = [torch.empty_like(mine) for _ in range(self._world)]
+        mine = torch.tensor([self._ledger.finished])
+        gathered = [torch.empty_like(mine) for _ in range(self._place.world)]
         exchange = dist.all_gather(gathered, mine, group=self.group, async_op=True)
         assert exchange is not None
         exchange.wait(timedelta(seconds=patience))
-        finished = [int(count) for count in gathered]
-        source = finished.index(max(finished))
-        for number in range(min(finished), max(finished)):
-            job = self._jobs.get(number)
-            average = torch.from_numpy(job.out if job else self._kept[number].out)
-            dist.broadcast(average, group=self.group, group_src=source)
-            if job is not None:
+        source, numbers = self._ledger.owed([int(count) for count in gathered])
+        for number in numbers:
+            dist.broadcast(torch.from_numpy(self._ledger.average(number)), group=self.group, group_src=source)
+            if (job := self._ledger.open.get(number)) is not None:
                 self._complete(job)
         self._tried = time.monotonic()
 
@@ -187,8 +171,7 @@ class Rescue:
             link, self._link = self._link, None
         if link is not None:
             link.close()
-            for name, value in link.counters().items():
-                self._past[name] = self._past.get(name, 0) + value
+            self._past += Counter(link.counters())
 
     def _take_back(self) -> bool:
         """Now and then, when rank 0 says so, all ranks try to join again; True where all did."""
@@ -201,8 +184,8 @@ class Rescue:
         self._tried = time.monotonic()
         joined = None
         try:
-            joined = Lanes(replace(self._options, deadline_s=_RETRY_FOR), self._rank, self._world)
-            joined.wait_for(self._options.deadline_s)
+            joined = Channels(replace(self._options, timeout_s=_RETRY_FOR), self._place)
+            joined.wait_for(self._options.timeout_s)
         except SwitchMLError as error:
             _log.info("rank %d: still without the switch: %s", self._rank, error)
         all_joined = torch.tensor([int(joined is not None)])
@@ -211,22 +194,22 @@ class Rescue:
             if joined is not None:
                 joined.close()
             return False
-        _log.warning("rank %d: back on the switch at bucket %d", self._rank, self._finished)
-        self._kept.clear()  # all ranks have come this far
         with self._lock:
-            self._link, self.member, self._forwarded = joined, joined.member, 0
-            for number in sorted(self._jobs):
-                self._forward(self._jobs[number])
+            _log.warning("rank %d: back on the switch at bucket %d", self._rank, self._ledger.finished)
+            self._ledger.all_equal()
+            self._link, self.member = joined, joined.member
+            self._ledger.forward_all(joined)
         return True
 
-    def _reduce(self, job: _Job) -> None:
+    def _reduce(self, job: Job) -> None:
         np.copyto(job.out, job.original)
         average = torch.from_numpy(job.out)
         dist.all_reduce(average, group=self.group)
-        average /= self._world
-        self._kept.clear()  # all ranks have come this far
+        average /= self._place.world
         if job.residual is not None:
             job.residual.fill(0)
+        with self._lock:
+            self._ledger.all_equal()
         self._complete(job)
 
     def _give_up(self, error: Exception) -> None:
@@ -237,6 +220,7 @@ class Rescue:
             named.args = (f"{self._cause}; going on without the switch failed too: {error}",)
         with self._lock:
             self.error = named
-            pending, self._jobs = self._jobs, {}
-        for job in pending.values():
+            pending = list(self._ledger.open.values())
+            self._ledger.open.clear()
+        for job in pending:
             job.done.set_exception(named)

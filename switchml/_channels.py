@@ -1,4 +1,4 @@
-"""A session over several lanes: independent streams, each with a socket and a thread at both ends."""
+"""A session over several channels: independent streams, each with a socket and a thread at both ends."""
 
 import threading
 from collections import Counter, deque
@@ -6,43 +6,43 @@ from concurrent.futures import Future
 from dataclasses import replace
 from itertools import pairwise
 
-from trainkit.switchml._buffers import parse_address
+from trainkit.switchml._buffers import joined_address, parse_address
 from trainkit.switchml._errors import SwitchMLError
 from trainkit.switchml._fixed_point import Floats
 from trainkit.switchml._link import Link
 from trainkit.switchml._membership import Membership
 from trainkit.switchml._options import Options
+from trainkit.switchml._place import Place
 
 _WORTH = 8
-"""Chunks for which it pays to wake another lane."""
+"""Chunks for which it pays to wake another channel."""
 
 
-class Lanes:
-    """Joins on construction; a long bucket is shared by all lanes, short ones take turns. Same face as `Link`.
+class Channels:
+    """Joins on construction; a long bucket is shared by all channels, short ones take turns. Same face as `Link`.
 
     Args:
         options: what the user asked for.
-        rank: this worker.
-        world: workers.
+        place: this worker's.
 
     Raises:
         SwitchMLError: the session could not be joined; the subclass tells why.
     """
 
-    def __init__(self, options: Options, rank: int, world: int) -> None:
-        self._links = [Link(options, rank, world)]
+    def __init__(self, options: Options, place: Place) -> None:
+        self._links = [Link(options, place)]
         first = self._links[0]
         host, _ = parse_address(options.switch, "switch")
         try:
-            for lane, port in enumerate(first.ports[1:], 1):
-                place = replace(options, switch=f"{host}:{port}", elements=first.member.elements)
-                self._links.append(Link(place, rank, world, lane))
+            for channel, port in enumerate(first.ports[1:], 1):
+                there = replace(options, switch=joined_address(host, port), elements=first.member.elements)
+                self._links.append(Link(there, place, channel))
         except BaseException:
             self.close()
             raise
         self._lock = threading.Lock()
-        self._next = self._done = self._confirmed = 0
-        # of each bucket that is not confirmed: the lanes that have a part, and how many parts those had before it
+        self._next = self._done = self._acknowledged = 0
+        # of each bucket that is not acknowledged: the channels that have a part, and how many parts those had before it
         self._parts: deque[list[tuple[Link, int]]] = deque()
         self._submitted = Counter[Link]()
 
@@ -52,6 +52,7 @@ class Lanes:
         """As `Link.submit`."""
         with self._lock:
             shares = self._share(values.size, index)
+            self._prune()
             self._parts.append([(link, self._submitted[link]) for link, _ in shares])
             self._submitted.update(link for link, _ in shares)
             parts = [
@@ -62,27 +63,25 @@ class Lanes:
 
     @property
     def member(self) -> Membership:
-        """What the join of the first lane agreed."""
+        """What the join of the first channel agreed."""
         return self._links[0].member
 
     @property
-    def confirmed(self) -> int:
+    def acknowledged(self) -> int:
         """Buckets that are known to be finished on all workers."""
         with self._lock:
-            while self._parts and all(before < link.confirmed for link, before in self._parts[0]):
-                self._parts.popleft()
-                self._confirmed += 1
-            return self._confirmed
+            self._prune()
+            return self._acknowledged
 
     @property
     def error(self) -> SwitchMLError | None:
         """Why the session failed; None while it works."""
         return next((link.error for link in self._links if link.error), None)
 
-    def wait_for(self, deadline_s: float) -> None:
-        """Change the deadline."""
+    def wait_for(self, timeout_s: float) -> None:
+        """Change the time limit."""
         for link in self._links:
-            link.options = replace(link.options, deadline_s=deadline_s)
+            link.options = replace(link.options, timeout_s=timeout_s)
 
     def counters(self) -> dict[str, int]:
         """What has travelled and what became of it: the names of `COUNTED`."""
@@ -94,14 +93,19 @@ class Lanes:
         for link in self._links:
             link.close()
 
+    def _prune(self) -> None:
+        while self._parts and all(before < link.acknowledged for link, before in self._parts[0]):
+            self._parts.popleft()
+            self._acknowledged += 1
+
     def _share(self, size: int, index: int | None) -> list[tuple[Link, slice]]:
-        """Which lane takes which part; a function of the buckets so far, and so the same on all ranks."""
-        elements, lanes = self.member.elements, len(self._links)
+        """Which channel takes which part; a function of the buckets so far, and so the same on all ranks."""
+        elements, channels = self.member.elements, len(self._links)
         chunks = -(-size // elements)
-        if lanes == 1 or chunks < _WORTH * lanes:
+        if channels == 1 or chunks < _WORTH * channels:
             self._next += index is None
-            return [(self._links[(self._next if index is None else index) % lanes], slice(0, size))]
-        cuts = [*(lane * chunks // lanes * elements for lane in range(lanes)), size]
+            return [(self._links[(self._next if index is None else index) % channels], slice(0, size))]
+        cuts = [*(channel * chunks // channels * elements for channel in range(channels)), size]
         return [(link, slice(*span)) for link, span in zip(self._links, pairwise(cuts), strict=True)]
 
     def _gathered(self, parts: list["Future[None]"]) -> "Future[None]":

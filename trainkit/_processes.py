@@ -1,7 +1,8 @@
-"""The demo's worker processes: they die with their parent, and one that fails is named."""
+"""Worker processes of one machine: they die with their parent, and one that fails is named."""
 
 import ctypes
 import json
+import math
 import os
 import signal
 import socket
@@ -43,8 +44,7 @@ def free_port() -> int:
 class Workers:
     """`count` processes that run `python -m MODULE JOB`, where JOB is `job` plus rank, world size and a port to meet at.
 
-    A worker writes the error it ends with to `error-RANK.txt` in `logs`; its output goes to `worker-RANK.log` there,
-    except rank 0's, whose progress bar goes to our standard error.
+    A worker writes the error it ends with to `error-RANK.txt` in `logs`; its output goes to `worker-RANK.log` there.
 
     Args:
         module: to run.
@@ -52,9 +52,12 @@ class Workers:
         count: of processes.
         logs: folder.
         grace_s: how long the others may take to end by themselves after one has failed.
+        shown: rank 0's output goes to our standard error instead: a progress bar.
     """
 
-    def __init__(self, module: str, job: dict[str, Any], *, count: int, logs: Path, grace_s: float) -> None:
+    def __init__(
+        self, module: str, job: dict[str, Any], *, count: int, logs: Path, grace_s: float, shown: bool = True
+    ) -> None:
         self._logs, self._grace_s = logs, grace_s
         logs.mkdir(parents=True, exist_ok=True)
         for stale in logs.glob("error-*.txt"):
@@ -64,7 +67,7 @@ class Workers:
         for rank in range(count):
             words = json.dumps({**job, "rank": rank, "world_size": count, "port": port, "parent": os.getpid()})
             with (logs / f"worker-{rank}.log").open("ab") as log:
-                output = _STDERR if rank == 0 else log
+                output = _STDERR if shown and rank == 0 else log
                 self._processes.append(
                     subprocess.Popen(
                         # -P: a source tree in the working directory must not hide the installed package
@@ -88,13 +91,19 @@ class Workers:
         for process in self._processes:
             process.wait()
 
-    def wait(self) -> None:
+    def wait(self, timeout_s: float = math.inf) -> None:
         """Wait until all are done.
+
+        Args:
+            timeout_s: longest wait.
 
         Raises:
             WorkerFailed: one was not; the first to go is named, with what it said.
         """
+        end = time.monotonic() + timeout_s
         while (codes := self._codes()).count(0) < len(codes):
+            if time.monotonic() > end:
+                raise WorkerFailed(f"worker {codes.index(None)} of {len(codes)} has not ended within {timeout_s:g} s")
             if any(codes):
                 first = next(rank for rank, code in enumerate(codes) if code)
                 self._let_the_others_end()
