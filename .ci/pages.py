@@ -5,7 +5,6 @@ MkDocs calls the functions below by their names (`hooks:` in mkdocs.yml).
 
 import ast
 import re
-from importlib import import_module
 from pathlib import Path
 from posixpath import join, normpath, relpath
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from griffe import Extension, Object
 from mkdocs.structure.files import File, Files
 
-from trainkit.cli._main import _SUBCOMMANDS
+from trainkit.cli._main import _SUBCOMMANDS, load
 
 ROOT = Path(__file__).resolve().parent.parent
 HELP = "<!-- help of every subcommand -->"
@@ -63,9 +62,8 @@ def public(package: str) -> list[str]:
 
 def _help() -> str:
     parts = []
-    for name, home in _SUBCOMMANDS.items():
-        parser = import_module(home).SUBCOMMAND.parser()
-        parts.append(f"## trainkit {name}\n\n```text\n{parser.format_help().rstrip()}\n```")
+    for name in _SUBCOMMANDS:
+        parts.append(f"## trainkit {name}\n\n```text\n{load(name).parser().format_help().rstrip()}\n```")
     return "\n\n".join(parts)
 
 

@@ -125,9 +125,8 @@ def _console(block: Block, folder: Path, beside: list[subprocess.Popen[bytes]], 
             continue
         end = block.code.find("\n$ ", at - 1) + 1 if index + 1 < len(commands) else len(block.code)
         if line.endswith("&"):
-            beside.append(
-                subprocess.Popen(line[:-1], shell=True, cwd=folder, stdout=subprocess.DEVNULL, start_new_session=True)
-            )
+            quiet = {"stdout": subprocess.DEVNULL, "start_new_session": True}
+            beside.append(subprocess.Popen(line[:-1], shell=True, cwd=folder, env=_environment(), **quiet))
             continue
         came = _in_this_process(line) if _in_process(line) else _in_a_shell(line, folder)
         found.append(Printed((block.span[0] + at, block.span[0] + end), block.code[at:end], came, line))
@@ -145,9 +144,13 @@ def _in_this_process(line: str) -> str:
     return out.getvalue()
 
 
+def _environment() -> dict[str, str]:
+    """Of a reader who has activated the environment that this runs in."""
+    return os.environ | {"COLUMNS": WIDTH, "PATH": f"{Path(sys.prefix) / 'bin'}:{os.environ['PATH']}"}
+
+
 def _in_a_shell(line: str, folder: Path) -> str:
-    environment = os.environ | {"COLUMNS": WIDTH, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    done = subprocess.run(line, shell=True, cwd=folder, env=environment, capture_output=True, timeout=1500)
+    done = subprocess.run(line, shell=True, cwd=folder, env=_environment(), capture_output=True, timeout=1500)
     if done.returncode:
         raise RuntimeError(f"{line}: exit code {done.returncode}: {done.stdout[-2000:]!r} {done.stderr[-4000:]!r}")
     return re.sub(r"[^\n]*\r", "", done.stdout.decode())  # of a progress bar the last state

@@ -97,6 +97,33 @@ def test_examples_import_what_exists(script: str) -> None:
     check_imports((ROOT / script).read_text())
 
 
+EXAMPLES = {path.name: ast.get_docstring(ast.parse(path.read_text())) for path in (ROOT / "examples").glob("*.py")}
+
+
+@pytest.mark.parametrize("script", sorted(EXAMPLES))
+def test_examples_say_how_they_are_run(script: str) -> None:
+    assert how_to_run(script)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("script", sorted(EXAMPLES))
+def test_examples_run(script: str, tmp_path: Path) -> None:
+    """Each example by the commands of its own docstring."""
+    page = tmp_path / "page.md"
+    page.write_text("```console\n" + "".join(f"$ {line}\n" for line in how_to_run(script)) + "```\n")
+    Page(page).run(tmp_path, {})
+
+
+def how_to_run(script: str) -> list[str]:
+    """The commands in an example's docstring, without words in brackets; a folder is the test's own."""
+    text = EXAMPLES[script] or ""
+    lines = re.findall(
+        rf"((?:python|torchrun)[^\n`]*examples/{script}[^\n`.]*(?:\.\w+[^\n`.]*)*|trainkit switch &)", text
+    )
+    return [re.sub(r" \[[^]]*\]", "", line).replace("FOLDER", ".").strip() for line in lines]
+
+
 def check_imports(code: str) -> None:
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("trainkit"):
@@ -136,10 +163,6 @@ def test_tables_of_arguments(name: str, module: str, thing: str, table: str) -> 
             assert shown.strip("`") == (f'"{value}"' if isinstance(value, str) else f"{value:g}"), argument
 
 
-def test_the_docs_have_a_table_of_arguments_for_the_options_of_a_session() -> None:
-    assert {(module, thing) for _, module, thing, _ in TABLES} >= {("trainkit.switchml", "SwitchMLState")}
-
-
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("mkdocs")
@@ -163,7 +186,7 @@ def test_the_site_loads_nothing_from_another_host(site: Path) -> None:
 
 def test_every_public_name_is_in_the_reference(site: Path) -> None:
     shown = "".join(page.read_text() for page in (site / "reference").glob("*.html"))
-    packages = [ROOT / "trainkit", *(ROOT / "trainkit" / name for name in ("autolrs", "switchml", "kernels"))]
+    packages = [ROOT / "trainkit", *(ROOT / "trainkit" / name for name in ("autolrs", "switchml", "kernels", "serving"))]
     packages += [path.parent for path in (ROOT / "trainkit" / "collectives").rglob("__init__.py")]
     for package in packages:
         if any(part.startswith("_") for part in package.relative_to(ROOT).parts):
