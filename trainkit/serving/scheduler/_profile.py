@@ -1,6 +1,5 @@
 """How long a batch of each size takes: a measured table, never extrapolated."""
 
-import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
