@@ -1,6 +1,6 @@
 """The output layer's loss and gradients a chunk of tokens at a time, and the operators that a compiled graph calls."""
 
-from typing import Any, List, NamedTuple  # noqa: UP035: see Flags
+from typing import Any, List, NamedTuple  # noqa: UP035
 
 import torch
 from torch import Tensor
@@ -159,7 +159,8 @@ def _unpacked(x: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if x is None else x
 
 
-Flags = List[bool]  # noqa: UP006: an operator's schema in torch 2.6 knows this name alone
+# an operator's schema in torch 2.6 knows this name alone
+Flags = List[bool]  # noqa: UP006
 
 
 @torch.library.custom_op("trainkit::linear_cross_entropy", mutates_args=())
