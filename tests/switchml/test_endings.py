@@ -3,6 +3,7 @@
 Each rank dumps the stacks of its threads where it has not ended long after it should have.
 """
 
+import contextlib
 import datetime
 import faulthandler
 import os
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 from execute_ranks import RANKS, start
 
-from trainkit.switchml import SoftwareSwitch, SwitchMLState, _failover
+from trainkit.switchml import SoftwareSwitch, SwitchMLError, SwitchMLState, _failover
 
 _LIMIT = 75.0
 """Seconds after which a run is said to hang: some twenty times the waits that its faults can cause."""
@@ -40,7 +41,8 @@ def _work(rank: int, folder: str, switch: str, fallback: Any, told: Any) -> None
             assert torch.equal(got, torch.full((700,), step + 1.0)), f"step {step}: {got[0]}"
             time.sleep(0.01)
     except RuntimeError as error:
-        ended = f"{type(state.error).__name__}: {error}" if state.error else f"unnamed: {error}"
+        named = error if isinstance(error, SwitchMLError) else state.error
+        ended = f"{type(named).__name__}: {named}" if named else f"unnamed: {error}"
     state.close()
     told.send(ended)
     told.close()
@@ -68,9 +70,10 @@ def _run(seed: int) -> list[str]:
                 else:
                     stopped = seeded.choice(ranks)[0].pid
                     assert stopped is not None
-                    os.kill(stopped, signal.SIGSTOP)
-                    time.sleep(seeded.choice([0.2, 1.6, 2.5]))
-                    os.kill(stopped, signal.SIGCONT)
+                    with contextlib.suppress(ProcessLookupError):  # it has ended
+                        os.kill(stopped, signal.SIGSTOP)
+                        time.sleep(seeded.choice([0.2, 1.6, 2.5]))
+                        os.kill(stopped, signal.SIGCONT)
             until = time.monotonic() + _LIMIT
             for rank, (_, told) in enumerate(ranks):
                 if not told.poll(max(0.0, until - time.monotonic())):
