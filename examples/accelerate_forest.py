@@ -33,5 +33,4 @@ for step, inputs in enumerate(data):
 accelerator.print(state.counters())
 state.close()
 del model  # before the group: see docs/troubleshooting.md
-accelerator.end_training()
-torch.distributed.destroy_process_group()
+accelerator.end_training()  # destroys the group
