@@ -22,6 +22,7 @@ from trainkit.switchml._limits import Preconfigured as Preconfigured
 from trainkit.switchml._options import Options as Options
 from trainkit.switchml._options import read_token as read_token
 from trainkit.switchml._software_switch import SoftwareSwitch as SoftwareSwitch
+from trainkit.switchml._text import shown as shown
 
 if TYPE_CHECKING:
     from trainkit.switchml._hook import noop_hook as noop_hook

@@ -29,6 +29,9 @@ _NARROW = (torch.float32, torch.float16, torch.bfloat16)
 _KEPT = 4096
 """Buckets whose rounding errors are kept."""
 
+_PIECE = 1 << 20
+"""Values of a bucket that go to the switch together: what takes the network a few of the copies' own latencies."""
+
 Key = tuple[int, int] | None
 
 
@@ -195,42 +198,51 @@ class SwitchMLState:
             self._device = DeviceCopies(buffer.device)
         device = self._device if buffer.is_cuda else None
         future = torch.futures.Future[torch.Tensor](devices=[buffer.device] if device else None)
-        staging = device.staging(buffer.numel()) if device else buffer.detach().float().contiguous()
-        handed = time.monotonic()
-        taken: list[Floats] = []
+        staging = device.staging(buffer.numel()) if device else None
+        host = staging.host if staging else buffer.detach().float().contiguous()
+        spans = _pieces(buffer.numel())
+        waiting = _Waiting(len(spans), time.monotonic())
 
-        def finish(done: "Future[None]") -> None:
+        def finish(span: slice, done: "Future[None]") -> None:
+            error = done.exception()
+            if error is None and device is not None and staging is not None:
+                device.up(staging, buffer, span)
+            if not waiting.ends(error):
+                return
             if last:
-                self._waited += time.monotonic() - handed
+                self._waited += time.monotonic() - waiting.since
             try:
-                done.result()
-                for residual in taken:
-                    self._residuals[key, residual.size] = residual
-                if device is not None:
-                    device.up(staging, buffer, lambda: future.set_result(buffer))
+                if waiting.error is not None:
+                    raise waiting.error
+                if waiting.residual is not None:
+                    self._residuals[key, buffer.numel()] = waiting.residual
+                if device is not None and staging is not None:
+                    device.finish(staging, buffer, lambda: future.set_result(buffer))
                     return
-                if staging.data_ptr() != buffer.data_ptr():
-                    buffer.copy_(staging)
+                if host.data_ptr() != buffer.data_ptr():
+                    buffer.copy_(host)
                 future.set_result(buffer)
-            except Exception as error:  # whatever it is, the backward pass must not wait for ever
-                future.set_exception(error)  # type: ignore[arg-type]
+            except Exception as failure:  # whatever it is, the backward pass must not wait for ever
+                future.set_exception(failure)  # type: ignore[arg-type]
 
-        def start() -> None:
-            values = staging.numpy()
-            residual = self._residual(key, values)
+        def start(span: slice) -> None:
+            values = host.numpy()[span]
+            residual = None if waiting.residual is None else waiting.residual[span]
             if residual is not None:
-                taken.append(residual)
                 values += residual
-            link.submit(values, values, residual, _number(key)).add_done_callback(finish)
+            number = _number(key, spans.index(span))
+            link.submit(values, values, residual, number).add_done_callback(lambda done: finish(span, done))
 
         def failed(copied: "Future[None]") -> None:
-            if copied.exception() is not None:
-                finish(copied)
+            if (error := copied.exception()) is not None:
+                future.set_exception(error)  # type: ignore[arg-type]
 
-        if device is not None:
-            device.down(buffer, staging, start).add_done_callback(failed)
+        waiting.residual = self._residual(key, buffer.numel())
+        if device is not None and staging is not None:
+            device.down(buffer, staging, spans, start).add_done_callback(failed)
         else:
-            start()
+            for span in spans:
+                start(span)
         # through then(), the error's own words survive the way through C++
         return future.then(lambda finished: finished.value())
 
@@ -251,12 +263,12 @@ class SwitchMLState:
         reduced: torch.futures.Future[torch.Tensor] = work.get_future().then(lambda _: buffer)
         return reduced
 
-    def _residual(self, key: Key, values: Floats) -> Floats | None:
+    def _residual(self, key: Key, count: int) -> Floats | None:
         """What rounding took at the bucket's last time; it is nobody else's until this time has ended."""
         if self.options.wire == "int32":
             return None
-        kept = self._residuals.pop((key, values.size), None)
-        return np.zeros_like(values) if kept is None else kept
+        kept = self._residuals.pop((key, count), None)
+        return np.zeros(count, np.float32) if kept is None else kept
 
     def counters(self) -> dict[str, int | float]:
         """Bytes and packets each way and what became of them, buckets, hook calls and seconds of waiting, so far.
@@ -278,6 +290,31 @@ class SwitchMLState:
                 self._device = None
 
 
-def _number(key: Key) -> int | None:
-    """One number for a model's bucket."""
-    return None if key is None else key[0] + 1 << 32 | key[1]
+class _Waiting:
+    """The pieces of a bucket that are on their way."""
+
+    def __init__(self, pieces: int, since: float) -> None:
+        self.since, self.error, self.residual = since, None, None
+        self._left = pieces
+        self._lock = threading.Lock()
+
+    error: BaseException | None
+    residual: Floats | None
+
+    def ends(self, error: BaseException | None) -> bool:
+        """Count a piece; True with the last one."""
+        with self._lock:
+            self.error = self.error or error
+            self._left -= 1
+            return self._left == 0
+
+
+def _pieces(count: int) -> list[slice]:
+    """Into what a bucket is cut: a function of its length alone, and so the same on all ranks and devices."""
+    number = max(1, -(-count // _PIECE))
+    return [slice(count * i // number, count * (i + 1) // number) for i in range(number)]
+
+
+def _number(key: Key, piece: int) -> int | None:
+    """One number for a piece of a model's bucket."""
+    return None if key is None else key[0] + 1 << 48 | key[1] << 12 | piece

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from trainkit.collectives._exchange import Placement
 from trainkit.collectives._topology import Topology
+from trainkit.collectives.execute._ddp import check_group
 from trainkit.collectives.execute._errors import ExecutionError
 from trainkit.collectives.execute._failover import Failover
 from trainkit.collectives.execute._options import ForestOptions, options_of
@@ -59,7 +60,7 @@ class ForestState:
             if schedule.collective != "allreduce":
                 raise ValueError(f"gradients need an allreduce schedule, got {schedule.collective}")
             schedule.verify()
-        self.schedule, self.topology, self._group = schedule, topology, process_group
+        self.schedule, self.topology, self.process_group = schedule, topology, process_group
         self.options = options_of(ForestOptions, options, settings, "ForestState")
         self._past: Counter[str] = Counter()
         self._reset()
@@ -70,13 +71,14 @@ class ForestState:
         self._schedules: Schedules | None = None
         self._failover: Failover | None = None
         self._alone = False
+        self.checked = False
 
     def __getstate__(self) -> dict[str, Any]:
-        dropped = ("runner", "error", "_schedules", "_failover", "_group")
+        dropped = ("runner", "error", "_schedules", "_failover", "process_group")
         return {key: value for key, value in self.__dict__.items() if key not in dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _group=None)
+        self.__dict__.update(state, process_group=None)
         self._reset()
 
     def connect(self) -> None:
@@ -88,7 +90,7 @@ class ForestState:
         """
         if self.runner is not None or self._alone:
             return
-        placement = Placement.of(self._group, "schedules")
+        placement = Placement.of(self.process_group, "schedules")
         if placement.size == 1:
             self._alone = True
             return
@@ -190,4 +192,7 @@ def forest_hook(
     Example:
         >>> ddp.register_comm_hook(ForestState(topology=network), forest_hook)
     """
+    if not state.checked:
+        check_group(bucket, state.process_group, "ForestState")
+        state.checked = True
     return state.all_reduce(bucket.buffer(), average=True)

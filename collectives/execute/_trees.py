@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from trainkit.collectives._said import topology_of, topology_said
 from trainkit.collectives._topology import Topology
 from trainkit.collectives.trees import AllreduceForest, Forest
 from trainkit.collectives.trees._flat import Flat
@@ -14,11 +15,11 @@ _COLUMNS = ("root", "multiplicity", "edge_start", "edge_tail", "edge_head", "pat
 
 def trees_said(trees: Forest | AllreduceForest) -> dict[str, Any]:
     """What rank 0 says."""
-    said: dict[str, Any] = {"topology": _topology_said(trees.topology)}
+    said: dict[str, Any] = {"topology": topology_said(trees.topology)}
     if isinstance(trees, Forest):
         return said | {"forest": _forest_said(trees)}
     both = {"reduce": _forest_said(trees.reduce), "broadcast": _forest_said(trees.broadcast)}
-    return said | {"time_per_byte": str(trees.time_per_byte), "exact": trees.exact, **both}
+    return said | {"time_per_byte": str(trees.time_per_byte), "bound": str(trees.bound), **both}
 
 
 def trees_of(said: Any) -> Forest | AllreduceForest:
@@ -28,37 +29,16 @@ def trees_of(said: Any) -> Forest | AllreduceForest:
         ValueError: it makes no sense, or the trees break a rule.
     """
     try:
-        topology = _topology_of(said["topology"])
+        topology = topology_of(said["topology"])
         if "forest" in said:
             return _forest_of(topology, said["forest"])
         reducing, broadcasting = (_forest_of(topology, said[key]) for key in ("reduce", "broadcast"))
-        made = AllreduceForest(topology, Fraction(said["time_per_byte"]), bool(said["exact"]), reducing, broadcasting)
+        time_per_byte, bound = Fraction(said["time_per_byte"]), Fraction(said["bound"])
+        made = AllreduceForest(topology, time_per_byte, bound, reducing, broadcasting)
         made.verify()
     except (KeyError, TypeError, IndexError, OverflowError, ZeroDivisionError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from None
     return made
-
-
-def _topology_said(topology: Topology) -> dict[str, Any]:
-    """What trees need of it; capacities as exact fractions, which its own file cannot hold."""
-    return {
-        "name": topology.name,
-        "nodes": list(topology.nodes),
-        "compute_nodes": list(topology.compute_nodes),
-        "links": [[u, v, str(capacity)] for u, v, capacity in topology.links],
-        "unit": topology.unit,
-        "latency": [[u, v, delay] for (u, v), delay in topology.latency.items()],
-        "multicast": sorted(topology.multicast),
-        "aggregate": sorted(topology.aggregate),
-    }
-
-
-def _topology_of(said: Any) -> Topology:
-    return Topology(
-        said["name"], said["nodes"], said["compute_nodes"],
-        [(u, v, Fraction(capacity)) for u, v, capacity in said["links"]], said["unit"],
-        {(u, v): delay for u, v, delay in said["latency"]}, said["multicast"], said["aggregate"],
-    )  # fmt: skip
 
 
 def _forest_said(forest: Forest) -> dict[str, Any]:

@@ -6,12 +6,12 @@ import socket
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from switchml_ends import joined, together
 from switchml_peer import Peer
 
 from trainkit.cli._switch_metrics import served
@@ -28,24 +28,6 @@ from trainkit.switchml import _control as control
 from trainkit.switchml import _packet as packet
 from trainkit.switchml._session import Sessions
 from trainkit.switchml.reference import Switch
-
-
-def together(*calls: Callable[[], Any]) -> list[Any]:
-    """Run the calls at once; their results, exceptions among them."""
-    results: list[Any] = [None] * len(calls)
-
-    def run(index: int) -> None:
-        try:
-            results[index] = calls[index]()
-        except Exception as error:
-            results[index] = error
-
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(calls))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    return results
 
 
 def averages(states: list[SwitchMLState], sizes: list[int], seed: int = 0) -> list[list[torch.Tensor]]:
@@ -65,14 +47,6 @@ def averages(states: list[SwitchMLState], sizes: list[int], seed: int = 0) -> li
             torch.testing.assert_close(result[bucket].double(), exact, rtol=0, atol=1e-6)
             assert torch.equal(result[bucket], got[0][bucket])
     return got
-
-
-def joined(switch: str, world: int, **options: Any) -> list[SwitchMLState]:
-    states = [SwitchMLState(switch, rank=r, world_size=world, **{"timeout_s": 10, **options}) for r in range(world)]
-    for result in together(*(state.connect for state in states)):
-        if isinstance(result, Exception):
-            raise result
-    return states
 
 
 def closed(states: list[SwitchMLState]) -> None:
@@ -213,7 +187,7 @@ def test_metrics_are_prometheus_text() -> None:
         states = joined(switch.address, 1, session='a "b"')
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
             lines = answer.read().decode().splitlines()
-        assert 'switchml_session_workers{session="a \\"b\\""} 1' in lines
+        assert 'switchml_session_workers{session="a \\"b\\"",job=""} 1' in lines
         assert all(line.startswith("# TYPE ") or float(line.rsplit(" ", 1)[1]) >= 0 for line in lines)
         closed(states)
 

@@ -106,8 +106,8 @@ int Engine::awaited() {
 std::pair<int, bool> Engine::lost() const { return {lost_, lost_left_}; }
 
 void Engine::abort(uint32_t reason, int culprit) {
-  const auto me = static_cast<uint32_t>(rank_);
   std::lock_guard held(mutex_);
+  const auto me = static_cast<uint32_t>(rank_);
   abort_ = {reason, culprit < 0 ? me : static_cast<uint32_t>(culprit), Failure::kNoOp, me};
   wake();
 }
@@ -417,9 +417,7 @@ void Engine::read_control(Peer& peer) {
 
 // A connection has ended.
 void Engine::lose(Peer& peer, double& since) {
-  since = monotonic();
-  lost_left_ = peer.leaves;
-  lost_ = peer.rank;
+  since = monotonic(), lost_left_ = peer.leaves, lost_ = peer.rank;
 }
 
 void Engine::say(Peer& peer, Control frame) { send(peer.in, &frame, sizeof frame, MSG_NOSIGNAL | MSG_DONTWAIT); }

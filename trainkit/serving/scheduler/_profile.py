@@ -1,5 +1,6 @@
 """How long a batch of each size takes: a measured table, never extrapolated."""
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,7 +42,7 @@ class Profile:
                 raise ProfileError(
                     f"a latency is whole nanoseconds from 1 to 10^15, got {latency!r} for a batch of {size}"
                 )
-        for size, (smaller, larger) in enumerate(zip(table, table[1:], strict=False), 2):
+        for size, (smaller, larger) in enumerate(itertools.pairwise(table), 2):
             if larger < smaller:
                 raise ProfileError(
                     f"latency must not fall as the batch grows: {larger} ns for {size}, {smaller} ns for {size - 1}; "
@@ -95,7 +96,9 @@ class Profile:
         except ValueError as error:
             raise ProfileError(f"{path} is not JSON: {error}") from None
         if not isinstance(data, dict) or data.get("format") != _FORMAT:
-            raise ProfileError(f"{path} is not a profile: the key format must be {_FORMAT!r}; trainkit serve profile writes one")
+            raise ProfileError(
+                f"{path} is not a profile: the key format must be {_FORMAT!r}; trainkit serve profile writes one"
+            )
         table, about = data.get("latency_ns"), data.get("about", {})
         if not isinstance(table, list) or not isinstance(about, dict):
             raise ProfileError(f"{path} must hold latency_ns, a list of whole nanoseconds, and about, an object")

@@ -55,7 +55,15 @@ def goodput(
     def passes(rate: float) -> bool:
         rates = {name: rate * share for name, share in shares.items()}
         found = simulate(
-            profiles, gpus, rates, slo_ms=slo_ms, policy=policy, arrivals=arrivals, seconds=seconds, seed=seed, **options
+            profiles,
+            gpus,
+            rates,
+            slo_ms=slo_ms,
+            policy=policy,
+            arrivals=arrivals,
+            seconds=seconds,
+            seed=seed,
+            **options,
         )
         return found.bad <= bad
 
