@@ -16,7 +16,7 @@ from trainkit.cli._main import _SUBCOMMANDS, load
 
 ROOT = Path(__file__).resolve().parent.parent
 HELP = "<!-- help of every subcommand -->"
-NAMES = re.compile(r"<!-- public names of (trainkit[.\w]*) -->")
+NAMES = re.compile(r"<!-- public names of (trainkit(?:\.\w+)*) -->")
 
 
 def on_files(files: Files, config: Any) -> Files:

@@ -1,7 +1,9 @@
 """Schedules that run: compiled for each rank, chunk after chunk, both directions at once."""
 
 from trainkit.collectives._exchange import Placement as Placement
+from trainkit.collectives.execute._backend import BACKEND as BACKEND
 from trainkit.collectives.execute._backend import register_backend as register_backend
+from trainkit.collectives.execute._ddp import ddp_of as ddp_of
 from trainkit.collectives.execute._errors import CollectiveTimeout as CollectiveTimeout
 from trainkit.collectives.execute._errors import ExecutionError as ExecutionError
 from trainkit.collectives.execute._errors import PeerLost as PeerLost

@@ -21,7 +21,7 @@ from trainkit.collectives.execute._schedules import Schedules
 from trainkit.collectives.execute._tcp import DTYPES
 from trainkit.collectives.execute._work import CollectiveWork, MessageWork
 
-NAME = "trainkit"
+BACKEND = "trainkit"
 Tensors = list[torch.Tensor]
 
 
@@ -57,7 +57,7 @@ def register_backend(topology: Topology, *, options: ForestOptions | None = None
     def create(asked: Any, backend_options: Any) -> "Backend":
         return Backend(topology, asked, chosen)
 
-    dist.Backend.register_backend(NAME, create, extended_api=True, devices=["cpu", "cuda"])
+    dist.Backend.register_backend(BACKEND, create, extended_api=True, devices=["cpu", "cuda"])
 
 
 class Backend(dist.ProcessGroup):
@@ -111,7 +111,7 @@ class Backend(dist.ProcessGroup):
 
     def getBackendName(self) -> str:  # noqa: N802
         """The name in init_process_group."""
-        return NAME
+        return BACKEND
 
     # on schedules
 

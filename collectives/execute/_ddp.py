@@ -6,6 +6,7 @@ A bucket does not say which model it is of. The wrapper is found among the livin
 import gc
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
@@ -22,12 +23,7 @@ def check_group(bucket: Any, process_group: "dist.ProcessGroup | None", who: str
         ValueError: DDP averages over other ranks than the state.
     """
     parameters = bucket.parameters() if hasattr(bucket, "parameters") else []
-    if not parameters:
-        return
-    wanted = id(parameters[0])
-    # by type: isinstance() would ask every object of the program for its class
-    wrappers = [one for one in gc.get_objects() if issubclass(type(one), DistributedDataParallel)]
-    wrapper = next((one for one in wrappers if any(id(own) == wanted for own in one.parameters())), None)
+    wrapper = ddp_of(parameters[0]) if parameters else None
     if wrapper is None:
         return
     theirs = dist.get_process_group_ranks(wrapper.process_group)
@@ -37,3 +33,10 @@ def check_group(bucket: Any, process_group: "dist.ProcessGroup | None", who: str
             f"DistributedDataParallel averages over ranks {theirs}, this {who} over {ours}: give both the same "
             "process_group="
         )
+
+
+def ddp_of(parameter: torch.Tensor) -> DistributedDataParallel | None:
+    """The wrapper of the model that a parameter is of; None where there is none."""
+    # by type: isinstance() would ask every object of the program for its class
+    wrappers = [one for one in gc.get_objects() if issubclass(type(one), DistributedDataParallel)]
+    return next((one for one in wrappers if any(own is parameter for own in one.parameters())), None)

@@ -75,7 +75,7 @@ class Runner:
 
         Raises:
             ValueError: the schedule is for another number of ranks.
-            PeerLost: a rank does not come within the deadline.
+            PeerLost: a rank does not come within the time-out.
         """
         if self.failure is not None:
             raise self.failure
@@ -192,7 +192,7 @@ class Runner:
         """Run a collective in place and wait for it; on a GPU, the current stream does.
 
         Raises:
-            ExecutionError: a rank is lost, or the deadline passed.
+            ExecutionError: a rank is lost, or the time-out passed.
         """
         work = self.start(schedule, tensor)
         if tensor.is_cuda:

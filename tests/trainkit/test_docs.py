@@ -145,7 +145,7 @@ def test_files_that_are_named_exist(name: str) -> None:
     assert not missing
 
 
-TABLE = re.compile(r"<!-- arguments of (trainkit[.\w]+)\.(\w+) -->\n\n((?:\|.*\n)+)")
+TABLE = re.compile(r"<!-- arguments of (trainkit(?:\.\w+)*)\.(\w+) -->\n\n((?:\|.*\n)+)")
 TABLES = [(name, *found) for name in NAMES for found in TABLE.findall((ROOT / name).read_text())]
 
 
@@ -197,7 +197,7 @@ def test_every_public_name_is_in_the_reference(site: Path) -> None:
         for node in ast.walk(ast.parse((package / "__init__.py").read_text())):
             for alias in node.names if isinstance(node, ast.ImportFrom) else ():
                 if alias.name == alias.asname:
-                    assert re.search(rf'id="trainkit[.\w]*\.{alias.name}"', shown), f"{package.name}.{alias.name}"
+                    assert re.search(rf'id="trainkit(?:\.\w+)*\.{alias.name}"', shown), f"{package.name}.{alias.name}"
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The probe's protocol over loopback: results, strangers, hosts that die, freeze, or do not come."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -14,9 +15,10 @@ from execute_ranks import start
 
 from trainkit.collectives import Topology
 from trainkit.collectives._probe import ProbeError, probe_hosts
+from trainkit.collectives._probe._agent import Agent
 from trainkit.collectives._probe._coordinator import Coordinator
 from trainkit.collectives._probe._streams import receive_rate, send_until
-from trainkit.collectives._probe._wire import Channel, Gone, accept_channel, number, open_channel, whole
+from trainkit.collectives._probe._wire import Channel, Gone, Strangers, accept_channel, number, open_channel, whole
 
 QUICK = {"warm_s": 0.02, "measure_s": 0.04, "join_s": 60.0}
 
@@ -69,6 +71,53 @@ def test_hosts_without_a_rank_fill_the_gaps_and_equal_names_are_told_apart() -> 
     port = free_port()
     networks = together(*[host(port, rank, 3, name="same", streams=2) for rank in (0, None, None)])
     assert networks[0].compute_nodes == ("same-0", "same-1", "same-2")
+
+
+@pytest.mark.parametrize("noise", [b"", b"GET / HTTP/1.0\r\n\r\n", struct.pack(">I", 2**31)])
+def test_twenty_strangers_delay_nobody(noise: bytes) -> None:
+    port = free_port()
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", port), backlog=64))
+        callers = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(20)]
+        for caller in callers:
+            caller.sendall(noise)
+        coordinator = Coordinator(listener, b"k" * 16, 20.0)
+        begun = time.monotonic()
+        about = {"devices": {}}
+        agents = [
+            threading.Thread(
+                target=lambda rank=rank: together(
+                    lambda: Agent(
+                        ("127.0.0.1", port), b"k" * 16, {**about, "name": f"h{rank}", "rank": rank}, 20.0, 20.0
+                    ).run()
+                )
+            )
+            for rank in range(2)
+        ]
+        for agent in agents:
+            agent.start()
+        coordinator.collect(2, 20.0)
+        assert time.monotonic() - begun < 2.0
+        assert [member.name for member in coordinator.members] == ["h0", "h1"]
+        coordinator.abort("enough")
+        for agent in agents:
+            agent.join()
+        coordinator.close()
+
+
+def test_of_too_many_strangers_the_longest_silent_goes() -> None:
+    strangers, pairs = Strangers(), [socket.socketpair() for _ in range(257)]
+    with contextlib.ExitStack() as stack:
+        for ours, theirs in pairs:
+            theirs.settimeout(5)
+            stack.enter_context(strangers.admitted(ours))
+        assert pairs[0][1].recv(1) == b""  # it was shut
+        pairs[1][1].settimeout(0.05)
+        with pytest.raises(TimeoutError):
+            pairs[1][1].recv(1)
+    for ours, theirs in pairs:
+        ours.close()
+        theirs.close()
 
 
 def test_a_stranger_disturbs_nobody() -> None:
