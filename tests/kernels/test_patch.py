@@ -96,8 +96,10 @@ class Left:
 
 
 REASONS = {
-    "OneMoreNorm": "output differs", "CenteredNorm": "output differs", "GroupedNorm": "output differs", "BiasedNorm": "parameters bias",
-    "ResidualNorm": r"takes \(x, residual\)", "Scaled": "output differs", "Clamped": "output differs", "Swapped": "output differs",
+    "OneMoreNorm": "output differs", "CenteredNorm": "output differs", "GroupedNorm": "output differs",
+    "BiasedNorm": "parameters bias",
+    "ResidualNorm": r"takes \(x, residual\)", "Scaled": "output differs", "Clamped": "output differs",
+    "Swapped": "output differs",
     "Dropping": "in training",
 }  # fmt: skip
 
