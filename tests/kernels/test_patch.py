@@ -95,10 +95,11 @@ class Left:
             return self.down_proj(nn.functional.dropout(hidden, 0.1, self.training))
 
 
-DIFFERS = "output differs"
 REASONS = {
-    "OneMoreNorm": DIFFERS, "CenteredNorm": DIFFERS, "GroupedNorm": DIFFERS, "BiasedNorm": "parameters bias",
-    "ResidualNorm": r"takes \(x, residual\)", "Scaled": DIFFERS, "Clamped": DIFFERS, "Swapped": DIFFERS,
+    "OneMoreNorm": "output differs", "CenteredNorm": "output differs", "GroupedNorm": "output differs",
+    "BiasedNorm": "parameters bias",
+    "ResidualNorm": r"takes \(x, residual\)", "Scaled": "output differs", "Clamped": "output differs",
+    "Swapped": "output differs",
     "Dropping": "in training",
 }  # fmt: skip
 
