@@ -6,6 +6,7 @@ shares of the roots. The optimum is that of all schedules that reduce along tree
 """
 
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import reduce
@@ -120,10 +121,11 @@ def allreduce_forest(
         return _mirrored(topology, trees_per_root, group, max_height, progress)
     members = tuple(topology.compute_nodes if group is None else group)
     # Equal shares mostly do as well, and need far fewer trees.
-    chosen = CutProgram([down, up], free_roots=False).solve()
-    bound, certificate = _proof(topology, members, chosen)
+    even = CutProgram([down, up], free_roots=False)
+    chosen = even.solve()
+    bound, certificate = _proof(topology, members, chosen, refine=False)
     if bound * chosen.value < topology.scale:
-        free = CutProgram([down, up], free_roots=True).solve()
+        free = CutProgram([down, up], free_roots=True, pool=even.pool).solve()
         bound, certificate = max((bound, certificate), _proof(topology, members, free), key=lambda proof: proof[0])
         chosen = max(chosen, free, key=lambda solution: solution.value)
     scale = _whole(chosen)
@@ -142,13 +144,18 @@ def allreduce_forest(
     return result
 
 
-def _proof(topology: Topology, members: Sequence[str], solution: Solution) -> tuple[Fraction, Lengths | None]:
-    """What the solver's lengths prove, and the lengths."""
-    certificate = Lengths(solution.lengths)
-    try:
-        return proved_time(topology, members, certificate), certificate
-    except CertificateError:
-        return Fraction(0), None
+def _proof(
+    topology: Topology, members: Sequence[str], solution: Solution, *, refine: bool = True
+) -> tuple[Fraction, Lengths | None]:
+    """What the solver's lengths prove, and the lengths; `refine` takes more pains where that is not all."""
+    best: tuple[Fraction, Lengths | None] = Fraction(0), None
+    for by_elimination in (False, True) if refine else (False,):
+        certificate = Lengths(solution.lengths(by_elimination))
+        with suppress(CertificateError):
+            best = max(best, (proved_time(topology, members, certificate), certificate), key=lambda proof: proof[0])
+        if best[0] * solution.value == topology.scale:
+            break
+    return best
 
 
 def _whole(solution: Solution) -> Fraction:

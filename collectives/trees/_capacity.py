@@ -1,6 +1,6 @@
 """Which integer capacities the trees are cut from: all of them, a balanced part of them, or their whole multiples."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import reduce
 from math import gcd, lcm
@@ -8,8 +8,8 @@ from math import gcd, lcm
 import numpy as np
 
 import trainkit.collectives._native as _native
-from trainkit.collectives._topology import Ints
-from trainkit.collectives.trees._certificate import Certificate, Cut, Lengths
+from trainkit.collectives._topology import Ints, names
+from trainkit.collectives.trees._certificate import Certificate, Cut, Lengths, proved_rate
 from trainkit.collectives.trees._cut_program import CutProgram
 from trainkit.collectives.trees._problem import Problem
 from trainkit.collectives.trees._rounding import round_balanced
@@ -54,7 +54,15 @@ def achievable(problem: Problem) -> tuple[Fraction, Problem, Certificate]:
         raise RuntimeError(
             "capacities differ too much for the linear program: give the large ones no more than they can use"
         )
-    return own * scale, part, Lengths(solution.lengths)
+    reached, network = own * scale, replace(problem.topology, multicast=frozenset())
+    weight = {name: int(problem.weight[network.index[name]]) for name in names(network, problem.members)}
+    certificate = Lengths(solution.lengths(False))
+    if (
+        not any(certificate.lengths)
+        or proved_rate(network, list(weight), weight, certificate) < reached * network.scale
+    ):
+        certificate = Lengths(solution.lengths(True))
+    return reached, part, certificate
 
 
 def _rate(problem: Problem) -> Fraction | None:
