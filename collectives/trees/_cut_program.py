@@ -104,25 +104,25 @@ class CutProgram:
         limits alone with equality, so in every best dual the multiplier of a narrowed limit is 0 (complementary
         slackness), and the certificate never rests on one. Two bounds hold for the capacity that a link is used with.
 
-        What passes through: a passing vertex gives out as much as it takes in, on both sides together, so a link at it
+        What passes through: a relay gives out as much as it takes in, on both sides together, so a link at it
         carries no more than all its links the other way round may.
 
         What trees need: capacities that carry a total weight T past every cut can be packed with T trees (edge
-        splitting at the passing vertices, then Edmonds), each of one path per spanned vertex other than its root. What
+        splitting at the relays, then Edmonds), each of one path per spanned vertex other than its root. What
         these paths use, without their circles, is itself a solution that passes through, is as good, and uses a link at
         most T times the number of paths.
         """
         most = min(self._most(problem) for problem in self.sides)
         needed = most * sum(len(problem.spanned) - 1 for problem in self.sides) + 1
         _, tail, head, physical = self.sides[0].graph
-        passing = np.logical_and.reduce([problem.passing.astype(bool) for problem in self.sides])
+        relays = np.logical_and.reduce([problem.relays.astype(bool) for problem in self.sides])
         carried = physical
         while True:
-            taken, given = np.zeros(len(passing), dtype=np.int64), np.zeros(len(passing), dtype=np.int64)
+            taken, given = np.zeros(len(relays), dtype=np.int64), np.zeros(len(relays), dtype=np.int64)
             np.add.at(taken, head, carried)
             np.add.at(given, tail, carried)
-            smaller = np.where(passing[tail], np.minimum(carried, taken[tail]), carried)
-            smaller = np.where(passing[head], np.minimum(smaller, given[head]), smaller)
+            smaller = np.where(relays[tail], np.minimum(carried, taken[tail]), carried)
+            smaller = np.where(relays[head], np.minimum(smaller, given[head]), smaller)
             if (smaller == carried).all():
                 break
             carried = smaller
@@ -158,9 +158,9 @@ class CutProgram:
     def _balance(self, side: int) -> list[Row]:
         problem = self.sides[side]
         _, tail, head, _ = problem.graph
-        rows, passing = [], np.flatnonzero(problem.passing)
-        _, first = np.unique(self.vertex[passing], return_index=True)
-        for w in passing[first]:
+        rows, relays = [], np.flatnonzero(problem.relays)
+        _, first = np.unique(self.vertex[relays], return_index=True)
+        for w in relays[first]:
             row: Row = {}
             for ends, sign in ((head, 1), (tail, -1)):
                 for e in np.flatnonzero(ends == w):
