@@ -10,8 +10,8 @@ from trainkit.collectives.schedule import Schedule
 from trainkit.collectives.schedule.export import PARSERS, ExportError, msccl_xml, mscclpp_json
 from trainkit.collectives.trees._allreduce import allreduce_forest
 from trainkit.collectives.trees._capacity import fixed_share
-from trainkit.collectives.trees._copying import choose_copying
 from trainkit.collectives.trees._forest import forest
+from trainkit.collectives.trees._multicast import choose_multicast
 from trainkit.collectives.trees._problem import problem
 
 Runtime = Literal["msccl", "azure", "rccl", "mscclpp"]
@@ -92,5 +92,5 @@ def _candidates(topology: Topology, collective: str) -> Iterator[tuple[int | Non
 def _time(topology: Topology, collective: str, k: int) -> Fraction:
     """Time per byte with k trees per root, without building them."""
     halves = ("allgather", "reduce_scatter") if collective == "allreduce" else (collective,)
-    shares = [fixed_share(choose_copying(problem(topology, half)), k) for half in halves]  # type: ignore[arg-type]
+    shares = [fixed_share(choose_multicast(problem(topology, half)), k) for half in halves]  # type: ignore[arg-type]
     return sum((share.unit for share in shares), Fraction(0)) / k

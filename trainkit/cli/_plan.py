@@ -129,12 +129,14 @@ def _plan(topology: "Topology", options: Options) -> "tuple[dict[str, Any], Sche
         "time_per_unit": laps * best.achievable / best.shares,
     }
     if options.search:
-        facts["packing"] = str(packing_effort(topology, one, root=options.root))
+        # What an all-reduce takes is in its linear program, which has no size before it is solved.
+        facts["packing"] = None if both else str(packing_effort(topology, one, root=options.root))
         return facts, None
     made: Any
     if both:
         made = allreduce_forest(topology, trees_per_root=options.trees_per_root, max_height=options.max_height)
         facts["time_per_unit"] = made.time_per_byte
+        facts["bound"] = made.bound
         facts["halves_in_turn"] = 2 * best.achievable / best.shares
     else:
         made = forest(
@@ -228,11 +230,21 @@ def _print(facts: dict[str, Any], unit: str | None) -> None:
     if facts["achievable"] != facts["inv_rate"]:
         print(f"  achievable          {facts['achievable']} (switches are unbalanced and cannot copy)")
     if "packing" in facts:
-        print(f"  packing             {facts['packing']} at most; much less where the network is regular")
+        if facts["packing"] is None:
+            print(
+                "  trees               not known before the all-reduce's linear program is solved: leave --search out"
+            )
+        else:
+            print(f"  packing             {facts['packing']} if the network is irregular, else less; other loads apart")
         return
     rate = facts["bandwidth"]
     print(f"  bandwidth           {float(rate):.6g} {unit or 'of the capacity unit'} (message size over time, {rate})")
-    proof = "proved optimal" if facts["exact"] else "not proved optimal"
+    gap = (
+        f", at most {float(facts['time_per_unit'] / facts['bound'] - 1):.2%} over the optimum"
+        if facts.get("bound")
+        else ""
+    )
+    proof = "proved optimal" if facts["exact"] else f"not proved optimal{gap}"
     print(f"  forest              {facts['trees']} trees, at most {facts['height']} hops, {proof}")
     for key, what in _COMPARED:
         if key in facts:

@@ -110,7 +110,7 @@ def mscclpp_json(
         ExportError: a limit of the runtime is exceeded; the message names it.
     """
     chunks = grid(schedule, "MSCCL++")
-    plan = _Plan(chunks, ranks_per_machine)
+    plan = _ExecutionPlan(chunks, ranks_per_machine)
     levels = _levels(schedule)
     pieces = [plan.work(ops, levels) for ops in _groups(schedule)]
     text = plan.text(_dealt(pieces, blocks, multiprocessors))
@@ -184,7 +184,7 @@ def _dealt(pieces: list[dict[int, _Work]], blocks: int, multiprocessors: int) ->
     return [own for own, _ in dealt]
 
 
-class _Plan:
+class _ExecutionPlan:
     def __init__(self, chunks: Grid, machine: int) -> None:
         self.chunks, self.machine = chunks, machine
         size = len(chunks.schedule.ranks)

@@ -22,12 +22,12 @@ def test_unbalanced_star_without_and_with_multicast() -> None:
     assert (best.inv_rate, best.achievable) == (Fraction(5, 4), 5)
     trees = forest(unbalanced_star())
     assert (trees.inv_rate, trees.exact) == (5, True)
-    copying = forest(unbalanced_star(multicast=["sw"]))
-    assert (copying.inv_rate, copying.k, copying.unit) == (Fraction(5, 4), 4, 5)
-    copying.schedule(2).verify()
+    multicast = forest(unbalanced_star(multicast=["sw"]))
+    assert (multicast.inv_rate, multicast.k, multicast.unit) == (Fraction(5, 4), 4, 5)
+    multicast.schedule(2).verify()
     # One way up for each tree, however many ways down.
-    assert copying.loads()["0", "sw"] == 4
-    assert copying.loads()["sw", "0"] == 20
+    assert multicast.loads()["0", "sw"] == 4
+    assert multicast.loads()["sw", "0"] == 20
 
 
 def test_measured_rates_lose_little_to_whole_trees() -> None:
