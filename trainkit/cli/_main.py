@@ -24,6 +24,8 @@ _SUBCOMMANDS: dict[str, str] = {
     "plan": "trainkit.cli._plan",
     "probe": "trainkit.cli._probe",
     "report": "trainkit.cli._report",
+    "serve": "trainkit.cli._serve",
+    "serve profile": "trainkit.cli._serve_profile",
     "serve simulate": "trainkit.cli._serve_simulate",
     "switch": "trainkit.cli._switch",
     "topology find": "trainkit.cli._topology_find",
