@@ -9,8 +9,9 @@ ITEM = 5
 
 
 def ranges(jit, tl=triton_language):
-    """The functions `key_range`, `query_range` and `visible` in a dialect: its `jit` and language (Triton's, which its interpreter wants to
-    find in this module).
+    """The functions `key_range`, `query_range` and `visible` in a dialect: its `jit` and language.
+
+    Triton's own language is the default, because its interpreter wants to find it in this module.
 
     With off = Sk - Sq, query q sees key k iff 0 <= q + off - k if CAUSAL, and |q + off - k| < w with a WINDOW.
     """

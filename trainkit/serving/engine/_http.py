@@ -40,7 +40,7 @@ class Endpoints(LitSpec):  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
         """What the scheduler's process gets: nothing of the server's."""
-        kept = super().__getstate__()
+        kept: dict[str, Any] = super().__getstate__()
         return kept | {"response_buffer": None, "request_queue": None, "data_streamer": None, "_metrics": None}
 
     def pre_setup(self, lit_api: Any) -> None:
