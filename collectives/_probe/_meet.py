@@ -34,7 +34,7 @@ WARM_S = 0.15
 """Seconds of a load round before it is measured."""
 MEASURE_S = 0.35
 """Seconds that are measured."""
-_MEETING_S = 600.0
+_MEETING_S = 1800.0
 """Seconds that a rank may come later than the first."""
 
 
