@@ -112,6 +112,7 @@ def probe(
             listener.close()
     try:
         network = exchange.from_first(outcome, _MEETING_S + 2 * plan.seconds)
+        exchange.gather(None)  # rank 0 keeps the store until all have it
     except RankMissing as error:
         raise ProbeError(str(error)) from error
     if "failed" in network:
