@@ -122,7 +122,14 @@ class Exchange:
             RankMissing: a rank did not say anything in time, or something that is no JSON.
         """
         self._say(said)
-        heard = [self._heard(rank, timeout_s) for rank in range(self.size)]
+        heard = [self._heard(f"say/{self._turn}/{rank}", rank, timeout_s) for rank in range(self.size)]
+        if self.rank > 0:
+            self._store.set(f"heard/{self._turn}/{self.rank}", "0")
+        else:  # the store may go with this process: not before everybody has heard
+            for rank in range(1, self.size):
+                key = f"heard/{self._turn}/{rank}"
+                self._heard(key, rank, timeout_s)
+                self._store.delete_key(key)
         # everybody has come this far, so what was said before has been read
         for key in self._said[:-1]:
             self._store.delete_key(key)
@@ -135,7 +142,7 @@ class Exchange:
             self._say(said)
             return said
         self._turn += 1
-        return self._heard(0, timeout_s)
+        return self._heard(f"say/{self._turn}/0", 0, timeout_s)
 
     def _say(self, said: Any) -> None:
         self._turn += 1
@@ -143,14 +150,18 @@ class Exchange:
         self._store.set(key, json.dumps(said))
         self._said.append(key)
 
-    def _heard(self, rank: int, timeout_s: float | None) -> Any:
+    def _heard(self, key: str, rank: int, timeout_s: float | None) -> Any:
         longest = self._timeout_s if timeout_s is None else timeout_s
-        key, until = f"say/{self._turn}/{rank}", time.monotonic() + longest
+        until = time.monotonic() + longest
         while True:
             try:
                 self._store.wait([key], timedelta(seconds=min(max(until - time.monotonic(), 0.01), _LOOK_S)))
                 break
             except RuntimeError as error:
+                if store_is_gone(error):
+                    raise RankMissing(
+                        "torch's store is gone, and with it the process that kept it, rank 0's", 0
+                    ) from error
                 self._heed()
                 if time.monotonic() >= until:
                     message = f"rank {rank} did not come within {longest:g} s: is its process alive?"
@@ -159,6 +170,13 @@ class Exchange:
             return read_json(self._store.get(key))
         except ValueError as error:
             raise RankMissing(f"rank {rank} said what makes no sense ({error})", rank) from None
+
+
+def store_is_gone(error: RuntimeError) -> bool:
+    """Whether the store's connection has failed; otherwise a wait has ended in vain."""
+    from torch.distributed import DistNetworkError
+
+    return isinstance(error, DistNetworkError)
 
 
 def read_json(text: bytes | str, most_bytes: int = MOST_BYTES) -> Any:

@@ -34,7 +34,7 @@ WARM_S = 0.15
 """Seconds of a load round before it is measured."""
 MEASURE_S = 0.35
 """Seconds that are measured."""
-_MEETING_S = 600.0
+_MEETING_S = 1800.0
 """Seconds that a rank may come later than the first."""
 
 
@@ -112,6 +112,7 @@ def probe(
             listener.close()
     try:
         network = exchange.from_first(outcome, _MEETING_S + 2 * plan.seconds)
+        exchange.gather(None)  # rank 0 keeps the store until all have it
     except RankMissing as error:
         raise ProbeError(str(error)) from error
     if "failed" in network:

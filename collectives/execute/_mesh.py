@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 
 from trainkit.collectives._address import endpoint, family
-from trainkit.collectives._exchange import Store
+from trainkit.collectives._exchange import Store, store_is_gone
 from trainkit.collectives.execute._errors import PeerLost
 from trainkit.collectives.execute._verdict import Verdict
 
@@ -125,6 +125,10 @@ class Mesh:
                 self.store.wait([key], timedelta(seconds=min(_left(until), _LOOK_S)))
                 return self.store.get(key).decode()
             except RuntimeError as error:
+                if store_is_gone(error):
+                    raise PeerLost(
+                        "torch's store is gone, and with it the process that kept it, rank 0's", 0
+                    ) from error
                 if time.monotonic() >= until:
                     raise self._missing(peer) from error
 

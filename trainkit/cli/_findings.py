@@ -6,9 +6,12 @@ interpreter down with it, is a finding.
 
 import functools
 import importlib.metadata
+import ipaddress
 import json
+import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -186,6 +189,23 @@ def interfaces() -> list[dict[str, object]]:
     return found
 
 
+def _own_name() -> Finding:
+    """Gloo asks the host's own name for the address that it tells the other ranks."""
+    named, name = os.environ.get("GLOO_SOCKET_IFNAME"), socket.gethostname()
+    if named:
+        return Finding(True, f"gloo and Trainkit use GLOO_SOCKET_IFNAME, {named}")
+    try:
+        found = sorted({str(row[4][0]) for row in socket.getaddrinfo(name, None)})
+    except OSError as error:
+        found, why = [], f"{name} does not resolve ({error.strerror})"
+    else:
+        why = f"{name} resolves to {', '.join(found)}"
+    good = any(not ipaddress.ip_address(address.split("%")[0]).is_loopback for address in found)
+    up = [str(one["name"]) for one in interfaces() if one["state"] == "up"] or ["eth0"]
+    fix = "" if good else f"export GLOO_SOCKET_IFNAME={up[0]}  # on each host; the interface that leads to the others"
+    return Finding(good, why if good else f"{why}: gloo on other hosts cannot connect to that", fix)
+
+
 LOOKS: dict[str, Callable[[], Finding]] = {
     "installation": _installation,
     "torch": _torch,
@@ -196,6 +216,7 @@ LOOKS: dict[str, Callable[[], Finding]] = {
     "kernels": _kernels,
     "p4": lambda: _imports("p4runtime-shell", "p4.v1.p4runtime_pb2"),
     "p4-lab": lambda: _programs("p4c-bm2-ss", "simple_switch_grpc", fix="install p4c and bmv2 of p4lang"),
+    "several-hosts": _own_name,
     "serving": lambda: _imports("litserve", "litserve"),
     "network-lab": lambda: _programs("ip", "tc", fix="sudo apt install iproute2"),
 }

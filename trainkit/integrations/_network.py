@@ -23,7 +23,7 @@ from trainkit.switchml import SwitchMLState, switchml_hook
 
 _SETTLING = 2
 """Steps on the process group's ring before planning: DDP rebuilds its buckets after the first."""
-_PLANNING_S = 600.0
+_PLANNING_S = 1800.0
 """Seconds for rank 0 to plan, and for a rank to come to the next look at the times."""
 _Tensors = torch.futures.Future[torch.Tensor]
 

@@ -118,7 +118,7 @@ def main() -> None:
         kept = seconds[skipped[arm] :]
         print(f"| {arm} | {len(kept)} | {middle[arm]:.3f} | {min(kept):.3f}..{max(kept):.3f} |")
     for arm, way in (("planned", plan["chosen"]), ("plain DDP", "ring")):
-        predicted, left = plan["ways"][way]["step_s"], middle[arm] - middle["compute"]
+        predicted, left = plan["algorithms"][way]["step_s"], middle[arm] - middle["compute"]
         print(f"{arm} ({way}): step less compute {left:.3f} s, predicted {predicted:.3f} s, {left / predicted:.2f}")
     print(f"plain DDP over planned: {middle['plain DDP'] / middle['planned']:.2f}")
 

@@ -172,3 +172,16 @@ def test_the_install_for_a_host_without_torch(tmp_path: Path) -> None:
         python = tmp_path / "host" / "bin" / "python"
         done = subprocess.run([python, "-m", "trainkit", *words], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, f"{words}: {done.stderr}"
+
+
+def test_a_name_that_is_loopback_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from trainkit.cli import _findings
+
+    for name, good in (("127.0.0.1", False), ("no.such.name.invalid", False), ("192.0.2.7", True)):
+        monkeypatch.setattr(_findings.socket, "gethostname", lambda name=name: name)
+        monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+        (found,) = _findings.findings(["several-hosts"]).values()
+        assert found.ok is good and ("export GLOO_SOCKET_IFNAME=" in found.fix) is not good
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
+        (found,) = _findings.findings(["several-hosts"]).values()
+        assert found.ok and "eth7" in found.what

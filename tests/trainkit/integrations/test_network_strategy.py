@@ -188,7 +188,7 @@ def test_one_rank_has_nothing_to_plan_and_trains() -> None:
     assert processes(_alone, 1) == {0: True}
 
 
-def seats(*addresses: str) -> list[dict[str, str]]:
+def at(*addresses: str) -> list[dict[str, str]]:
     return [{"address": address, "name": "node"} for address in addresses]
 
 
@@ -198,11 +198,11 @@ def test_a_job_in_another_order_than_the_probe_finds_its_places() -> None:
     links += [("a", "b", 1), ("b", "a", 1)]
     devices = {host: {"address": f"10.0.0.{number}", "ranks": 2} for number, host in enumerate("ab")}
     network = Topology("probed", [*names, "a", "b"], names, links, unit="Mbit/s", devices=devices)
-    in_turn = placed(network, seats("10.0.0.1", "10.0.0.0", "10.0.0.1", "10.0.0.0"))
+    in_turn = placed(network, at("10.0.0.1", "10.0.0.0", "10.0.0.1", "10.0.0.0"))
     assert in_turn.compute_nodes == ("b.0", "a.0", "b.1", "a.1")
-    assert placed(network, seats("10.0.0.9", "10.0.0.0", "10.0.0.1", "10.0.0.0")) == network
+    assert placed(network, at("10.0.0.9", "10.0.0.0", "10.0.0.1", "10.0.0.0")) == network
     with pytest.raises(ValueError, match="host 'a' has 2 ranks there and 3 in this job"):
-        placed(network, seats("10.0.0.0", "10.0.0.0", "10.0.0.1", "10.0.0.0"))
+        placed(network, at("10.0.0.0", "10.0.0.0", "10.0.0.1", "10.0.0.0"))
 
 
 @pytest.mark.parametrize(
