@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainkit.cli._picture import check_picture, save_picture
-from trainkit.cli._verb import Verb
+from trainkit.cli._subcommand import Subcommand
 
 if TYPE_CHECKING:
     from trainkit.collectives import Optimum, Topology
@@ -256,9 +256,9 @@ def _print(facts: dict[str, Any], unit: str | None) -> None:
             print(f"  written             {facts[key]}")
 
 
-VERB = Verb(
+SUBCOMMAND = Subcommand(
     name="plan",
-    summary="the best collective on a network: its bound, its bottleneck, its trees",
+    summary="Find the best collective on a network: its bound, its bottleneck, its trees",
     options=Options,
     run=run,
     example="trainkit plan --topology examples/forest_two_islands.json --export msccl --out forest.xml",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from trainkit._files import write_text_atomically
 from trainkit.cli._picture import check_picture, save_picture
 from trainkit.cli._quantities import bytes_per_second, seconds, size_text, sizes, time_text
-from trainkit.cli._verb import Verb
+from trainkit.cli._subcommand import Subcommand
 
 if TYPE_CHECKING:
     from trainkit.collectives.direct import FoundTopology
@@ -117,7 +117,7 @@ def run(options: Options) -> int:
     return 0
 
 
-VERB = Verb(
+SUBCOMMAND = Subcommand(
     name="topology show",
     summary="Show one topology: its figures, and on request a picture, the cabling list and the schedule.",
     options=Options,

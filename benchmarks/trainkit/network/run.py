@@ -86,7 +86,7 @@ def worker(rank: int, lab: Lab, order: list[str], port: int, options: Any, pipe:
     size, names = len(topology.compute_nodes), list(topology.compute_nodes)
     dist.init_process_group("gloo", f"tcp://{lab.address(names[0])}:{port}", rank=rank, world_size=size)
     ordered = dist.new_group([names.index(name) for name in order], sort_ranks=False)
-    runner = Runner(interface=INTERFACE, deadline_s=120.0)
+    runner = Runner(interface=INTERFACE, timeout_s=120.0)
     plans: dict[str, Callable[[int], Schedule]] = {
         "allgather": forest(topology).schedule,
         "allreduce": allreduce_forest(topology).schedule,

@@ -20,7 +20,7 @@ class Counted(Net):
 
 
 def _train(rank: int, what: dict[str, Any], dies: int) -> tuple[list[int], int] | tuple[str, int]:
-    strategy = ForestStrategy(**what, deadline_s=10.0, cluster_environment=LightningEnvironment())
+    strategy = ForestStrategy(**what, timeout_s=10.0, cluster_environment=LightningEnvironment())
     try:
         bits, net = fit(strategy, lambda: Counted(dies == rank))
     except PeerLost as error:
