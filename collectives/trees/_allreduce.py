@@ -5,6 +5,7 @@ link is a bottleneck of both phases in turn. Here both run together and the spli
 shares of the roots. The optimum is that of all schedules that reduce along trees and then broadcast along trees.
 """
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -175,10 +176,36 @@ def _grown(
     certificate: Lengths | None,
     progress: Progress,
 ) -> AllreduceForest | None:
-    """Trees by growth alone, on links that are taken to be as fast as their slower direction; None where it fails."""
+    """Trees by growth alone; None where it fails.
+
+    Growth needs a regular network: links are taken to be as fast as their slower direction, or else as the slowest link
+    between vertices of the same kinds.
+    """
     capacity = capacities(topology)
-    slower = {(u, v): capacity[v, u] for u, v, c in topology.links if (v, u) in capacity and capacity[v, u] < c}
-    lower = topology.with_links(slower)
+    slower = {(u, v): min(c, capacity.get((v, u), c)) for (u, v), c in capacity.items()}
+    compute = set(topology.compute_nodes)
+    degree = Counter(u for u, _ in capacity)
+    kind = {name: (name in compute, degree[name]) for name in topology.nodes}
+    slowest: dict[object, Fraction] = {}
+    for (u, v), c in slower.items():
+        slowest[kind[u], kind[v]] = min(c, slowest.get((kind[u], kind[v]), c))
+    regular = {(u, v): slowest[kind[u], kind[v]] for u, v in capacity}
+    for change in (slower, regular):
+        made = _grown_within(topology, topology.with_links(change), members, group, bound, certificate, progress)
+        if made is not None:
+            return made
+    return None
+
+
+def _grown_within(
+    topology: Topology,
+    lower: Topology,
+    members: tuple[str, ...],
+    group: Sequence[str] | None,
+    bound: Fraction,
+    certificate: Lengths | None,
+    progress: Progress,
+) -> AllreduceForest | None:
     halves = []
     for collective in ("allgather", "reduce_scatter"):
         share = best_share(problem(lower, collective, group=group, progress=progress))  # type: ignore[arg-type]
