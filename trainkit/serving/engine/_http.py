@@ -12,6 +12,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 from litserve.specs.base import LitSpec
 from litserve.utils import ResponseBufferItem
+from starlette.requests import ClientDisconnect
 
 from trainkit.serving.engine._metrics import Metrics
 from trainkit.serving.engine._options import ServeOptions
@@ -40,7 +41,7 @@ class Endpoints(LitSpec):  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
         """What the scheduler's process gets: nothing of the server's."""
-        kept = super().__getstate__()
+        kept: dict[str, Any] = super().__getstate__()
         return kept | {"response_buffer": None, "request_queue": None, "data_streamer": None, "_metrics": None}
 
     def pre_setup(self, lit_api: Any) -> None:
@@ -75,10 +76,13 @@ class Endpoints(LitSpec):  # type: ignore[misc]
     async def _body(self, request: Request) -> dict[str, Any]:
         limit = self.options.max_body_bytes
         read = bytearray()
-        async for piece in request.stream():
-            read += piece
-            if len(read) > limit:
-                raise _Refused(413, f"a body is at most {limit} bytes")
+        try:
+            async for piece in request.stream():
+                read += piece
+                if len(read) > limit:
+                    raise _Refused(413, f"a body is at most {limit} bytes")
+        except ClientDisconnect:
+            raise _Refused(499, "the client left") from None
         try:
             body = json.loads(bytes(read))
         except (ValueError, RecursionError):

@@ -94,9 +94,7 @@ def _lightning(module_type: type, checkpoint: Path | None, device: str) -> Predi
 
     if not issubclass(module_type, LightningModule):
         raise ModelError(f"a served class is a LightningModule, got {module_type.__name__}")
-    module = (
-        module_type() if checkpoint is None else module_type.load_from_checkpoint(checkpoint, map_location=device)
-    )
+    module = module_type() if checkpoint is None else module_type.load_from_checkpoint(checkpoint, map_location=device)
     module.to(device).eval()
 
     def predict(inputs: Sequence[Any]) -> Sequence[Any]:

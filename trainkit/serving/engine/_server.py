@@ -1,6 +1,7 @@
 """Start LitServe with the scheduler as its one inference worker."""
 
 import contextlib
+import multiprocessing
 import signal
 from typing import Any
 
@@ -39,3 +40,7 @@ def serve(options: ServeOptions) -> None:
             )
         except RuntimeError as error:
             raise ServeError(f"the server did not start: {error}") from None
+        finally:
+            # LitServe ends its processes only where it got as far as serving
+            for child in multiprocessing.active_children():
+                child.terminate()
