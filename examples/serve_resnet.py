@@ -1,4 +1,4 @@
-"""How many GPUs does an image classifier need, and what does the scheduler win? `python examples/serve_resnet.py`
+"""How many GPUs does an image classifier need, and what does the scheduler win? `python examples/serve_resnet.py`.
 
 The profile is a linear one of a ResNet50, l(b) = 1.053 b + 5.072 ms; `trainkit serve profile` measures yours.
 """

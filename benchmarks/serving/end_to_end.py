@@ -32,6 +32,8 @@ async def _one(value, pool, found):
     body = json.dumps({"input": value}).encode()
     head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     begin = time.monotonic()
+    while pool and pool[-1][0].at_eof():
+        pool.pop()  # the server closes what was idle for 5 s
     try:
         reader, writer = pool.pop() if pool else await asyncio.open_connection("127.0.0.1", PORT)
         writer.write(head.encode() + body)

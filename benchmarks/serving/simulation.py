@@ -16,7 +16,7 @@ from trainkit.serving.simulation._load import generate
 from trainkit.serving.simulation._simulate import FOREVER, prepare
 
 RESNET, INCEPTION = Profile.linear(1.053, 5.072, 32), Profile.linear(5.090, 18.368, 16)
-REPLICAS = [f"per_replica:{batch}:{wait}" for batch in (5, 6, 7, 8, 9, 12, 16) for wait in (0, 2, 4, 6, 8)]
+REPLICAS = [f"per_replica:{batch}:{wait}" for batch in (6, 7, 8, 12) for wait in (0, 4, 8)]
 POLICIES = ["symphony", "deferred", "eager", "eager-window", "nexus", "clockwork", "shepherd", "bentoml"]
 
 

@@ -156,8 +156,8 @@ def test_a_killed_scheduler_leaves_no_connection_hanging(server: Server) -> None
     gpus, scheduler = server.gpus_and_scheduler()
     with ThreadPoolExecutor(8) as pool:
         begin = time.monotonic()
-        answers = [pool.submit(server.predict, n) for n in range(8)]
-        time.sleep(0.05)
+        answers = [pool.submit(server.predict, "long") for n in range(8)]  # two run, six wait
+        time.sleep(0.5)
         os.kill(scheduler, signal.SIGKILL)
         said = [answer.result() for answer in answers]
     assert time.monotonic() - begin < 3 + 5
@@ -184,7 +184,9 @@ def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, *words: str, mod
 
 
 def test_what_cannot_start_says_so_in_a_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert "is reached by others: give --token-file" in refused(capsys, tmp_path, "--listen", "0.0.0.0:80")
+    assert "is reached by others: give --token-file" in refused(capsys, tmp_path, "--listen", "0.0.0.0:8080")
+    assert "port is from 1024" in refused(capsys, tmp_path, "--listen", "127.0.0.1:80")
+    assert "listens on 127.0.0.1, 0.0.0.0 or ::" in refused(capsys, tmp_path, "--listen", "example.org:8080")
     assert "--listen is HOST:PORT" in refused(capsys, tmp_path, "--listen", "80")
     assert "objective is at least one request's latency" in refused(capsys, tmp_path, "--slo", "20ms")
     (tmp_path / "short").write_text("x")
@@ -269,8 +271,9 @@ def test_sizes_between_measured_ones_count_as_the_next_larger() -> None:
 def test_open_requests_are_answered_before_the_end(server: Server) -> None:
     """The last test of this server."""
     with ThreadPoolExecutor(4) as pool:
-        answers = [pool.submit(server.predict, n) for n in range(4)]
-        time.sleep(0.5)  # they wait for about 2 s, until their batch can grow no more
+        answers = [pool.submit(server.predict, "long") for n in range(2)]
+        time.sleep(0.5)
         server.process.send_signal(signal.SIGTERM)
-        assert [answer.result()[0] for answer in answers] == [200] * 4
+        said = [answer.result() for answer in answers]
+        assert [(status, body["output"]) for status, body in said] == [(200, "long")] * 2
         assert server.process.wait(20) == 0
