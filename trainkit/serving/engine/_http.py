@@ -12,12 +12,36 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 from litserve.specs.base import LitSpec
 from litserve.utils import ResponseBufferItem
+from starlette.requests import ClientDisconnect
 
 from trainkit.serving.engine._metrics import Metrics
 from trainkit.serving.engine._options import ServeOptions
 
+# The name of what stands for many answers in LitServe's buffer.
+ANSWERS = "answers"
 # After its deadline a request is answered by us, whatever has become of the scheduler.
 _GRACE_S = 1.5
+
+
+class _Answers:
+    """An entry of LitServe's buffer of responses that stands for many: the scheduler answers a batch by one message."""
+
+    worker_id = None
+
+    def __init__(self, buffer: dict[str, Any]) -> None:
+        self._buffer = buffer
+        self.response: Any = None
+        self.event = self
+
+    def is_set(self) -> bool:
+        return True
+
+    def set(self) -> None:
+        for uid, answer in self.response[0]:
+            item = self._buffer.get(uid)
+            if item is not None:  # else its client is gone
+                item.response = answer
+                item.event.set()
 
 
 class _Refused(Exception):
@@ -36,12 +60,21 @@ class Endpoints(LitSpec):  # type: ignore[misc]
         self.options = options
         self._numbers = {name: number for number, name in enumerate(options.models)}
         self._metrics: Metrics | None = None
+        self._outbox: list[tuple[str, tuple[Any, ...]]] = []
+        self._sending = False
+        self._sender: asyncio.Future[None] | None = None
         self.api_path = "/predict"
 
     def __getstate__(self) -> dict[str, Any]:
         """What the scheduler's process gets: nothing of the server's."""
         kept: dict[str, Any] = super().__getstate__()
-        return kept | {"response_buffer": None, "request_queue": None, "data_streamer": None, "_metrics": None}
+        return kept | {
+            "response_buffer": None,
+            "request_queue": None,
+            "data_streamer": None,
+            "_metrics": None,
+            "_sender": None,
+        }
 
     def pre_setup(self, lit_api: Any) -> None:
         """Register the endpoints."""
@@ -50,6 +83,11 @@ class Endpoints(LitSpec):  # type: ignore[misc]
         self.add_endpoint("/v1/models", self.models, ["GET"])
         self.add_endpoint("/metrics", self.metrics_text, ["GET"])
         self.add_endpoint("/admin/reload", self.reload, ["POST"])
+
+    def setup(self, server: Any) -> None:
+        """Where requests go and answers come from."""
+        super().setup(server)
+        self.response_buffer[ANSWERS] = _Answers(self.response_buffer)
 
     def decode_request(self, request: Any, context_kwargs: Any = None) -> Any:
         """Never called: bodies are read by the endpoints."""
@@ -75,10 +113,13 @@ class Endpoints(LitSpec):  # type: ignore[misc]
     async def _body(self, request: Request) -> dict[str, Any]:
         limit = self.options.max_body_bytes
         read = bytearray()
-        async for piece in request.stream():
-            read += piece
-            if len(read) > limit:
-                raise _Refused(413, f"a body is at most {limit} bytes")
+        try:
+            async for piece in request.stream():
+                read += piece
+                if len(read) > limit:
+                    raise _Refused(413, f"a body is at most {limit} bytes")
+        except ClientDisconnect:
+            raise _Refused(499, "the client left") from None
         try:
             body = json.loads(bytes(read))
         except (ValueError, RecursionError):
@@ -135,17 +176,13 @@ class Endpoints(LitSpec):  # type: ignore[misc]
         answer = asyncio.ensure_future(item.event.wait())
         gone = asyncio.ensure_future(_left(request))
         try:
-            try:
-                self.request_queue.put((self.response_queue_id, uid, time.monotonic(), payload))
-            except (OSError, EOFError):
-                raise _Refused(503, "the scheduler is not there", 5) from None
+            self._send(uid, payload)
             patience = (deadline - time.monotonic_ns()) / 1e9 + _GRACE_S
             await asyncio.wait({answer, gone}, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
             if item.response is not None:
-                (status, body, state), _ = item.response
+                status, body, state = item.response
                 return status, body, state
-            with contextlib.suppress(OSError, EOFError):
-                self.request_queue.put((self.response_queue_id, uid, time.monotonic(), ("cancel",)))
+            self._send(uid, ("cancel",))
             if gone.done():
                 raise _Refused(499, "the client left")
             raise _Refused(503, "the scheduler did not answer", 5)
@@ -153,6 +190,22 @@ class Endpoints(LitSpec):  # type: ignore[misc]
             answer.cancel()
             gone.cancel()
             del self.response_buffer[uid]
+
+    def _send(self, uid: str, payload: tuple[Any, ...]) -> None:
+        """To the scheduler: what comes while the last message is under way goes together."""
+        self._outbox.append((uid, payload))
+        if not self._sending:
+            self._sending = True
+            self._sender = asyncio.ensure_future(self._flush())
+
+    async def _flush(self) -> None:
+        try:
+            while self._outbox:
+                sent, self._outbox = self._outbox, []
+                with contextlib.suppress(OSError, EOFError):  # unheard requests are answered when their time is over
+                    await asyncio.to_thread(self.request_queue.put, (self.response_queue_id, "", 0.0, sent))
+        finally:
+            self._sending = False
 
     async def models(self, request: Request) -> Response:
         """What is served."""

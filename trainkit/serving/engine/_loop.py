@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import queue
 import sys
 import threading
 import time
@@ -17,6 +18,7 @@ from litserve.loops.base import LitLoop
 from litserve.utils import LitAPIStatus, LoopResponseType
 
 from trainkit.serving.engine._gpu import GpuProcess
+from trainkit.serving.engine._http import ANSWERS
 from trainkit.serving.engine._models import ModelError
 from trainkit.serving.engine._options import ServeOptions
 from trainkit.serving.scheduler import Action, Dispatch, Scheduler
@@ -24,6 +26,8 @@ from trainkit.serving.scheduler import Action, Dispatch, Scheduler
 _logger = logging.getLogger(__name__)
 # A GPU process that does not come back is tried again after this.
 _RESTART_S = 1.0
+# LitServe looks for a dead scheduler every 2 s.
+_PULL_S = 0.5
 
 
 @dataclass
@@ -80,9 +84,9 @@ class SchedulerLoop(LitLoop):  # type: ignore[misc]
 
 
 class _Service:
-    def __init__(self, loop: SchedulerLoop, api: Api, queue: Any, transport: Any) -> None:
+    def __init__(self, loop: SchedulerLoop, api: Api, requests: Any, transport: Any) -> None:
         options = api.options
-        self._loop, self._options, self._queue, self._transport = loop, options, queue, transport
+        self._loop, self._options, self._queue, self._transport = loop, options, requests, transport
         self._names = list(options.models)
         self._scheduler = Scheduler(options.profiles, len(api.gpus), drop=options.drop)
         self._margin = round(options.margin_ms * 1e6)
@@ -94,6 +98,7 @@ class _Service:
         self._open: dict[int, _Request] = {}
         self._ids: dict[str, int] = {}
         self._next = 0
+        self._answers: dict[int, list[tuple[str, Any]]] = {}
         self._inbox: deque[Any] = deque()
 
     def run(self) -> None:
@@ -110,6 +115,7 @@ class _Service:
                     self._hear(pipes[ready], ready)  # type: ignore[index, arg-type]
             self._act(self._scheduler.on_timer(time.monotonic_ns()))
             self._restart()
+            self._flush()
 
     def _patience(self) -> float:
         """Seconds until something is due without a message."""
@@ -121,15 +127,26 @@ class _Service:
         return max(0.0, min(due))
 
     def _pull(self, ring: Connection) -> None:
-        """Bring LitServe's queue to the main thread."""
+        """Bring LitServe's queue to the main thread.
+
+        If we are killed within `get`, the queue's own process goes on waiting for us and swallows the next message:
+        with a time limit it has given up before a new scheduler starts.
+        """
         with contextlib.suppress(EOFError, OSError):
             while True:
-                self._inbox.append(self._queue.get())
+                try:
+                    message = self._queue.get(timeout=_PULL_S)
+                except queue.Empty:
+                    continue
+                self._inbox.append(message)
                 ring.send_bytes(b"x")
 
     def _take(self) -> None:
-        consumer, uid, _, payload = self._inbox.popleft()
-        kind, *words = payload
+        consumer, _, _, messages = self._inbox.popleft()
+        for uid, (kind, *words) in messages:
+            self._handle(consumer, uid, kind, words)
+
+    def _handle(self, consumer: int, uid: str, kind: str, words: list[Any]) -> None:
         if kind == "cancel":
             id = self._ids.pop(uid, None)
             if id is not None:
@@ -248,6 +265,12 @@ class _Service:
 
     def _answer(self, consumer: int, uid: str, status: int, body: dict[str, Any]) -> None:
         state = {"waiting": self._scheduler.waiting, "idle": self._scheduler.idle_gpus, "gpus": len(self._gpus)}
-        self._loop.put_response(
-            self._transport, consumer, uid, (status, body, state), LitAPIStatus.OK, LoopResponseType.REGULAR
-        )
+        self._answers.setdefault(consumer, []).append((uid, (status, body, state)))
+
+    def _flush(self) -> None:
+        """One message a server process for all that was answered since."""
+        for consumer, answers in self._answers.items():
+            self._loop.put_response(
+                self._transport, consumer, ANSWERS, answers, LitAPIStatus.OK, LoopResponseType.REGULAR
+            )
+        self._answers = {}

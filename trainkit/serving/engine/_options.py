@@ -1,6 +1,5 @@
 """What a server is told: one frozen dataclass, checked before anything starts."""
 
-import ipaddress
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -69,8 +68,10 @@ class ServeOptions:
             raise ServeError("devices names at least one GPU process, got none")
         if not 0 <= self.margin_ms < 60_000:
             raise ServeError(f"margin_ms is from 0 to 60000, got {self.margin_ms}")
-        if not 0 < self.port < 65536:
-            raise ServeError(f"port is from 1 to 65535, got {self.port}")
+        if not 1024 <= self.port < 65536:
+            raise ServeError(f"port is from 1024 to 65535, got {self.port}")
+        if self.host not in ("127.0.0.1", "0.0.0.0", "::"):
+            raise ServeError(f"LitServe listens on 127.0.0.1, 0.0.0.0 or ::, got {self.host!r}")
         if self.max_body_bytes < 1 or self.max_waiting < 1:
             raise ServeError("max_body_bytes and max_waiting are at least 1")
         if self.token_file is not None:
@@ -78,7 +79,7 @@ class ServeOptions:
             if len(token) < 16 or not token.isascii() or any(c.isspace() for c in token):
                 raise ServeError(f"{self.token_file} must hold one token of at least 16 ASCII characters")
             object.__setattr__(self, "token", token)
-        elif not self.insecure and not _loopback(self.host):
+        elif not self.insecure and self.host != "127.0.0.1":
             raise ServeError(
                 f"{self.host} is reached by others: give --token-file, or --insecure to serve them without a token"
             )
@@ -96,10 +97,3 @@ class ServeOptions:
                 probe.bind((self.host, self.port))
             except OSError as error:
                 raise ServeError(f"{self.host}:{self.port} cannot be served: {error.strerror}; choose --port") from None
-
-
-def _loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

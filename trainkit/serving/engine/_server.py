@@ -1,6 +1,8 @@
 """Start LitServe with the scheduler as its one inference worker."""
 
 import contextlib
+import multiprocessing
+import os
 import signal
 from typing import Any
 
@@ -9,10 +11,6 @@ import litserve
 from trainkit.serving.engine._http import Endpoints
 from trainkit.serving.engine._loop import Api, SchedulerLoop
 from trainkit.serving.engine._options import ServeError, ServeOptions
-
-
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def serve(options: ServeOptions) -> None:
@@ -26,7 +24,14 @@ def serve(options: ServeOptions) -> None:
     server = litserve.LitServer(
         api, accelerator="cpu", workers_per_device=1, timeout=False, restart_workers=True, disable_openapi_url=True
     )
-    signal.signal(signal.SIGTERM, _interrupt)
+    serving = os.getpid()
+
+    def stop(*_: Any) -> None:
+        # the forked HTTP server inherits this, and drains by itself
+        if os.getpid() == serving:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
     with contextlib.suppress(KeyboardInterrupt):
         try:
             server.run(
@@ -39,3 +44,7 @@ def serve(options: ServeOptions) -> None:
             )
         except RuntimeError as error:
             raise ServeError(f"the server did not start: {error}") from None
+        finally:
+            # LitServe ends its processes only where it got as far as serving
+            for child in multiprocessing.active_children():
+                child.terminate()
