@@ -5,11 +5,12 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 TORCH = torch==2.13.0
+CONSTRAINTS = $(VENV)/constraints.txt
 OLDEST_TOOLS = hypothesis pytest pytest-benchmark pytest-timeout
 # what speaks to torch, Lightning, numpy and scipy
 OLDEST_TESTS = tests/autolrs tests/switchml tests/collectives tests/trainkit/integrations tests/kernels/test_attention.py
-SOURCES = pyproject.toml constraints.txt $(shell find CMakeLists.txt autolrs switchml collectives kernels p4 trainkit/ \
-	-name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.p4' -o -name '*.bpf.c' -o -name 'CMakeLists.txt')
+SOURCES = pyproject.toml constraints.txt $(shell find CMakeLists.txt autolrs switchml collectives kernels p4 docs trainkit/ \
+	-name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.p4' -o -name '*.bpf.c' -o -name '*.md' -o -name 'CMakeLists.txt')
 
 .PHONY: demo test test-slow test-gpu test-oldest lint setup clean
 
@@ -39,14 +40,16 @@ $(VENV)/python: constraints.txt
 	@sh .ci/prerequisites $(PYTHON)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	@# a CUDA build of torch brings the one Triton that it works with, a CPU build none
+	$(PIP) show triton >/dev/null 2>&1 && grep -v '^triton==' constraints.txt > $(CONSTRAINTS) || cp constraints.txt $(CONSTRAINTS)
 	touch $@
 
 $(VENV)/installed: $(VENV)/python $(SOURCES)
-	$(PIP) install --constraint constraints.txt .
+	$(PIP) install --constraint $(CONSTRAINTS) .
 	touch $@
 
 $(VENV)/installed-for-tests: $(VENV)/python $(SOURCES)
-	$(PIP) install --constraint constraints.txt '.[test,p4,kernels,docs]'
+	$(PIP) install --constraint $(CONSTRAINTS) '.[test,p4,kernels,docs]'
 	touch $@ $(VENV)/installed
 
 $(VENV)-oldest/installed: .ci/oldest $(SOURCES)

@@ -1,7 +1,5 @@
 """The Triton path: every variant, forward and backward, on any GPU that Triton serves (and on its interpreter)."""
 
-import importlib.util
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +13,7 @@ from trainkit.kernels._attention._spec import Packed, Spec
 from trainkit.kernels._attention._variant import Variant
 from trainkit.kernels._cache import Cache, capturing, stream
 from trainkit.kernels._grid import flat
+from trainkit.kernels._installed import lacking
 
 LARGEST_HEAD = 256
 
@@ -28,13 +27,10 @@ class Tiling(NamedTuple):
     stages: int
 
 
-@cache
-def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def interpreted() -> bool:
     """Whether Triton runs its kernels on the CPU, in Python."""
+    if lacking():
+        return False
     import triton
 
     return bool(triton.knobs.runtime.interpret)
@@ -42,8 +38,8 @@ def interpreted() -> bool:
 
 def why_not(q: Tensor, v: Tensor, spec: Spec) -> str | None:
     """The reason the Triton path cannot serve the call, or None."""
-    if not _installed():
-        return "Triton is not installed (pip install 'triton>=3.6')"
+    if lack := lacking():
+        return lack
     if not q.is_cuda and not interpreted():
         return f"Triton has no kernels on {q.device.type}"
     if q.dtype == torch.float64:

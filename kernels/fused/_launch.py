@@ -1,22 +1,17 @@
 """Whether a fused kernel can run on a tensor, and launch sizes; the plain formula serves everything else."""
 
-import importlib.util
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-
-@cache
-def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+from trainkit.kernels._installed import lacking
 
 
 def fusible(*tensors: Tensor) -> bool:
     """Whether Triton serves these tensors: one CUDA device (or its interpreter, asked for), 16 or 32 bits."""
-    if not _installed():
+    if lacking():
         return False
     if any(x.dtype not in (torch.bfloat16, torch.float16, torch.float32) or x.numel() == 0 for x in tensors):
         return False

@@ -1,6 +1,6 @@
 """The output layer's loss and gradients a chunk of tokens at a time, and the operators that a compiled graph calls."""
 
-from typing import Any, NamedTuple
+from typing import Any, List, NamedTuple  # noqa: UP035
 
 import torch
 from torch import Tensor
@@ -159,10 +159,14 @@ def _unpacked(x: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if x is None else x
 
 
+# an operator's schema in torch 2.6 knows this name alone
+Flags = List[bool]  # noqa: UP006
+
+
 @torch.library.custom_op("trainkit::linear_cross_entropy", mutates_args=())
 def loss_op(
     x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weights: Tensor | None, ignore_index: int,
-    smoothing: float, z: float, cap: float | None, mean: bool, chunk: int, wanted: list[bool],
+    smoothing: float, z: float, cap: float | None, mean: bool, chunk: int, wanted: Flags,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The fused loss for compiled graphs; results as of `summed`, empty where not wanted."""
     loss = Loss(target, class_weights, ignore_index, smoothing, z, cap, mean, chunk)
@@ -170,7 +174,7 @@ def loss_op(
     return total, _unpacked(grads.x, x), _unpacked(grads.weight, x), _unpacked(grads.bias, x), factor
 
 
-def _like(x: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+def _like(x: Tensor, weight: Tensor, wanted: Flags) -> tuple[Tensor, Tensor, Tensor]:
     dx = torch.empty_like(x) if wanted[0] else x.new_empty(0)
     dweight = weight.new_empty(weight.shape, dtype=torch.float32) if wanted[1] else x.new_empty(0)
     return dx, dweight, weight.new_empty(weight.shape[:1], dtype=torch.float32) if wanted[2] else x.new_empty(0)
@@ -185,7 +189,7 @@ def _(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Te
 @torch.library.custom_op("trainkit::linear_cross_entropy_rows", mutates_args=())
 def rows_op(
     x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weights: Tensor | None, ignore_index: int,
-    smoothing: float, z: float, cap: float | None, chunk: int, scales: Tensor | None, wanted: list[bool],
+    smoothing: float, z: float, cap: float | None, chunk: int, scales: Tensor | None, wanted: Flags,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Each token's loss, and the gradients of their sum weighed by `scales`, empty where not wanted."""
     loss = Loss(target, class_weights, ignore_index, smoothing, z, cap, False, chunk)
