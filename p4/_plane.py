@@ -1,4 +1,4 @@
-"""A programmed switch as the data plane of SwitchML's sessions: epochs begin and end, and who is missing is read."""
+"""A P4 switch as the data plane of SwitchML's sessions: epochs begin and end, and who is missing is read."""
 
 import ipaddress
 import time

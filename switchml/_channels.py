@@ -59,7 +59,7 @@ class Channels:
                 link.submit(values[span], out[span], None if residual is None else residual[span], index)
                 for link, span in shares
             ]
-        return self._gathered(parts)
+        return self._together(parts)
 
     @property
     def member(self) -> Membership:
@@ -108,7 +108,7 @@ class Channels:
         cuts = [*(channel * chunks // channels * elements for channel in range(channels)), size]
         return [(link, slice(*span)) for link, span in zip(self._links, pairwise(cuts), strict=True)]
 
-    def _gathered(self, parts: list["Future[None]"]) -> "Future[None]":
+    def _together(self, parts: list["Future[None]"]) -> "Future[None]":
         done: Future[None] = Future()
         left = len(parts)
 

@@ -1,6 +1,6 @@
 """A GPU's buckets to pinned host memory and back, beside the backward pass."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -20,9 +20,6 @@ class Staging:
 class DeviceCopies:
     """Two streams and a thread of their own, so that neither the GPU's computation nor autograd's thread waits.
 
-    A bucket goes in pieces: the first is on the network while the next is copied, and is copied back while others are
-    still on the network.
-
     Args:
         device: the GPU.
     """
@@ -34,47 +31,31 @@ class DeviceCopies:
         self._idle: dict[int, list[Staging]] = {}
 
     def staging(self, count: int) -> Staging:
-        """Memory of `count` values that no other bucket uses; `finish` gives it back."""
+        """Memory of `count` values that no other bucket uses; `up` gives it back."""
         idle = self._idle.setdefault(count, [])
         return idle.pop() if idle else Staging(torch.empty(count, dtype=torch.float32, pin_memory=True), _event())
 
-    def down(
-        self, bucket: torch.Tensor, staging: Staging, spans: Sequence[slice], then: Callable[[slice], None]
-    ) -> "Future[None]":
-        """Copy `bucket` to `staging` once the current stream has computed it; `then(span)` on the thread as each comes."""
+    def down(self, bucket: torch.Tensor, staging: Staging, then: Callable[[], None]) -> "Future[None]":
+        """Copy `bucket` to `staging` once the current stream has computed it, then call `then` on the thread."""
         computed = _event()
         computed.record(torch.cuda.current_stream(self._device))
-        return self._thread.submit(self._down, computed, bucket, staging, spans, then)
+        return self._thread.submit(self._down, computed, bucket, staging, then)
 
     def _down(
-        self,
-        computed: torch.cuda.Event,
-        bucket: torch.Tensor,
-        staging: Staging,
-        spans: Sequence[slice],
-        then: Callable[[slice], None],
+        self, computed: torch.cuda.Event, bucket: torch.Tensor, staging: Staging, then: Callable[[], None]
     ) -> None:
-        copied = []
         with torch.cuda.stream(self._down_stream):
             computed.wait(self._down_stream)
             staging.free.wait(self._down_stream)
-            for span in spans:
-                staging.host[span].copy_(bucket[span], non_blocking=True)
-                copied.append(_event())
-                copied[-1].record(self._down_stream)
+            staging.host.copy_(bucket, non_blocking=True)
             bucket.record_stream(self._down_stream)
-        for span, there in zip(spans, copied, strict=True):
-            there.synchronize()
-            then(span)
+        self._down_stream.synchronize()
+        then()
 
-    def up(self, staging: Staging, bucket: torch.Tensor, span: slice) -> None:
-        """Copy a piece back."""
+    def up(self, staging: Staging, bucket: torch.Tensor, then: Callable[[], None]) -> None:
+        """Copy back and call `then` on the copy's stream: a CUDA future set there is waited for rightly."""
         with torch.cuda.stream(self._up_stream):
-            bucket[span].copy_(staging.host[span], non_blocking=True)
-
-    def finish(self, staging: Staging, bucket: torch.Tensor, then: Callable[[], None]) -> None:
-        """All pieces are on their way back; `then()` on their stream: a CUDA future set there is waited for rightly."""
-        with torch.cuda.stream(self._up_stream):
+            bucket.copy_(staging.host, non_blocking=True)
             bucket.record_stream(self._up_stream)
             staging.free.record(self._up_stream)
             then()

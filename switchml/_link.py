@@ -143,7 +143,7 @@ class Link:
         self._port = Port(self._socket.fileno(), self._wake, self._worker)
 
     def _renew(self) -> None:
-        """Gather anew before chunk numbers run out: a number of an epoch, and with it a tag's nonce, is never reused."""
+        """Meet anew before chunk numbers run out: a number of an epoch, and with it a tag's nonce, is never reused."""
         self._past += Counter(self._worker.counters)
         self._done_before = self.acknowledged = self._done
         self._ends.clear()

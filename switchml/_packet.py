@@ -38,7 +38,7 @@ HEADER = (
     Field("magic", 8, "0xB1: this protocol, first version"),
     Field("kind", 8, "what the packet is: see Kind"),
     Field("session", 16, "number that the switch gave the session at its join"),
-    Field("epoch", 32, "number that the switch gave this gathering of workers; another epoch changes nothing"),
+    Field("epoch", 32, "number that the switch gave this rendezvous of workers; another epoch changes nothing"),
     Field("chunk", 32, "position in the stream of chunks of the epoch, from 0, never reused"),
     Field("slot", 16, "bit 15: version, chunk // slots % 2; bits 13 to 0: slot, chunk % slots"),
     Field("worker", 8, "rank of the sender; 0xFF from the switch"),
@@ -67,7 +67,7 @@ class Kind(IntEnum):
     PROGRESS = 3
     """Switch to a worker that is missing from an unfinished chunk: the bitmap of the workers seen."""
     QUERY = 4
-    """Worker to switch: a repeat without payload; answered with RESULT or PROGRESS."""
+    """Worker to switch: a retransmission without payload; answered with RESULT or PROGRESS."""
     CONTROL = 16
     """Join, leave, keep-alive and abort: a JSON object as payload."""
 
@@ -102,7 +102,7 @@ class Profile:
     tagged: bool
     """A tag may follow the payload."""
     queries: bool
-    """QUERY is known; without it a repeat is the DATA packet itself."""
+    """QUERY is known; without it a retransmission is the DATA packet itself."""
 
     @property
     def sizes(self) -> str:

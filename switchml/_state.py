@@ -29,9 +29,6 @@ _NARROW = (torch.float32, torch.float16, torch.bfloat16)
 _KEPT = 4096
 """Buckets whose rounding errors are kept."""
 
-_PIECE = 1 << 20
-"""Values of a bucket that go to the switch together: what takes the network a few of the copies' own latencies."""
-
 Key = tuple[int, int] | None
 
 
@@ -200,49 +197,39 @@ class SwitchMLState:
         future = torch.futures.Future[torch.Tensor](devices=[buffer.device] if device else None)
         staging = device.staging(buffer.numel()) if device else None
         host = staging.host if staging else buffer.detach().float().contiguous()
-        spans = _pieces(buffer.numel())
-        waiting = _Waiting(len(spans), time.monotonic())
+        residual = self._residual(key, buffer.numel())
+        handed = time.monotonic()
 
-        def finish(span: slice, done: "Future[None]") -> None:
-            error = done.exception()
-            if error is None and device is not None and staging is not None:
-                device.up(staging, buffer, span)
-            if not waiting.ends(error):
-                return
+        def finish(done: "Future[None]") -> None:
             if last:
-                self._waited += time.monotonic() - waiting.since
+                self._waited += time.monotonic() - handed
             try:
-                if waiting.error is not None:
-                    raise waiting.error
-                if waiting.residual is not None:
-                    self._residuals[key, buffer.numel()] = waiting.residual
+                done.result()
+                if residual is not None:
+                    self._residuals[key, residual.size] = residual
                 if device is not None and staging is not None:
-                    device.finish(staging, buffer, lambda: future.set_result(buffer))
+                    device.up(staging, buffer, lambda: future.set_result(buffer))
                     return
                 if host.data_ptr() != buffer.data_ptr():
                     buffer.copy_(host)
                 future.set_result(buffer)
-            except Exception as failure:  # whatever it is, the backward pass must not wait for ever
-                future.set_exception(failure)  # type: ignore[arg-type]
-
-        def start(span: slice) -> None:
-            values = host.numpy()[span]
-            residual = None if waiting.residual is None else waiting.residual[span]
-            if residual is not None:
-                values += residual
-            number = _number(key, spans.index(span))
-            link.submit(values, values, residual, number).add_done_callback(lambda done: finish(span, done))
-
-        def failed(copied: "Future[None]") -> None:
-            if (error := copied.exception()) is not None:
+            except Exception as error:  # whatever it is, the backward pass must not wait for ever
                 future.set_exception(error)  # type: ignore[arg-type]
 
-        waiting.residual = self._residual(key, buffer.numel())
+        def start() -> None:
+            values = host.numpy()
+            if residual is not None:
+                values += residual
+            link.submit(values, values, residual, _number(key)).add_done_callback(finish)
+
+        def failed(copied: "Future[None]") -> None:
+            if copied.exception() is not None:
+                finish(copied)
+
         if device is not None and staging is not None:
-            device.down(buffer, staging, spans, start).add_done_callback(failed)
+            device.down(buffer, staging, start).add_done_callback(failed)
         else:
-            for span in spans:
-                start(span)
+            start()
         # through then(), the error's own words survive the way through C++
         return future.then(lambda finished: finished.value())
 
@@ -290,31 +277,6 @@ class SwitchMLState:
                 self._device = None
 
 
-class _Waiting:
-    """The pieces of a bucket that are on their way."""
-
-    def __init__(self, pieces: int, since: float) -> None:
-        self.since, self.error, self.residual = since, None, None
-        self._left = pieces
-        self._lock = threading.Lock()
-
-    error: BaseException | None
-    residual: Floats | None
-
-    def ends(self, error: BaseException | None) -> bool:
-        """Count a piece; True with the last one."""
-        with self._lock:
-            self.error = self.error or error
-            self._left -= 1
-            return self._left == 0
-
-
-def _pieces(count: int) -> list[slice]:
-    """Into what a bucket is cut: a function of its length alone, and so the same on all ranks and devices."""
-    number = max(1, -(-count // _PIECE))
-    return [slice(count * i // number, count * (i + 1) // number) for i in range(number)]
-
-
-def _number(key: Key, piece: int) -> int | None:
-    """One number for a piece of a model's bucket."""
-    return None if key is None else key[0] + 1 << 48 | key[1] << 12 | piece
+def _number(key: Key) -> int | None:
+    """One number for a model's bucket."""
+    return None if key is None else key[0] + 1 << 32 | key[1]

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainkit.demo._config import SIZES
 from trainkit.demo._model import GPT
-from trainkit.switchml import SoftwareSwitch, SwitchMLState, _state, noop_hook, switchml_hook
+from trainkit.switchml import SoftwareSwitch, SwitchMLState, noop_hook, switchml_hook
 
 
 class Arm:
@@ -62,9 +62,7 @@ class Arm:
             torch.cuda.synchronize()
 
 
-def main(
-    cpu: bool, rounds: int, channels: list[int], buckets: list[float], slots: list[int], pieces: list[int]
-) -> None:
+def main(cpu: bool, rounds: int, channels: list[int], buckets: list[float], slots: list[int]) -> None:
     """Measure and print."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29555", RANK="0", WORLD_SIZE="1")
     dist.init_process_group("gloo" if cpu else "nccl")
@@ -74,31 +72,26 @@ def main(
     arms: dict[tuple[Any, ...], Arm] = {}
     states = []
     for bucket in buckets:
-        arms["none", bucket, 0, 0] = Arm(size, device, bucket, None)
-        for count, window, piece in itertools.product(channels, slots, pieces):
+        arms["none", bucket, 0] = Arm(size, device, bucket, None)
+        for count, window in itertools.product(channels, slots):
             states.append(SwitchMLState(switches[count].address, slots=window))
-            arms[count, bucket, window, piece] = Arm(size, device, bucket, states[-1])
-
-    def measure(setting: tuple[Any, ...], steps: int) -> None:
-        _state._PIECE = max(1, setting[-1])
-        arms[setting].measure(steps)
-
-    for setting, arm in arms.items():
-        measure(setting, 2)
+            arms[count, bucket, window] = Arm(size, device, bucket, states[-1])
+    for arm in arms.values():
+        arm.measure(2)
         arm.took.clear()
     for _ in range(rounds):
-        for setting in arms:
-            measure(setting, steps)
+        for arm in arms.values():
+            arm.measure(steps)
     parameters = sum(p.numel() for p in next(iter(arms.values())).ddp.parameters())
     print(
         f"{parameters / 1e6:.1f} M parameters on {torch.cuda.get_device_name() if not cpu else 'CPU'}, {os.cpu_count()} cores"
     )
-    print("| channels | bucket_cap_mb | slots | values a piece | step, ms | of it waiting for the switch, ms |")
-    print("|---|---|---|---|---|---|")
-    for (count, bucket, window, piece), arm in arms.items():
+    print("| channels | bucket_cap_mb | slots | step, ms | of it waiting for the switch, ms |")
+    print("|---|---|---|---|---|")
+    for (count, bucket, window), arm in arms.items():
         took = 1e3 * statistics.median(arm.took)
-        bare = 1e3 * statistics.median(arms["none", bucket, 0, 0].took)
-        print(f"| {count} | {bucket:g} | {window} | {piece} | {took:.1f} | {took - bare:.1f} |", flush=True)
+        bare = 1e3 * statistics.median(arms["none", bucket, 0].took)
+        print(f"| {count} | {bucket:g} | {window} | {took:.1f} | {took - bare:.1f} |", flush=True)
     for state in states:
         state.close()
     for switch in switches.values():
@@ -114,6 +107,5 @@ if __name__ == "__main__":
     parser.add_argument("--channels", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--buckets", type=float, nargs="+", default=[25.0, 8.0])
     parser.add_argument("--slots", type=int, nargs="+", default=[20])
-    parser.add_argument("--pieces", type=int, nargs="+", default=[1 << 20])
     given = parser.parse_args(sys.argv[1:])
-    main(given.cpu, given.rounds, given.channels, given.buckets, given.slots, given.pieces)
+    main(given.cpu, given.rounds, given.channels, given.buckets, given.slots)

@@ -73,7 +73,7 @@ class Aggregation {
 
   bool fits(const Header& header) const;
   void repeated(size_t index, uint32_t worker, double now, Outbox& send);
-  // Whether a repeat may be answered: once a round trip and worker.
+  // Whether a retransmission may be answered: once a round trip and worker.
   bool due(std::vector<double>& last, size_t index, uint32_t worker, double now);
   void result(size_t index, int worker, Outbox& send);
   void progress(uint32_t chunk, uint64_t seen, uint8_t lane, int worker, bool answer, Outbox& send);

@@ -10,7 +10,7 @@
 
 namespace switchml {
 
-// AES-256-GMAC under one key. The nonce is the header and the first eight bytes behind it (or zeros): a repeat is the
+// AES-256-GMAC under one key. The nonce is the header and the first eight bytes behind it (or zeros): a retransmission is the
 // same bytes, and no two messages of an epoch share it, since the one kind whose content may change under an equal
 // header is the bitmap.
 class Tagger {

@@ -82,7 +82,7 @@ void Worker::poll(double now, Outbox& send) {
   for (int slot = oldest_; slot >= 0; slot = flights_[slot].newer)
     if (flights_[slot].due <= now) late.push_back(&flights_[slot]);
   due_ = kNever;
-  for (Flight* each : late) repeat(*each, now, false, send);
+  for (Flight* each : late) retransmit(*each, now, false, send);
   for (int slot = oldest_; slot >= 0; slot = flights_[slot].newer) due_ = std::min(due_, flights_[slot].due);
 }
 
@@ -207,7 +207,7 @@ void Worker::early(double sent, double now, Outbox& send) {
     Flight& f = flights_[slot];
     if (++f.passed >= kPassed && now - f.sent >= round_trip_.smoothed()) lost.push_back(&f);
   }
-  for (Flight* f : lost) repeat(*f, now, false, send);
+  for (Flight* f : lost) retransmit(*f, now, false, send);
 }
 
 void Worker::progress(const Header& h, uint64_t seen, double now, Outbox& send) {
@@ -215,15 +215,15 @@ void Worker::progress(const Header& h, uint64_t seen, double now, Outbox& send) 
   if (Flight* f = flight(h.chunk)) {
     // the question went the way of the data, which had not come
     if (f->joined && f->asked && h.exponent) f->joined = false, joining_.lost(), joins_.store(joining_.passes(), std::memory_order_relaxed);
-    if ((f->asked && h.exponent) || now - f->data_sent >= round_trip_.smoothed()) repeat(*f, now, true, send);
+    if ((f->asked && h.exponent) || now - f->data_sent >= round_trip_.smoothed()) retransmit(*f, now, true, send);
     return;
   }
   Flight* behind = h.chunk >= member_.slots ? flight(h.chunk - member_.slots) : nullptr;
-  if (behind && now - behind->sent >= round_trip_.smoothed() / 2) return repeat(*behind, now, false, send);
+  if (behind && now - behind->sent >= round_trip_.smoothed() / 2) return retransmit(*behind, now, false, send);
   counters.add(kStale);
 }
 
-void Worker::repeat(Flight& f, double now, bool payload, Outbox& send) {
+void Worker::retransmit(Flight& f, double now, bool payload, Outbox& send) {
   ++f.tries;
   f.passed = 0;
   unlink(f);

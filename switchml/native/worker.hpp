@@ -81,7 +81,7 @@ class Worker {
   void result(const Header& header, const uint8_t* payload, double now, Outbox& send);
   void early(double sent, double now, Outbox& send);
   void progress(const Header& header, uint64_t seen, double now, Outbox& send);
-  void repeat(Flight& flight, double now, bool payload, Outbox& send);
+  void retransmit(Flight& flight, double now, bool payload, Outbox& send);
   void append(Flight& flight, double now);
   void unlink(Flight& flight);
   void retire();

@@ -32,7 +32,7 @@ class _Version:
         self.elements = 0
         self.lane = 0
         self.finished = 0.0
-        # when a worker's repeat was last answered, and when it was last told that it is missing
+        # when a worker's retransmission was last answered, and when it was last told that it is missing
         self.answered: dict[int, float] = {}
         self.told: dict[int, float] = {}
         self.values: Integers = np.zeros(0, np.int32)
@@ -126,14 +126,14 @@ class Aggregation:
         return [(self.addresses[header.worker], self._progress(header.chunk, seen, header.lane, answer=1))]
 
     def _due(self, last: dict[int, float], worker: int, now: float) -> bool:
-        """Whether a repeat may be answered: once a round trip and worker."""
+        """Whether a retransmission may be answered: once a round trip and worker."""
         if worker in last and now - last[worker] < self._trips[worker].value:
             return False
         last[worker] = now
         return True
 
     def _repeated(self, version: _Version, worker: int, now: float) -> list[Outgoing]:
-        """A repeat: of a finished chunk the result again, else word to those who are missing."""
+        """A retransmission: of a finished chunk the result again, else word to those who are missing."""
         self.counters["retransmissions"] += 1
         if version.seen == self.all_seen:
             due = self._due(version.answered, worker, now)

@@ -11,7 +11,7 @@ needs no second round, and number j + lead carries nothing; else it is sent agai
 
 A number is sent when its slot is free (the result of `number - slots` is in) and its exponent is known. The result
 is the acknowledgement and the clock, so that at most `slots` chunks are ever unacknowledged (SwitchML, NSDI 2021,
-algorithms 2 and 4). Differing from the paper, every packet carries its chunk number and its epoch, and a repeat
+algorithms 2 and 4). Differing from the paper, every packet carries its chunk number and its epoch, and a retransmission
 carries no payload unless the switch has said that it is missing.
 """
 
@@ -168,7 +168,7 @@ class Worker:
         return []
 
     def poll(self, now: float) -> list[bytes]:
-        """Repeat what is overdue; the packets to send."""
+        """Send again what is overdue; the packets to send."""
         late = [flight for flight in self._flights.values() if flight.due <= now]
         return [self._repeat(flight, now) for flight in late]
 
