@@ -5,10 +5,14 @@ import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trainkit.switchml import KernelSwitch, SoftwareSwitch
+
+_SHY_S = 2.0
+"""Seconds that a caller may take to say what it wants."""
+_MOST_CALLERS = 64
 
 
 def text(switch: "SoftwareSwitch | KernelSwitch") -> str:
@@ -33,9 +37,29 @@ def _label(text: str) -> str:
 
 
 class _Server(ThreadingHTTPServer):
+    """One thread a caller, as many as there is room for; who says nothing goes."""
+
     def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        self._room = threading.BoundedSemaphore(_MOST_CALLERS)
         super().__init__(address, handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """In a thread of its own, once there is room."""
+        if self._room.acquire(timeout=_SHY_S):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answer, and make room."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._room.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing: a caller that went is no news."""
 
 
 @contextlib.contextmanager
@@ -47,6 +71,8 @@ def served(switch: "SoftwareSwitch | KernelSwitch", address: tuple[str, int]) ->
     """
 
     class Answer(BaseHTTPRequestHandler):
+        timeout = _SHY_S
+
         def do_GET(self) -> None:
             body = text(switch).encode()
             self.send_response(200 if self.path == "/metrics" else 404)

@@ -116,5 +116,5 @@ def test_torchrun_finds_the_plug_in() -> None:
 
     if "trainkit" not in entry_points(group="torchrun.handlers").names:
         pytest.skip("installed before the entry point was there: install again")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(OrderError, match="no plan of ranks"):
         get_rendezvous_handler(RendezvousParameters("trainkit", "x", "job", 1, 1, plan="/nowhere/plan.json"))

@@ -242,6 +242,7 @@ def pair() -> tuple[socket.socket, socket.socket]:
     [
         (struct.pack(">I", 1 << 30), "1073741824 bytes was announced"),
         (struct.pack(">I", 4) + b"{{{{", "makes no sense"),
+        (struct.pack(">I", 4000) + b"[" * 4000, "makes no sense: JSON that is nested too deep"),
         (struct.pack(">I", 2) + b"[]", "must be an object, got list"),
         (b"\0\0", "nothing came in time"),
         (None, "the connection was closed"),
