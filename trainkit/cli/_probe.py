@@ -107,9 +107,24 @@ def _promise(plan: Any, options: Options) -> None:
         print(f"at {options.rate} a host sends and receives at most {size_text(sent // 2**20 * 2**20)}")
 
 
+def _how(options: Options) -> dict[str, Any]:
+    """What is measured and how, whatever the hosts meet by."""
+    from trainkit.collectives._probe import read_prior
+
+    return {
+        "prior": read_prior(options.topology) if options.topology else None,
+        "warm_s": options.warm,
+        "measure_s": options.measure,
+        "streams": options.streams,
+        "hops": not options.ignore_hops,
+        "timeout_s": options.timeout,
+        "interface": options.interface,
+    }
+
+
 def _over_address(options: Options, hosts: int) -> "tuple[Topology, bool]":
     from trainkit.collectives._address import parse_endpoint
-    from trainkit.collectives._probe import probe_hosts, read_prior
+    from trainkit.collectives._probe import probe_hosts
 
     address = parse_endpoint(options.rendezvous or "", "--rendezvous")
     key = options.token_file.read_bytes().strip() if options.token_file else b""
@@ -129,15 +144,9 @@ def _over_address(options: Options, hosts: int) -> "tuple[Topology, bool]":
             rank=options.rank,
             name=options.name,
             key=key,
-            prior=read_prior(options.topology) if options.topology else None,
-            warm_s=options.warm,
-            measure_s=options.measure,
-            streams=options.streams,
-            hops=not options.ignore_hops,
-            timeout_s=options.timeout,
             join_s=options.join,
-            interface=options.interface,
             progress=leading,
+            **_how(options),
         )
     return network, led
 
@@ -152,23 +161,14 @@ def _over_torchrun(options: Options, hosts: int) -> "tuple[Topology, bool]":
     import torch.distributed as dist
 
     from trainkit.collectives import probe
-    from trainkit.collectives._probe import Plan, read_prior
+    from trainkit.collectives._probe import Plan
 
     # ranks that do not measure wait in the group all the time that the others take
     longest = 2 * Plan(hosts, options.warm, options.measure).seconds
     dist.init_process_group("gloo", timeout=timedelta(seconds=max(600.0, options.join, longest)))
     try:
         with _bar() as progress:
-            network = probe(
-                prior=read_prior(options.topology) if options.topology else None,
-                warm_s=options.warm,
-                measure_s=options.measure,
-                streams=options.streams,
-                hops=not options.ignore_hops,
-                timeout_s=options.timeout,
-                interface=options.interface,
-                progress=progress,
-            )
+            network = probe(progress=progress, **_how(options))
         return network, dist.get_rank() == 0
     finally:
         dist.destroy_process_group()

@@ -24,7 +24,7 @@ def run(*words: str, path: Path) -> "subprocess.CompletedProcess[str]":
     """`trainkit WORDS` with the folder `path` before all others, in the processes that it starts, too."""
     return subprocess.run(
         [sys.executable, "-m", "trainkit", *words],
-        cwd=path, env={**os.environ, "PYTHONPATH": str(path)}, capture_output=True, text=True, timeout=120,
+        cwd=path, env={**os.environ, "PYTHONPATH": str(path)}, capture_output=True, text=True, timeout=280,
     )  # fmt: skip
 
 

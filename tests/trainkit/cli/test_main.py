@@ -25,7 +25,7 @@ sys.meta_path.insert(0, Missing())
 def trainkit(*words: str, cwd: Path, without: tuple[str, ...] = ()) -> "subprocess.CompletedProcess[str]":
     """`trainkit WORDS` in an interpreter of its own, in which the packages `without` are not installed."""
     code = BLOCKED.format(packages=without) + "from trainkit.cli import main; sys.exit(main())"
-    return subprocess.run([sys.executable, "-c", code, *words], cwd=cwd, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", code, *words], cwd=cwd, capture_output=True, text=True, timeout=280)
 
 
 @pytest.mark.parametrize("name", sorted(_SUBCOMMANDS))
@@ -38,7 +38,7 @@ def test_help_is_light_and_has_an_example(name: str, tmp_path: Path) -> None:
         "heavy = {'torch', 'pytorch_lightning', 'scipy', 'matplotlib'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     assert f"trainkit {name}" in done.stdout
     assert f"Example:\n  {load(name).example}\n" in done.stdout
@@ -145,7 +145,7 @@ def test_a_reader_that_goes_is_no_error(words: list[str], tmp_path: Path) -> Non
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(
-        [sys.executable, "-m", "trainkit", *words], cwd=tmp_path, stdout=writing, stderr=subprocess.PIPE, timeout=60
+        [sys.executable, "-m", "trainkit", *words], cwd=tmp_path, stdout=writing, stderr=subprocess.PIPE, timeout=280
     )
     os.close(writing)
     assert done.stderr == b""

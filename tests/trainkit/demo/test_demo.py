@@ -153,17 +153,13 @@ def test_killed_ten_times_it_ends_with_the_same_weights(whole: Path, tmp_path: P
 @pytest.mark.slow
 def test_a_killed_worker_is_named(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    words = demo(out, "--size", "tiny", "--workers", "4", "--steps", "4000", "--deadline", "10")
+    words = demo(out, "--size", "tiny", "--workers", "4", "--steps", "400", "--deadline", "10")
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as parent:
-        family: set[int] = set()
-        deadline = time.monotonic() + 120
-        while not list((out / "autolrs").glob("step-*.ckpt")) and not (out / "autolrs").exists():
+        deadline = time.monotonic() + 240
+        while not list((out / "autolrs").glob("step-*.ckpt")):  # all have joined and train
             assert time.monotonic() < deadline
             time.sleep(0.2)
-        while not (ranks := worker_pids(parent.pid)).get(2) or len(ranks) < 4:
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-        time.sleep(15)  # joined and training
+        ranks = worker_pids(parent.pid)
         family = children(parent.pid)
         os.kill(ranks[2], signal.SIGKILL)
         killed = time.monotonic()
