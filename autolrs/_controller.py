@@ -258,10 +258,8 @@ class Controller:
         known, aged = [], []
         if held and held[-1].critical is not None:
             log_rate, std = held[-1].critical
-            age = math.log(max(search.start, 1) / max(held[-1].start + search.trial_steps, 1))
-            drift = self._prior.drift * math.sqrt(max(age, 0.0)) if held[-1].start else self._prior.first_drift
-            known.append(Known(log_rate, math.hypot(std, drift)))
-            blur = self._prior.growth * math.log(10.0) * drift
+            known.append(Known(log_rate, math.hypot(std, self._prior.drift)))
+            blur = self._prior.growth * math.log(10.0) * self._prior.drift
             aged = [Observed(x, lag, math.hypot(of, blur * max(lag, 1.0))) for x, lag, of in held[-1].lags]
         return Bayesian(self._prior, situation, known, aged, self._measured(), o.low, o.high, self._positive)
 

@@ -13,13 +13,15 @@ ANNEAL = 0.5
 # With `stage_steps` given, stages begin only in this first share of the run.
 _STAGED = 0.7
 _DEFAULT_WARMUP = 0.02
-# Where searches are offered, as shares of the run, and their trials, the library's: `benchmarks/autolrs/prior.py`
-# compares trials of 2.5, 3.75 and 5 %.
-_STARTS = (0.0, 0.1, 0.25, 0.5)
+# Where searches are offered, as shares of the run, with the most rates that may work in each: `benchmarks/autolrs/prior.py`
+# compares trials of 2.5, 3.75 and 5 % and two to five of them. It offers none at a quarter or at half of the run: trials begun
+# there show another rate than the one that was best in the end as often as not.
+_STARTS, _TRIALS = (0.0, 0.1), (2, 3)
 _TRIAL = 0.04
-_TRIALS = 3
+# Trials that a search may discard while none of its rates works.
+_FRUITLESS = 4
 # With `stage_steps` the first search covers the whole range.
-_BLIND_TRIALS = 9
+_BLIND_TRIALS, _STAGED_TRIALS = 9, 5
 _PAPER_TRIAL_SHARE, _PAPER_FIRST, _PAPER_LONGEST, _PAPER_CANDIDATES = 0.1, 1000, 8000, 10
 
 
@@ -31,7 +33,7 @@ class Search:
         start: committed step at which it happens.
         horizon: committed step at which the choice is to be best.
         trial_steps: longest trial.
-        candidates: most trials.
+        candidates: most trials of rates that work.
         discards: most steps that it may throw away, if the searches before it left so many of the budget.
     """
 
@@ -89,14 +91,14 @@ def plan(options: Options, total: int) -> Plan:
     for i, start in enumerate(starts):
         end = starts[i + 1] if i + 1 < len(starts) else kept
         staged = options.stage_steps is not None
-        trials = options.candidates or (_BLIND_TRIALS if i == 0 and staged else _TRIALS)
+        trials = options.candidates or ((_BLIND_TRIALS if i == 0 else _STAGED_TRIALS) if staged else _TRIALS[i])
         share = _TRIAL / max(len(starts) / 2, 1.0) if staged else _TRIAL
         steps = options.trial_steps or max(LEAST_TRIAL, round(share * total))
         fair = left // (len(starts) - i)
         if options.trial_steps is None:
             steps = min(steps, max((end - start) // 2, 1), max(fair // (_LEAST_CANDIDATES - 1), LEAST_TRIAL))
         steps = min(steps, end - start)
-        most = min((trials - 1) * steps, left if i == 0 or not staged else fair)
+        most = min((trials - 1 if staged or options.candidates else _FRUITLESS) * steps, left if i == 0 or not staged else fair)
         if steps < min(LEAST_TRIAL, options.trial_steps or LEAST_TRIAL) or (_LEAST_CANDIDATES - 1) * steps > most:
             continue
         searches.append(Search(start, min(end, kept) if staged else kept, steps, trials, most))

@@ -28,8 +28,7 @@ class Prior:
         usual_std: its std.
         user_std: std of the critical rate around the rate in the user's optimizer, decades. An assumption: nobody has
             recorded users' rates.
-        first_drift: std by which the critical rate moves from the run's start to the second search, decades.
-        drift: std by which the critical rate moves while the run's age grows e-fold after that, decades.
+        drift: std by which the critical rate moves from the run's start to the second search, decades.
         forecast_scale: factor on a forecast's std that makes its 80 % band cover 80 % of what came.
     """
 
@@ -45,7 +44,6 @@ class Prior:
     usual_offset: float
     usual_std: float
     user_std: float
-    first_drift: float
     drift: float
     forecast_scale: float
 

@@ -10,7 +10,7 @@ import numpy as np
 from trainkit.autolrs._history import Status, TrialRecord
 from trainkit.autolrs._law import AVERAGED
 from trainkit.autolrs._plan import Search
-from trainkit.autolrs.strategies import Strategy, Trial
+from trainkit.autolrs.strategies import Strategy, Trial, worked
 
 T = TypeVar("T")
 
@@ -19,7 +19,7 @@ AGREE_EVERY = 16
 # A trial diverges when its loss has risen above the start by this many times the best trial's gain, or this share of what
 # the run has gained before; so many times as much before it has ended, for a running average may come back.
 _EXPLODED, _RISEN, _EARLY = 2.0, 0.5, 10.0
-# Trials that diverge take few steps and do not count among the candidates, up to so many times their number.
+# Trials of rates that do not work do not count among the candidates, up to so many times their number.
 _MOST = 3
 # Training losses are read as means of so many groups.
 _GROUPS = 8
@@ -107,7 +107,7 @@ def race(trials: Trials, strategy: Strategy, search: Search, ground: Ground) -> 
     run: list[tuple[Trial, TrialRecord]] = []
     saved: int | None = None
     reason = "as many rates were tried as it may try"
-    while sum(not trial.diverged for trial, _ in run) < search.candidates and len(run) < _MOST * search.candidates:
+    while sum(_counts(trial) for trial, _ in run) < search.candidates and len(run) < _MOST * search.candidates:
         best_steps = run[saved][0].taken if saved is not None else 0
         # Whichever loses, the next trial or the best one, its steps are thrown away.
         spent = sum(trial.taken for trial, _ in run) - best_steps
@@ -135,6 +135,11 @@ def race(trials: Trials, strategy: Strategy, search: Search, ground: Ground) -> 
     taken = sum(trial.taken for trial, _ in run)
     rate = None if best is None else run[best][0].rate
     return Outcome(rate, committed, tuple(records), taken - committed, reason, strategy.asked)
+
+
+def _counts(trial: Trial) -> bool:
+    """Whether a trial is one of a search's candidates: it worked, or was stopped for it could not win."""
+    return worked(trial) or not (trial.ended or trial.diverged)
 
 
 def _trial(

@@ -20,6 +20,9 @@ from trainkit.autolrs.strategies._strategy import Situation, Trial, worked
 
 # Two rates nearer than this are one: a trial each would tell nothing.
 _APART = 0.2
+# How far from the rates that worked a rate is tried, decades: the spacing of the library's rates, within which a lag is known
+# to go from nothing to all (`benchmarks/autolrs/prior.py`).
+_REACH = 0.5
 # A running trial ends when it is so unlikely to win, after this share of its steps.
 _HOPELESS, _SEEN = 0.05, 0.5
 # Std of a lag of which nothing was seen, nepers.
@@ -76,8 +79,9 @@ class Bayesian:
     def worth_a_search(self) -> bool:
         """Whether another rate than the present one is expected to win more than finding it costs."""
         belief = self._believed(self._aged)
-        gain = belief.improvement(belief.near(math.log10(self._at.present)))
-        return float(gain.max()) > self._cost(self._at.trial_steps)
+        present = math.log10(self._at.present)
+        gain = belief.improvement(belief.near(present))
+        return float(gain[np.abs(belief.grid - present) <= _REACH].max()) > self._cost(self._at.trial_steps)
 
     def propose(self) -> float | None:
         """See `Strategy`."""
@@ -89,7 +93,7 @@ class Bayesian:
                 return float(10.0**x)
         belief, best = self._belief(self._trials), self._leading()
         gain = belief.improvement(None if best is None else belief.of(best)) * (at.until / at.left)
-        gain[[not self._apart(x) for x in belief.grid]] = -np.inf
+        gain[[not (self._apart(x) and self._near(x)) for x in belief.grid]] = -np.inf
         self.asked += 1
         found = int(np.argmax(gain))
         steps = max(at.trial_steps, self._trials[best].taken if best is not None else 0)
@@ -111,15 +115,26 @@ class Bayesian:
         best = self.choose()
         if best is None or trial.taken < _SEEN * self._at.trial_steps or len(trial.losses) < 3:
             return False
+        there = self._trials[best]
+        if trial.losses[-1] < float(np.interp(trial.steps[-1], there.steps, there.losses)):
+            return False
         return self._belief([*self._trials, trial]).chance(len(self._trials), best) < _HOPELESS
 
     def choose(self) -> int | None:
         """See `Strategy`."""
         able = [i for i, trial in enumerate(self._trials) if worked(trial)]
+        able = able or [i for i, trial in enumerate(self._trials) if self._no_worse(trial)]
         if not able:
             return None
         belief = self._belief(self._trials)
         return max(able, key=lambda i: float(belief.of(i).mean()))
+
+    def _no_worse(self, trial: Trial) -> bool:
+        """Whether a trial ended no higher than that of the rate in force, which rises, too: a loss with a schedule of its own."""
+        if self._at.first or trial.diverged or not trial.ended:
+            return False
+        first = self._trials[0]
+        return first.ended and not first.diverged and trial.losses[-1] <= first.losses[-1]
 
     def _leading(self) -> int | None:
         """The trial to be beaten: the chosen one, else of those that did not diverge the one with the most progress."""
@@ -129,6 +144,11 @@ class Bayesian:
             return best
         belief = self._belief(self._trials)
         return max(alive, key=lambda i: float(belief.of(i).mean()))
+
+    @property
+    def rates(self) -> list[float]:
+        """Rates of the observed trials."""
+        return [trial.rate for trial in self._trials]
 
     @property
     def lags(self) -> tuple[tuple[float, float, float], ...]:
@@ -155,6 +175,15 @@ class Bayesian:
     def _cost(self, steps: int) -> float:
         """Nepers of progress that `steps` of the steps to come are worth."""
         return -math.log(max(1.0 - steps / max(self._at.left, steps + 1), 1e-9))
+
+    def _near(self, x: float) -> bool:
+        """Whether a rate is within reach: of those that worked, or between them and those that did not."""
+        works = [math.log10(t.rate) for t in self._trials if worked(t)]
+        fails = [math.log10(t.rate) for t in self._trials if t.diverged or (t.ended and not worked(t))]
+        most = min(fails, default=math.inf) - _APART
+        if not works:
+            return x <= most
+        return min(works) - _REACH <= x <= max(max(works) + _REACH, most if fails else -math.inf)
 
     def _apart(self, x: float) -> bool:
         return all(abs(x - math.log10(t.rate)) >= _APART for t in self._trials)

@@ -12,7 +12,7 @@ import numpy as np
 
 from trainkit.autolrs._forecast import Forecast
 from trainkit.autolrs._search import Backend, LRSearch
-from trainkit.autolrs.strategies._strategy import Trial, worked
+from trainkit.autolrs.strategies._strategy import Trial
 
 # A trial is given up when its forecast is worse than the best one by this many stds, and its loss too, after this share.
 _DOMINATED, _LEAST_SEEN = 1.0, 0.5
@@ -55,7 +55,7 @@ class Forecasting:
         self._forecasts.append(self._foreseen(trial))
         self._backend.tell(trial.rate, self._forecasts[-1].mean, self._forecasts[-1].std)
         self._reconsider()
-        if worked(trial) and (self._best is None or self._beats(len(self._trials) - 1, self._best)):
+        if trial.ended and not trial.diverged and (self._best is None or self._beats(len(self._trials) - 1, self._best)):
             self._best = len(self._trials) - 1
 
     def stop(self, trial: Trial) -> bool:

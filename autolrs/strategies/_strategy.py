@@ -7,7 +7,6 @@ from typing import Protocol
 import numpy as np
 
 from trainkit.autolrs._forecast import Forecast
-from trainkit.autolrs._law import loss_noise
 
 
 @dataclass(frozen=True)
@@ -90,12 +89,21 @@ class Strategy(Protocol):
         """How many rates came from a model, not from a fixed design."""
 
 
+# A loss that comes back by more than this share of its fall is on its way to an instability.
+_REBOUND = 0.125
+
+
 def worked(trial: Trial) -> bool:
-    """Whether a rate may be adopted: its trial ran to its end, finite, and not above its start by more than its noise."""
+    """Whether a rate may be adopted: its trial ran to its end, finite, and fell without rising as far, before or after.
+
+    A rise above the start that the fall does not make up for, or a return by an eighth of the fall, is no noise of the
+    measurement, which all trials share, but the beginning of an instability.
+    """
     if trial.diverged or not trial.ended or not all(map(math.isfinite, trial.losses)):
         return False
     losses = np.array(trial.losses)
     if len(losses) < 2:
         return len(losses) == 1
     last = float(np.mean(losses[-max(len(losses) // 4, 1) :]))
-    return last <= float(losses[0]) + 2.0 * loss_noise(losses)
+    fall, rise, back = float(losses[0]) - last, float(losses.max() - losses[0]), last - float(losses.min())
+    return fall >= rise and back <= _REBOUND * float(losses[0] - losses.min())

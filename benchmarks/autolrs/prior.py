@@ -1,7 +1,7 @@
 """Records the library of runs that AutoLRS's prior is fitted on, and fits it.
 
     python benchmarks/autolrs/prior.py record [--processes 16] [--seeds 3] [--tasks a,b] [--seconds 100]
-    python benchmarks/autolrs/prior.py fit [--without TASK]
+    python benchmarks/autolrs/prior.py fit
 
 A run has a linear warmup of 2 %, a flat half, and falls linearly to zero in its second half. For each task and seed there are
 the nine whole runs at nine rates, and from the state after a tenth of two of them, short trials and whole continuations at
@@ -16,17 +16,25 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from library import GRID, LIBRARY, RUNS
 from run import valid_loss
 from tasks import Task
 
+import trainkit.autolrs
 from trainkit.autolrs._average import WeightAverage
+from trainkit.autolrs._belief import Known
+from trainkit.autolrs._law import AVERAGED
+from trainkit.autolrs._prior import Prior, default_prior
 from trainkit.autolrs._snapshot import Snapshot, unseen
+from trainkit.autolrs.strategies import Bayesian, Situation, Trial
+
+DEFAULT = Path(trainkit.autolrs.__file__).with_name("prior.json")
 
 START, TRIAL, DECAY = 0.1, 0.05, 1 / 3
 # Indices of the rates (of GRID) after whose first tenth there is a search, and the steps around them, in half decades.
@@ -176,21 +184,150 @@ def _pretrain(name: str, seed: int) -> None:
     LIBRARY[name](seed)
 
 
-def recorded(folder: Path) -> Iterator[dict[str, Any]]:
+def recorded(folder: Path) -> list[dict[str, Any]]:
     """The jobs' results."""
-    for path in sorted((folder / "library").glob("*.json")):
-        yield json.loads(path.read_text())
+    return [json.loads(path.read_text()) for path in sorted((folder / "library").glob("*.json"))]
+
+
+# -- the fit: searches on the recorded losses, no training
+
+# The constants that are fitted, and the values that are compared.
+GROWTHS, WEIGHTS, FIRST_WEIGHTS = (0.55, 0.7, 0.95), (0.4, 0.5, 0.65, 0.8), (0.65, 1.0, 1.4, 2.0)
+# Shares of a recorded trial's points that a search sees: trials of 3.75 and of 5 % of the run.
+POINTS = (6, 8)
+# A regret beyond this factor is one mistake, however great.
+WORST = math.e
+
+
+class Recorded:
+    """Trials on recorded losses: `finals` are what each rate came to."""
+
+    averaged = True
+
+    def __init__(self, rates: list[float], curves: list[Any], finals: list[float | None], start: int) -> None:
+        self.rates, self.curves, self.start = rates, curves, start
+        self.finals = [f if f is not None and math.isfinite(f) else math.inf for f in finals]
+
+    def regret(self, rate: float | None) -> float:
+        """Log of the final loss over the best one's, capped."""
+        best = min(self.finals)
+        if rate is None:
+            return math.log(WORST)
+        final = self.finals[self.rates.index(rate)]
+        return min(math.log(max(final, 1e-300) / max(best, 1e-300)), math.log(WORST))
+
+    def path(self, rate: float, count: int, done: float, sums: Any) -> Trial:
+        """The trial of a rate as far as `count` points."""
+        curve = self.curves[self.rates.index(rate)][: count + 1]
+        values = [math.nan if v is None else v for _, v in curve]
+        bad = len(curve) <= count or not all(map(math.isfinite, values))
+        clock = tuple(done + AVERAGED * rate * float(sums[self.start + s] - sums[self.start]) for s, _ in curve)
+        steps = tuple(int(s) for s, _ in curve)
+        return Trial(rate, steps[-1] if steps else 0, steps, tuple(values), clock, not bad, bad)
+
+
+def searched(prior: Prior, entry: dict[str, Any], count: int, most: int = 3) -> float:
+    """Regret of a search on a recorded branch, or of the best of all rates at the run's start."""
+    first, steps = entry["kind"] == "whole", entry["steps"]
+    sums = np.concatenate([[0.0], np.cumsum([shape(i, steps) for i in range(steps)])])
+    trials: Recorded = entry["trials"]
+    start, base = trials.start, entry["base"]
+    done, length = base * float(sums[start]), max(round(TRIAL * steps * count / 8), 1)
+    at = Situation(first, done, float(sums[-1] - sums[start]), steps - start, steps - start, length, base, entry["usual"], base)
+    known = [] if first else [Known(math.log10(base), math.hypot(prior.drift, 0.3))]
+    low, high = trials.rates[0], trials.rates[-1]
+    strategy = Bayesian(prior, at, known, [], [], low, high, True)
+    if first:
+        for rate in trials.rates:
+            strategy.observe(trials.path(rate, count, done, sums))
+    else:
+        asked: list[float] = []
+        while len(asked) < most and (rate := strategy.propose()) is not None:
+            left = [r for r in trials.rates if r not in asked]
+            asked.append(min(left, key=lambda r: abs(math.log(r / rate))))
+            strategy.observe(trials.path(asked[-1], count, done, sums))
+    best = strategy.choose()
+    return trials.regret(None if best is None else strategy.rates[best])
+
+
+def entries(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The recorded jobs as searches."""
+    usual = {"SGD": 0.1, "Adafactor": 1e-2}
+    made, wholes = [], {}
+    for job in found:
+        common = {"task": job["task"], "steps": job["steps"], "usual": usual.get(job["optimizer"], 1e-3)}
+        if job["kind"] == "branch" and "branches" in job:
+            parts = job["branches"]
+            trials = Recorded([p["rate"] for p in parts], [p["flat"] for p in parts], [p["final"] for p in parts], job["start"])
+            made.append({**common, "kind": "branch", "base": job["rate"], "trials": trials})
+        elif job["kind"] == "whole":
+            wholes.setdefault((job["task"], job["seed"]), (common, job["centre"], []))[2].append(job)
+    for common, centre, jobs in wholes.values():
+        if len(jobs) == len(GRID):
+            jobs.sort(key=lambda j: j["rate"])
+            trials = Recorded([j["rate"] for j in jobs], [j["curve"] for j in jobs], [j["final"] for j in jobs], 0)
+            made.append({**common, "kind": "whole", "base": centre, "trials": trials})
+    return made
+
+
+def fit(args: argparse.Namespace) -> None:
+    """Compares the constants on every recorded search; writes the prior of all tasks, and of all but one for each."""
+    all_entries = entries(recorded(RUNS))
+    names = sorted({e["task"] for e in all_entries})
+    base = default_prior()
+    table: dict[tuple[str, tuple[float, ...]], dict[str, list[float]]] = {}
+    with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
+        for kind, options in (
+            ("branch", [(g, w) for g in GROWTHS for w in WEIGHTS]),
+            ("whole", [(g, w) for g in GROWTHS for w in FIRST_WEIGHTS]),
+        ):
+            mine = [e for e in all_entries if e["kind"] == kind]
+            for growth, weight in options:
+                prior = replace(base, growth=growth, **{"later_weight" if kind == "branch" else "first_weight": weight})
+                todo = [(prior, e, count) for e in mine for count in POINTS]
+                regrets: dict[str, list[float]] = {}
+                for (_, e, _), value in zip(todo, pool.starmap(searched, todo, chunksize=8), strict=True):
+                    regrets.setdefault(e["task"], []).append(value)
+                table[kind, (growth, weight)] = regrets
+                print(kind, growth, weight, f"{np.mean([np.mean(v) for v in regrets.values()]):.4f}", flush=True)
+
+    def fitted(tasks: list[str]) -> dict[str, float]:
+        def mean(kind: str, option: tuple[float, ...]) -> float:
+            return float(np.mean([np.mean(table[kind, option][t]) for t in tasks if t in table[kind, option]]))
+
+        growth, later = min((o for k, o in table if k == "branch"), key=lambda o: mean("branch", o))
+        first = min((o for k, o in table if k == "whole" and o[0] == growth), key=lambda o: mean("whole", o))[1]
+        offsets = [
+            math.log10(e["trials"].rates[int(np.argmin(e["trials"].finals))] / e["usual"])
+            for e in all_entries
+            if e["kind"] == "whole" and e["task"] in tasks
+        ]
+        middle = float(np.median(offsets))
+        return {
+            **asdict(base),
+            "growth": growth,
+            "later_weight": later,
+            "first_weight": first,
+            "usual_offset": round(middle, 2),
+            "usual_std": round(1.4826 * float(np.median(np.abs(np.array(offsets) - middle))) + 0.1, 2),
+        }
+
+    found = {"all": fitted(names), **{t: fitted([n for n in names if n != t]) for t in names}}
+    (args.out / "prior-without.json").write_text(json.dumps(found, indent=1) + "\n")
+    DEFAULT.write_text(json.dumps(found["all"], indent=1) + "\n")
+    print(json.dumps(found["all"], indent=1))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["record"])
+    parser.add_argument("what", choices=["record", "fit"])
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tasks", default=None)
     parser.add_argument("--seconds", type=float, default=math.inf, help="no job begins later")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     args = parser.parse_args()
-    record(args)
+    record(args) if args.what == "record" else fit(args)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from tasks import REPORT, TASKS, Task
 from torch.utils._pytree import tree_leaves, tree_map
 
 from trainkit.autolrs import Tuner
+from trainkit.autolrs._prior import Prior
 from trainkit.autolrs._schedule import set_rate
 
 
@@ -134,12 +135,16 @@ def found_rate(task: Task, optimizer: Any, steps: int = 100) -> float:
     return rates[steepest]
 
 
-def tuned(task: Task, default: float, preset: str, seed: int, steps: int) -> Iterator[tuple[int, Any]]:
+def tuned(task: Task, name: str, default: float, preset: str, seed: int, steps: int) -> Iterator[tuple[int, Any]]:
     """Ours or the published algorithm; yields (steps charged so far, tuner)."""
     optimizer = task.optimizer(task.model, default)
     train_step = stepper(task, optimizer)
     kwargs: dict[str, Any] = {"preset": "paper", "stage_steps": max(steps // 12, 10)} if preset == "paper" else {}
+    # a library's task is run with the prior that was fitted without it
+    priors = json.loads(Path(__file__).with_name("prior-without.json").read_text())
     tuner = Tuner(task.model, optimizer, train_step, steps, loss=task.loss, count="all", seed=seed, **kwargs)
+    if preset != "paper" and name in priors:
+        tuner._controller._prior = Prior(**priors[name])
     for kept in tuner.run(task.loader):
         # While a kept trial is shown step by step, the weights are those at its end: not a point of the curve.
         if not tuner.replaying:
@@ -159,7 +164,7 @@ def curve_of(task: Task, name: str, arm: str, factor: float, seed: int) -> tuple
     curve = [(0, valid_loss(task))]
     if arm in ("ours", "paper"):
         last, tuner = 0, None
-        for charged, current in tuned(task, peak, arm, seed, steps):
+        for charged, current in tuned(task, name, peak, arm, seed, steps):
             tuner = current
             if charged // task.every > last // task.every or charged == steps:
                 curve.append((charged, valid_loss(task)))
@@ -171,8 +176,9 @@ def curve_of(task: Task, name: str, arm: str, factor: float, seed: int) -> tuple
             "discarded": h.discarded_steps,
             "forwards": h.extra_forwards,
             "search_seconds": h.search_seconds,
-            "stages": h.as_dict()["stages"],
-            "trials": h.as_dict()["trials"],
+            "decision_seconds": h.decision_seconds,
+            "asked": h.asked,
+            **{key: h.as_dict()[key] for key in ("stages", "searches", "trials")},
         }
         return curve, notes
     optimizer: Any = task.optimizer(task.model, peak)
