@@ -1,6 +1,6 @@
 """Which integer capacities the trees are cut from: all of them, a balanced part of them, or their whole multiples."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import reduce
 from math import gcd, lcm
@@ -8,8 +8,8 @@ from math import gcd, lcm
 import numpy as np
 
 import trainkit.collectives._native as _native
-from trainkit.collectives._topology import Ints
-from trainkit.collectives.trees._certificate import Certificate, Cut, Lengths
+from trainkit.collectives._topology import Ints, names
+from trainkit.collectives.trees._certificate import Certificate, Cut, Lengths, proved_rate
 from trainkit.collectives.trees._cut_program import CutProgram
 from trainkit.collectives.trees._problem import Problem
 from trainkit.collectives.trees._rounding import round_balanced
@@ -20,7 +20,7 @@ class Share:
     """A problem whose capacities count trees."""
 
     problem: Problem
-    """Balanced at every passing vertex; link e carries `problem.cap[e]` trees."""
+    """Balanced at every relay; link e carries `problem.cap[e]` trees."""
     k: int
     """Trees per unit of root weight."""
     unit: Fraction
@@ -30,7 +30,7 @@ class Share:
 
 
 def achievable(problem: Problem) -> tuple[Fraction, Problem, Certificate]:
-    """The best rate when passing vertices cannot copy.
+    """The best rate when relays cannot copy.
 
     Returns:
         (max over cuts of weight / capacity, in integer capacities, of the best balanced part of the capacities; that
@@ -40,7 +40,7 @@ def achievable(problem: Problem) -> tuple[Fraction, Problem, Certificate]:
     worst = problem.cut(cut)
     if problem.balanced():
         return rate, problem, worst
-    trimmed = problem.within(_native.balanced(*problem.graph, problem.passing, problem.progress))
+    trimmed = problem.within(_native.balanced(*problem.graph, problem.relays, problem.progress))
     if _rate(trimmed) == rate:
         return rate, trimmed, worst
     solution = CutProgram([problem], free_roots=False).solve()
@@ -48,13 +48,21 @@ def achievable(problem: Problem) -> tuple[Fraction, Problem, Certificate]:
     part = problem.within(np.array([int(capacity * scale) for capacity in solution.sides[0]], dtype=np.int64))
     if not part.balanced():
         # Floats did not tell which constraints are tight: keep what passes on, and let the bound say what that cost.
-        part = part.within(_native.balanced(*part.graph, problem.passing, problem.progress))
+        part = part.within(_native.balanced(*part.graph, problem.relays, problem.progress))
     own = _rate(part)
     if own is None:
         raise RuntimeError(
             "capacities differ too much for the linear program: give the large ones no more than they can use"
         )
-    return own * scale, part, Lengths(solution.lengths)
+    reached, network = own * scale, replace(problem.topology, multicast=frozenset())
+    weight = {name: int(problem.weight[network.index[name]]) for name in names(network, problem.members)}
+    certificate = Lengths(solution.lengths(False))
+    if (
+        not any(certificate.lengths)
+        or proved_rate(network, list(weight), weight, certificate) < reached * network.scale
+    ):
+        certificate = Lengths(solution.lengths(True))
+    return reached, part, certificate
 
 
 def _rate(problem: Problem) -> Fraction | None:
@@ -76,7 +84,7 @@ def best_share(problem: Problem) -> Share:
 def fixed_share(problem: Problem, k: int) -> Share:
     """The best rate with k trees per unit of root weight.
 
-    The least unit where rounding down keeps every passing vertex balanced (equal capacities both ways, or no switches).
+    The least unit where rounding down keeps every relay balanced (equal capacities both ways, or no switches).
     """
     rate, part, certificate = achievable(problem)
 
@@ -93,7 +101,7 @@ def fixed_share(problem: Problem, k: int) -> Share:
     for unit in ladder:
         limit, target = _floors(problem.cap, unit), [int(c) * unit * scale for c in part.cap]
         above = np.array([-(-t // 1) for t in target], dtype=np.int64)
-        trimmed = _native.balanced(*problem.within(np.minimum(limit, above)).graph, problem.passing, problem.progress)
+        trimmed = _native.balanced(*problem.within(np.minimum(limit, above)).graph, problem.relays, problem.progress)
         for cap in (round_balanced(problem, target, limit), trimmed):
             rounded = problem if cap is None else problem.within(cap)
             reached = None if cap is None else _rate(rounded)
@@ -117,11 +125,9 @@ def _too_small(problem: Problem, k: int, unit: Fraction) -> list[Cut]:
 def _two_way(problem: Problem) -> bool:
     _, tail, head, cap = problem.graph
     back = {(int(v), int(u)): int(c) for u, v, c in zip(tail, head, cap, strict=True)}
-    passing = problem.passing
+    relays = problem.relays
     return all(
-        back.get((int(u), int(v))) == int(c)
-        for u, v, c in zip(tail, head, cap, strict=True)
-        if passing[u] or passing[v]
+        back.get((int(u), int(v))) == int(c) for u, v, c in zip(tail, head, cap, strict=True) if relays[u] or relays[v]
     )
 
 

@@ -8,9 +8,10 @@ feasible and as good), and the float optimum is turned into the exact vertex beh
 are lengths of the links, which `_certificate` measures on the physical network: nothing here is believed.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from math import ceil, inf
+from math import ceil, inf, lcm
 
 import highspy
 import numpy as np
@@ -26,6 +27,8 @@ Row = dict[int, int]
 Floats = npt.NDArray[np.float64]
 _GRAIN = 2**26  # float capacities become integers of this many steps for the max-flows
 _TOLERANCE = 1e-9
+_SIMPLE = 10**4  # denominators that 15 digits of a float still tell apart
+_LARGEST = 2**40  # integer capacities that leave room for sums over all links
 # The simplex goes on from where it was when rows are added: presolve would throw that away.
 _OPTIONS: dict[str, bool | str | int | float] = {
     "output_flag": False,
@@ -47,8 +50,8 @@ class Solution:
     """[vertices] root weight of each."""
     sides: list[list[Fraction]]
     """Per side, [links] the capacity it uses."""
-    lengths: tuple[Fraction, ...]
-    """[links] multipliers of the capacities, for a certificate."""
+    lengths: Callable[[bool], tuple[Fraction, ...]]
+    """Multipliers of the capacities, for a certificate: [links] the nearest simple fractions, or (True) by elimination."""
 
 
 class CutProgram:
@@ -58,9 +61,10 @@ class CutProgram:
         sides: one problem per direction, all on the same links numbered alike; side 1 of an all-reduce is on the
             transposed network.
         free_roots: the weights of the roots are variables; else they are `weight` times one variable.
+        pool: cuts that another program of the same sides found.
     """
 
-    def __init__(self, sides: list[Problem], free_roots: bool) -> None:
+    def __init__(self, sides: list[Problem], free_roots: bool, pool: Sequence[tuple[int, Ints]] = ()) -> None:
         self.sides, self.free_roots = sides, free_roots
         first = sides[0]
         self.arc, self.vertex = self._orbits(first)
@@ -82,12 +86,15 @@ class CutProgram:
         self.right: list[int] = list(self.limits)
         self.equal = [row for side in range(len(sides)) for row in self._balance(side)]
         self.seen: set[tuple[tuple[int, int], ...]] = set()
+        self.pool: list[tuple[int, Ints]] = []
         self.sinks = [self._representatives(problem) for problem in sides]
         for side, problem in enumerate(sides):
             for v in self.sinks[side]:
                 cut = np.ones(problem.size, dtype=np.int64)
                 cut[v] = 0
                 self._add_cut(side, cut)
+        for side, cut in pool:
+            self._add_cut(side, cut)
 
     def _limits(self) -> list[int]:
         """[orbits] a capacity that some best solution leaves unused in part, or the physical one if that is less.
@@ -97,25 +104,25 @@ class CutProgram:
         limits alone with equality, so in every best dual the multiplier of a narrowed limit is 0 (complementary
         slackness), and the certificate never rests on one. Two bounds hold for the capacity that a link is used with.
 
-        What passes through: a passing vertex gives out as much as it takes in, on both sides together, so a link at it
+        What passes through: a relay gives out as much as it takes in, on both sides together, so a link at it
         carries no more than all its links the other way round may.
 
         What trees need: capacities that carry a total weight T past every cut can be packed with T trees (edge
-        splitting at the passing vertices, then Edmonds), each of one path per spanned vertex other than its root. What
+        splitting at the relays, then Edmonds), each of one path per spanned vertex other than its root. What
         these paths use, without their circles, is itself a solution that passes through, is as good, and uses a link at
         most T times the number of paths.
         """
         most = min(self._most(problem) for problem in self.sides)
         needed = most * sum(len(problem.spanned) - 1 for problem in self.sides) + 1
         _, tail, head, physical = self.sides[0].graph
-        passing = np.logical_and.reduce([problem.passing.astype(bool) for problem in self.sides])
+        relays = np.logical_and.reduce([problem.relays.astype(bool) for problem in self.sides])
         carried = physical
         while True:
-            taken, given = np.zeros(len(passing), dtype=np.int64), np.zeros(len(passing), dtype=np.int64)
+            taken, given = np.zeros(len(relays), dtype=np.int64), np.zeros(len(relays), dtype=np.int64)
             np.add.at(taken, head, carried)
             np.add.at(given, tail, carried)
-            smaller = np.where(passing[tail], np.minimum(carried, taken[tail]), carried)
-            smaller = np.where(passing[head], np.minimum(smaller, given[head]), smaller)
+            smaller = np.where(relays[tail], np.minimum(carried, taken[tail]), carried)
+            smaller = np.where(relays[head], np.minimum(smaller, given[head]), smaller)
             if (smaller == carried).all():
                 break
             carried = smaller
@@ -151,9 +158,9 @@ class CutProgram:
     def _balance(self, side: int) -> list[Row]:
         problem = self.sides[side]
         _, tail, head, _ = problem.graph
-        rows, passing = [], np.flatnonzero(problem.passing)
-        _, first = np.unique(self.vertex[passing], return_index=True)
-        for w in passing[first]:
+        rows, relays = [], np.flatnonzero(problem.relays)
+        _, first = np.unique(self.vertex[relays], return_index=True)
+        for w in relays[first]:
             row: Row = {}
             for ends, sign in ((head, 1), (tail, -1)):
                 for e in np.flatnonzero(ends == w):
@@ -177,6 +184,7 @@ class CutProgram:
         if key in self.seen:
             return False
         self.seen.add(key)
+        self.pool.append((side, cut))
         self.upper.append(row)
         self.right.append(0)
         return True
@@ -242,8 +250,9 @@ class CutProgram:
         return found
 
     def _exact(self, point: Floats, upper_dual: Floats, equal_dual: Floats) -> Solution:
-        value = self._exact_primal(point, self.unit)
-        dual = self._exact_dual(upper_dual, equal_dual)
+        value = [Fraction(v).limit_denominator(_SIMPLE) for v in point.tolist()]
+        if not self._feasible(value, Fraction(float(np.dot(self.objective, point)))):
+            value = self._exact_primal(point, self.unit)
         roots = [Fraction(0)] * self.sides[0].size
         for v, orbit in self.root_of.items():
             roots[v] = value[self.roots[orbit]] * (1 if self.free_roots else int(self.sides[0].weight[v]))
@@ -252,8 +261,43 @@ class CutProgram:
             first = self.head + side * self.arcs
             sides.append([value[first + int(orbit)] for orbit in self.arc])
         share = np.bincount(self.arc, minlength=self.arcs).tolist()
-        lengths = tuple(dual[orbit] / share[orbit] for orbit in self.arc.tolist())
+
+        def lengths(by_elimination: bool) -> tuple[Fraction, ...]:
+            if by_elimination:
+                dual = self._exact_dual(upper_dual, equal_dual)
+            else:
+                # Relative to the largest: certificates do not mind the scale, and the simplest proofs are 0s and 1s.
+                most = max(float(upper_dual[: self.arcs].max()), _TOLERANCE)
+                dual = [
+                    Fraction(max(y, 0.0) / most).limit_denominator(_SIMPLE) for y in upper_dual[: self.arcs].tolist()
+                ]
+            return tuple(dual[orbit] / share[orbit] for orbit in self.arc.tolist())
+
         return Solution(sum(roots, Fraction(0)), roots, sides, lengths)
+
+    def _feasible(self, value: list[Fraction], total: Fraction) -> bool:
+        """Whether a point keeps every row that there could be, exactly, and is as good as the floats said."""
+        if any(v < 0 for v in value) or any(sum(c * value[at] for at, c in row.items()) for row in self.equal):
+            return False
+        if any(
+            sum(value[at] for at in row) > limit
+            for row, limit in zip(self.upper[: self.arcs], self.limits, strict=True)
+        ):
+            return False
+        reached = sum((c * v for c, v in zip(self.objective, value, strict=True)), Fraction(0))
+        scale = lcm(*(v.denominator for v in value))
+        if reached < total * (1 - Fraction(1, 10**6)) or scale * self.unit > _LARGEST:
+            return False
+        for side, problem in enumerate(self.sides):
+            first = self.head + side * self.arcs
+            cap = np.array([int(v * scale) for v in value[first : first + self.arcs]], dtype=np.int64)[self.arc]
+            weight = np.zeros(problem.size, dtype=np.int64)
+            for v, orbit in self.root_of.items():
+                weight[v] = int(value[self.roots[orbit]] * scale) * (1 if self.free_roots else int(problem.weight[v]))
+            size, tail, head, _ = problem.graph
+            if _native.violated_cuts(size, tail, head, cap, weight, problem.spanned, int(weight.sum()), False):
+                return False
+        return True
 
     def _exact_primal(self, point: Floats, unit: int) -> list[Fraction]:
         zero = point < unit * _TOLERANCE

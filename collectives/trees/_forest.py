@@ -4,7 +4,7 @@ ForestColl (arXiv:2402.06787) and the bandwidth-optimal pipeline schedule (arXiv
 whole trees, split the switches off, pack spanning out-trees, map them back to physical paths.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -24,8 +24,8 @@ from trainkit.collectives.trees._certificate import (
     proved_rate,
     proves_unit,
 )
-from trainkit.collectives.trees._copying import choose_copying, without_copying_vertices
 from trainkit.collectives.trees._flat import Flat, check, share_of
+from trainkit.collectives.trees._multicast import choose_multicast, without_multicast_vertices
 from trainkit.collectives.trees._pack import pack
 from trainkit.collectives.trees._problem import Collective, Problem, Progress, problem
 
@@ -146,8 +146,8 @@ class Forest:
     def _loads(self) -> Ints:
         network = self._network
         members = np.array([network.index[name] for name in self.members], dtype=np.int64)
-        copying = np.array([network.index[name] for name in network.multicast], dtype=np.int64)
-        return check(self.flat, network, members, copying, self.weight * self.k, self._limit)
+        multicast = np.array([network.index[name] for name in network.multicast], dtype=np.int64)
+        return check(self.flat, network, members, multicast, self.weight * self.k, self._limit)
 
     def loads(self) -> dict[tuple[str, str], int]:
         """Physical link -> trees that cross it."""
@@ -171,11 +171,11 @@ class Forest:
         """[trees] the part of the message that each tree carries."""
         return share_of(self.flat, self.weight * self.k, self.weight)
 
-    def draw(self) -> "Figure":
-        """One panel per tree, at most twelve."""
-        from trainkit.collectives._draw import draw_forest
+    def draw(self, bottleneck: Collection[tuple[str, str]] = ()) -> "Figure":
+        """One panel per tree, at most twelve; the links of a bottleneck are marked."""
+        from trainkit.collectives.trees._draw import draw_forest
 
-        return draw_forest(self)
+        return draw_forest(self, bottleneck)
 
 
 def forest(
@@ -217,7 +217,7 @@ def forest(
     """
     check_counts(trees_per_root=trees_per_root, max_height=max_height)
     plain = problem(topology, collective, root=root, weights=weights, group=group, progress=progress)
-    asked = choose_copying(plain)
+    asked = choose_multicast(plain)
     share = best_share(asked) if trees_per_root is None else fixed_share(asked, trees_per_root)
     grown = build(share, max_height)
     members = tuple(topology.compute_nodes if group is None else group)
@@ -255,7 +255,7 @@ def check_counts(**counts: int | None) -> None:
 
 
 def build(share: Share, max_height: int | None) -> Flat:
-    """Trees between members: packed over the spanned vertices, then copying switches folded into the paths."""
+    """Trees between members: packed over the spanned vertices, then multicast-capable switches folded into the paths."""
     asked = share.problem
     packed = pack(asked, asked.weight * share.k, max_height)
-    return packed if len(asked.spanned) == len(asked.members) else without_copying_vertices(packed, asked.members)
+    return packed if len(asked.spanned) == len(asked.members) else without_multicast_vertices(packed, asked.members)

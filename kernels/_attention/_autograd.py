@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from trainkit.kernels._attention import _hooks, _hopper, _triton
+from trainkit.kernels._attention._call import Call
+from trainkit.kernels._attention._delta import row_delta, sink_gradient
 from trainkit.kernels._attention._reference import reference
 from trainkit.kernels._attention._spec import Packed, Spec
-from trainkit.kernels._attention._triton import Call
 from trainkit.kernels._attention._variant import build
 from trainkit.kernels._once import only_once
 
@@ -36,13 +37,13 @@ def run_backward(
         with torch.cuda.device(q.device):
             return run_backward(q, k, v, sinks, out, lse, grad, grad_lse, call)
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-    delta = _triton.row_delta(out, grad, grad_lse)
+    delta = row_delta(out, grad, grad_lse)
     tables: list[Tensor] = []
     if call.hopper and not call.variant.learned:
         dq, dk, dv = _hopper.backward(q, k, v, lse, grad, delta, call)
     else:
         dq, dk, dv, tables = _triton.backward(q, k, v, lse, grad, delta, call)
-    return dq, dk, dv, None if sinks is None else _triton.sink_gradient(sinks, lse, delta), tables
+    return dq, dk, dv, None if sinks is None else sink_gradient(sinks, lse, delta), tables
 
 
 class _Attention(torch.autograd.Function):

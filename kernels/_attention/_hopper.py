@@ -3,17 +3,17 @@
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from trainkit.kernels import _gluon
 from trainkit.kernels._attention import _block_lists, _triton
+from trainkit.kernels._attention._call import Call, Tiling, layout
 from trainkit.kernels._attention._codegen import arguments
-from trainkit.kernels._attention._launch import PLANS, Box, Launch, Slot, counter, form
 from trainkit.kernels._attention._spec import Spec
-from trainkit.kernels._attention._triton import Call, Tiling
+from trainkit.kernels._launch import PLANS, Box, Launch, Slot, Template, counter, form
 
 HEADS = (64, 128, 256)
 ROWS = 128
@@ -87,38 +87,6 @@ def dense(B: int, S: int, H: int, D: int) -> Plane:
 def aligned(x: Tensor) -> Tensor:
     """The tensor, or a copy of it where TMA could not read it for its address."""
     return x.clone(memory_format=torch.contiguous_format) if x.data_ptr() % 16 else x
-
-
-class Template:
-    """What a kernel is compiled for: attributes that its code reads as constants. One object for equal constants."""
-
-    _made: ClassVar[dict[Any, "Template"]] = {}
-    _known: tuple[tuple[str, Any], ...]
-
-    def __new__(cls, **constants: Any) -> "Template":
-        known = tuple(constants.items())
-        made = cls._made.get(known)
-        if made is None:
-            import triton.experimental.gluon.language as gl
-
-            made = super().__new__(cls)
-            made._known = known
-            for name, value in known:
-                setattr(made, name, gl.constexpr(value))
-            if len(cls._made) >= 256:
-                cls._made.pop(next(iter(cls._made)), None)
-            cls._made[known] = made
-        return made
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Template) and self._known == other._known
-
-    def __hash__(self) -> int:
-        return hash(self._known)
-
-    def __repr__(self) -> str:
-        # Part of the name under which Triton keeps the compiled kernel.
-        return f"Template{self._known}"
 
 
 def _forward_tile(d: int, dv: int, seen: float, causal: bool) -> dict[str, Any]:
@@ -233,7 +201,7 @@ def _forward_plan(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: C
     irregular = call.variant.mask is not None or call.packed is not None
     tile = _forward_tile(D, DV, _seen(k, spec, irregular), spec.causal)
     bm, bn = tile["BM"], tile["BN"]
-    grid, lists, strides, listed = _triton.layout(call, q, k, Tiling(bm, bn, 4, tile["ST"]), False)
+    grid, lists, strides, listed = layout(call, q, k, Tiling(bm, bn, 4, tile["ST"]), False)
     qp, kp, vp, op = plane(q), plane(k), plane(v), dense(q.shape[0], q.shape[1], q.shape[2], DV)
     copied = (qp.copied, kp.copied, vp.copied)
     total = math.prod(grid)
@@ -335,7 +303,7 @@ def backward(
     call: Call,
     launch: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, contiguous; `delta` as `_triton.row_delta` gives it, `launch` as `Launch` takes it."""
+    """Gradients of q, k and v, contiguous; `delta` as `row_delta` gives it, `launch` as `Launch` takes it."""
     q, k, v, grad = aligned(q), aligned(k), aligned(v), aligned(grad)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     plan = _planned("backward", call, lambda: _backward_plan(q, k, v, grad, call), q, k, v, grad, lse, delta)
@@ -375,7 +343,7 @@ def _backward_plan(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, call: Call) ->
     launches = []
     ring = None
     for want_dk, want_dv, bm, q_ring, grad_ring in _passes(D, DV, traced):
-        grid, lists, strides, listed = _triton.layout(call, q, k, Tiling(bm, ROWS, 4, q_ring), True)
+        grid, lists, strides, listed = layout(call, q, k, Tiling(bm, ROWS, 4, q_ring), True)
         total = math.prod(grid)
         if total == 0:
             continue
@@ -413,7 +381,7 @@ def _backward_plan(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, call: Call) ->
         return Plan(copied, tuple(launches), ring)
 
     bn, key_ring, value_ring = _key_tile(D, DV, traced)
-    grid, lists, strides, listed = _triton.layout(call, q, k, Tiling(ROWS, bn, 4, key_ring), False)
+    grid, lists, strides, listed = layout(call, q, k, Tiling(ROWS, bn, 4, key_ring), False)
     if math.prod(grid):
         bits = _bits(call, q, k, ROWS, bn, False)
         template = Template(

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from trainkit.kernels._attention import _hopper, _triton
 from trainkit.kernels._attention._autograd import run_backward, run_forward
+from trainkit.kernels._attention._call import Call
 from trainkit.kernels._attention._packed import make_packed
 from trainkit.kernels._attention._spec import Spec
-from trainkit.kernels._attention._triton import Call
 from trainkit.kernels._attention._variant import build
 
 OPTIONS = ("causal", "window", "softcap", "scale", "sigmoid", "dropout_p", "seed", "deterministic")

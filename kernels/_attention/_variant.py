@@ -115,6 +115,8 @@ def build(spec: Spec, device: torch.device, longest: int = LARGEST) -> Variant:
     """
     if spec.softcap is None and spec.alibi_slopes is None and spec.score_mod is None and spec.mask_mod is None:
         return PLAIN
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     functions = [f for f in (spec.score_mod, spec.mask_mod) if f is not None]
     # One trace serves all shorter calls.
     longest = min(max(1 << 16, 1 << (longest - 1).bit_length()), LARGEST)

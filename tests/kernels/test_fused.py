@@ -147,11 +147,13 @@ def test_the_loss_as_others_define_it(name, vocabulary):
     got = linear_cross_entropy(x, w, target, bias=b, chunk=3, **options)
     want = truth(*exact, *([None] if b is None else []), target, **options)
     assert got.shape == want.shape and got.dtype == torch.float32
-    torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=2e-6)
+    # A GPU's exponential is right to 2**-22.
+    loose = 1e-5 if x.is_cuda else 2e-6
+    torch.testing.assert_close(got.double(), want, rtol=loose, atol=loose)
     g = torch.rand(got.shape, device=x.device)
     grads = zip(torch.autograd.grad(got, given, g), torch.autograd.grad(want, exact, g.double()), strict=True)
     for mine, right in grads:
-        torch.testing.assert_close(mine.double(), right, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(mine.double(), right, rtol=5 * loose, atol=loose)
     plain = _loss.reference(
         Layer(exact[0].flatten(0, 1), exact[1], exact[2] if b is not None else None),
         Loss(

@@ -13,10 +13,10 @@ from kernels_cases import LAYOUTS, filled
 from kernels_interpreter import interpreter
 
 from trainkit.kernels._attention import _block_lists, _hooks, _hopper
+from trainkit.kernels._attention._call import Call
 from trainkit.kernels._attention._packed import make_packed
 from trainkit.kernels._attention._reference import reference
 from trainkit.kernels._attention._spec import Spec
-from trainkit.kernels._attention._triton import Call
 from trainkit.kernels._attention._variant import build
 from trainkit.kernels._cache import Cache
 

@@ -12,10 +12,11 @@ from kernels_cases import LAYOUTS, filled
 from kernels_recorder import Address, Recorder
 from triton.runtime.jit import JITFunction
 
-from trainkit.kernels._attention import _block_lists, _hopper, _launch, _triton, _triton_backward
+from trainkit.kernels import _launch
+from trainkit.kernels._attention import _block_lists, _delta, _hopper, _triton_backward
+from trainkit.kernels._attention._call import Call
 from trainkit.kernels._attention._packed import make_packed
 from trainkit.kernels._attention._spec import Spec
-from trainkit.kernels._attention._triton import Call
 from trainkit.kernels._attention._variant import build
 from trainkit.kernels._cache import Cache
 
@@ -89,7 +90,7 @@ def launched(recorder, case):
     q, k, v, grad = (tensors[n] for n in ("q", "k", "v", "grad"))
     out_lse = _hopper.forward(q, k, v, tensors.get("sinks"), call)
     found = taken(recorder, tensors, dict(zip(("out", "lse"), out_lse, strict=True)))
-    delta = _triton.row_delta(tensors["out of forward"], grad, tensors.get("grad_lse")).fill_(11)
+    delta = _delta.row_delta(tensors["out of forward"], grad, tensors.get("grad_lse")).fill_(11)
     found += taken(recorder, tensors, {"delta": delta})
     grads = _hopper.backward(q, k, v, tensors["lse of forward"], grad, delta, call)
     return found + taken(recorder, tensors, dict(zip(("dq", "dk", "dv"), grads, strict=True)))
@@ -113,7 +114,7 @@ def taken(recorder, *tensors):
 def fresh(patch, most=768):
     """Nothing is kept yet."""
     plans = Cache(most)
-    for module in (_hopper, _triton):
+    for module in (_hopper, _delta):
         patch.setattr(module, "PLANS", plans)
     patch.setattr(_block_lists, "KEPT", Cache(most))
 

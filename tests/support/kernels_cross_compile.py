@@ -55,8 +55,8 @@ def main():
     from triton.runtime import driver
 
     from trainkit.kernels._attention import _block_lists, _hopper
+    from trainkit.kernels._attention._call import Call
     from trainkit.kernels._attention._spec import Spec
-    from trainkit.kernels._attention._triton import Call
     from trainkit.kernels._attention._variant import build
 
     class Hopper:

@@ -419,6 +419,7 @@ def jit(function=None, **options):
 
 
 OUTSIDE = {
+    "triton.language": language,
     "triton.experimental.gluon.language": language,
     "gluon": SimpleNamespace(jit=jit), "ir": None, "builtin": identity, "fence_async_shared": unmodelled,
     "mbarrier": Mbarrier, "tma": Tma, "async_copy": AsyncCopy,

@@ -40,13 +40,13 @@ def drawn(rng: random.Random, most: int) -> Topology:
             join(one, other)
         if rng.random() < 0.3:
             join(*rng.sample(hosts, 2))
-        copying, adding = (
+        multicast, adding = (
             [s for s in switches if rng.random() < 0.4] if rng.random() < 0.4 else []
             for _ in ("multicast", "aggregate")
         )
         try:
             return Topology(
-                "drawn", [*hosts, *switches], hosts, links, multicast=frozenset(copying), aggregate=frozenset(adding)
+                "drawn", [*hosts, *switches], hosts, links, multicast=frozenset(multicast), aggregate=frozenset(adding)
             )
         except TopologyError:
             continue
@@ -63,7 +63,7 @@ def best_total(
         weight: shares per root, in proportion; None leaves them free.
         ways: "down" for trees away from the roots, "up" for trees towards them; both share the links.
 
-    Trees may use a copying (adding) switch as a vertex or only pass it, so each set of such switches is a kind of tree
+    Trees may use a multicast (adding) switch as a vertex or only pass it, so each set of such switches is a kind of tree
     with capacities of its own.
     """
     nodes, links = topology.nodes, topology.links

@@ -186,7 +186,10 @@ def test_the_site_loads_nothing_from_another_host(site: Path) -> None:
 
 def test_every_public_name_is_in_the_reference(site: Path) -> None:
     shown = "".join(page.read_text() for page in (site / "reference").glob("*.html"))
-    packages = [ROOT / "trainkit", *(ROOT / "trainkit" / name for name in ("autolrs", "switchml", "kernels", "serving"))]
+    packages = [
+        ROOT / "trainkit",
+        *(ROOT / "trainkit" / name for name in ("autolrs", "switchml", "kernels", "serving")),
+    ]
     packages += [path.parent for path in (ROOT / "trainkit" / "collectives").rglob("__init__.py")]
     for package in packages:
         if any(part.startswith("_") for part in package.relative_to(ROOT).parts):

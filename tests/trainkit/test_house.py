@@ -16,7 +16,14 @@ from paths import ROOT
 
 import trainkit
 
-FACES = ["trainkit", "trainkit.autolrs", "trainkit.switchml", "trainkit.collectives", "trainkit.kernels"]
+FACES = [
+    "trainkit",
+    "trainkit.autolrs",
+    "trainkit.switchml",
+    "trainkit.collectives",
+    "trainkit.kernels",
+    "trainkit.serving",
+]
 
 
 def python(code: str, cwd: Path) -> str:
@@ -80,7 +87,7 @@ def test_every_module_is_private_or_a_package() -> None:
         assert is_package or leaf.startswith("_") or name.startswith("trainkit.p4"), f"{name} should be private"
 
 
-@pytest.mark.parametrize("engine", ["switchml", "collectives"])
+@pytest.mark.parametrize("engine", ["switchml", "collectives", "serving"])
 def test_native_core_is_installed(engine: str) -> None:
     native = importlib.import_module(f"trainkit.{engine}._native")
     assert native.__file__.endswith(".so")
@@ -121,9 +128,9 @@ def test_what_is_installed_is_trainkit_alone() -> None:
     tops = {name.split("/")[0] for name in inside}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"trainkit"}
     assert {"trainkit/p4/build/switchml.json", "trainkit/p4/build/switchml.p4info.txtpb"} <= set(names)
-    for engine in ("autolrs", "switchml", "collectives", "kernels"):
+    for engine in ("autolrs", "switchml", "collectives", "kernels", "serving"):
         assert f"trainkit/{engine}/__init__.py" in names
-    for engine in ("switchml", "collectives"):
+    for engine in ("switchml", "collectives", "serving"):
         assert any(name.startswith(f"trainkit/{engine}/_native.") and name.endswith(".so") for name in names)
         assert f"trainkit/{engine}/_native.pyi" in names
     assert "trainkit/py.typed" in names

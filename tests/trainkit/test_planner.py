@@ -85,7 +85,7 @@ def test_a_good_order_is_left_alone() -> None:
 
 
 def test_ring_stays_where_nothing_beats_it() -> None:
-    pair = Topology("pair", "ab", "ab", [("a", "b", 100), ("b", "a", 100)], unit="GB/s")
+    pair = Topology("pair", list("ab"), list("ab"), [("a", "b", 100), ("b", "a", 100)], unit="GB/s")
     assert plan_network(pair, [256 * MIB]).chosen.name == "ring"
 
 

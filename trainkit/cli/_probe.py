@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainkit._files import write_text_atomically
+from trainkit.cli._picture import check_picture, save_picture
 from trainkit.cli._quantities import bytes_per_second, size_text
 from trainkit.cli._subcommand import Subcommand
 
@@ -74,6 +75,7 @@ def run(options: Options) -> int:
     if options.dry_run:
         _promise(Plan(hosts, options.warm, options.measure), options)
         return 0
+    check_picture("--draw", options.draw)
     if options.out.is_dir() or not options.out.resolve().parent.is_dir():
         raise ValueError(f"--out must be a file in a folder that exists, got {options.out}")
     network, leads = _over_address(options, hosts) if options.rendezvous else _over_torchrun(options, hosts)
@@ -81,7 +83,7 @@ def run(options: Options) -> int:
         return 0
     write_text_atomically(options.out, json.dumps(network.to_dict(), indent=1) + "\n")
     if options.draw:
-        network.draw().savefig(options.draw)
+        save_picture(network.draw(), options.draw)
     if options.json:
         print(json.dumps(network.to_dict(), indent=1))
     else:

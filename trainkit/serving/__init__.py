@@ -1,5 +1,6 @@
 """Serving under a latency objective with as few GPUs as the load needs (Symphony, arXiv 2308.07470)."""
 
+from trainkit.serving import bounds as bounds
 from trainkit.serving.scheduler import Action as Action
 from trainkit.serving.scheduler import Dispatch as Dispatch
 from trainkit.serving.scheduler import Drop as Drop

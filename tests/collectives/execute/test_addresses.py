@@ -21,7 +21,7 @@ from trainkit import NetworkState, auto_network_hook
 from trainkit.collectives import ForestState, Topology, forest_hook, probe, register_backend
 
 torch.set_num_threads(1)
-pair = Topology("pair", "ab", "ab", [("a", "b", 1), ("b", "a", 1)], unit="Mbit/s")
+pair = Topology("pair", list("ab"), list("ab"), [("a", "b", 1), ("b", "a", 1)], unit="Mbit/s")
 backend = sys.argv[1]
 register_backend(pair, timeout_s=20)
 dist.init_process_group(backend)

@@ -277,7 +277,7 @@ def test_waits_are_those_of_the_bytes() -> None:
 
 
 def test_another_size_on_one_rank_is_named() -> None:
-    schedule = ring_schedule(Topology("pair", "ab", "ab", [("a", "b", 1), ("b", "a", 1)]))
+    schedule = ring_schedule(Topology("pair", list("ab"), list("ab"), [("a", "b", 1), ("b", "a", 1)]))
     with engines(2) as pair:
         works = [
             pair.transports[rank].start(compile_rank(schedule, rank), torch.zeros(1000 + 2 * rank)) for rank in (0, 1)
@@ -288,7 +288,7 @@ def test_another_size_on_one_rank_is_named() -> None:
 
 
 def test_a_rank_that_never_comes_is_named() -> None:
-    schedule = ring_schedule(Topology("pair", "ab", "ab", [("a", "b", 1), ("b", "a", 1)]))
+    schedule = ring_schedule(Topology("pair", list("ab"), list("ab"), [("a", "b", 1), ("b", "a", 1)]))
     with engines(2, timeout_s=2.0) as pair:
         work = pair.transports[0].start(compile_rank(schedule, 0), torch.zeros(1000))
         with pytest.raises(PeerLost, match=r"rank 1 did not call the collective within 2 s") as raised:
@@ -424,7 +424,7 @@ def test_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_wrong_arguments_are_told() -> None:
-    schedule = ring_schedule(Topology("pair", "ab", "ab", [("a", "b", 1), ("b", "a", 1)]))
+    schedule = ring_schedule(Topology("pair", list("ab"), list("ab"), [("a", "b", 1), ("b", "a", 1)]))
     with pytest.raises(ValueError, match="init_process_group"):
         Runner()
     with pytest.raises(ValueError, match="transport must be one of"):

@@ -242,7 +242,9 @@ def test_every_rank_is_told_that_there_are_no_trees() -> None:
 
 @pytest.mark.parametrize("collective", ["allreduce", "allgather", "reduce_scatter", "broadcast"])
 def test_trees_arrive_as_they_were_and_nothing_is_unpickled(collective: str) -> None:
-    network = Topology("odd", "abcs", "abc", [(u, v, Fraction(1, 3)) for u, v in itertools.permutations("abcs", 2)])
+    network = Topology(
+        "odd", list("abcs"), list("abc"), [(u, v, Fraction(1, 3)) for u, v in itertools.permutations("abcs", 2)]
+    )
     store = dist.HashStore()
     ranks = [Schedules(network, None, Placement(None, store, rank, 3), 5.0) for rank in range(2)]
     root = 1 if collective == "broadcast" else None

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from trainkit import NetworkState, auto_network_hook
 from trainkit.collectives import ForestState, Topology, forest_hook, register_backend
 
-PAIR = Topology("pair", "ab", "ab", [("a", "b", 1), ("b", "a", 1)], unit="Mbit/s")
+PAIR = Topology("pair", list("ab"), list("ab"), [("a", "b", 1), ("b", "a", 1)], unit="Mbit/s")
 
 
 def _gradient(state: Any, hook: Any, group: Any, value: float, steps: int = 1) -> float:
@@ -34,7 +34,9 @@ def _in_sub_groups(rank: int) -> list[Any]:
         _gradient(network, auto_network_hook, mine, rank + 1.0, steps=4),
         network.plan is not None,
     ]
-    everybody = Topology("four", "abcd", "abcd", [(u, v, 1) for u in "abcd" for v in "abcd" if u != v], unit="Mbit/s")
+    everybody = Topology(
+        "four", list("abcd"), list("abcd"), [(u, v, 1) for u in "abcd" for v in "abcd" if u != v], unit="Mbit/s"
+    )
     for state, hook in ((ForestState(topology=everybody), forest_hook), (NetworkState(), auto_network_hook)):
         try:
             _gradient(state, hook, mine, 1.0)

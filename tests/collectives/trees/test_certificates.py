@@ -27,7 +27,7 @@ def check(seed: int, most: int) -> None:
     hosts = list(topology.compute_nodes)
     group = rng.sample(hosts, rng.randint(2, len(hosts))) if rng.random() < 0.3 else None
     members = hosts if group is None else group
-    copying = bool(topology.multicast or topology.aggregate)
+    multicast = bool(topology.multicast or topology.aggregate)
     question = rng.choice(["allreduce", "allreduce", "allgather", "reduce_scatter", "broadcast"])
     if question == "allreduce":
         both = allreduce_forest(topology, group=group)
@@ -47,15 +47,15 @@ def check(seed: int, most: int) -> None:
         total = best_total(topology, members, weight, ("up",) if question == "reduce_scatter" else ("down",))
         truth, reached, exact = sum(weight.values()) / total, trees.inv_rate, trees.exact
         plain = optimum(topology, question, group=group, weights=weights, root=root)  # type: ignore[arg-type]
-        assert plain.exact and (copying or plain.achievable == reached)
+        assert plain.exact and (multicast or plain.achievable == reached)
         trees.schedule().verify()
     assert reached >= Fraction(truth) * (1 - Fraction(1, 10**7)), "faster than any trees: the check of loads is broken"
     slower = reached / Fraction(truth) - 1
     if exact:
         assert slower < Fraction(1, 10**7), f"a false certificate: {float(reached)} for {truth}"
     else:
-        # Only mixtures of trees that use a copying switch and trees that pass it are beyond what is looked for.
-        assert copying
+        # Only mixtures of trees that use a multicast-capable switch and trees that pass it are beyond what is looked for.
+        assert multicast
 
 
 def _lengths_prove(topology: Topology, members: list[str], certificate: Lengths | None, time: Fraction) -> bool:
@@ -116,17 +116,17 @@ def test_lengths_measure_the_shortest_trees() -> None:
 
 
 def test_a_copying_switch_may_be_passed_or_used() -> None:
-    # One way up for all: each of the three other hosts is 2 away by itself, 4 together through the copying switch.
+    # One way up for all: each of the three other hosts is 2 away by itself, 4 together through the multicast-capable switch.
     star = fabrics.star([1] * 4)
     lengths = Lengths((Fraction(1),) * len(star.links))
     alone = dict.fromkeys(star.compute_nodes, 0) | {star.compute_nodes[0]: 1}
     assert proved_rate(star, star.compute_nodes, alone, lengths) == Fraction(6, 8)
-    copying = replace(star, multicast=frozenset(star.switches))
-    assert proved_rate(copying, star.compute_nodes, alone, lengths) == Fraction(4, 8)
+    multicast = replace(star, multicast=frozenset(star.switches))
+    assert proved_rate(multicast, star.compute_nodes, alone, lengths) == Fraction(4, 8)
     # A detour over the switch is not forced on trees that do without.
     far = Lengths(tuple(Fraction(9 if "switch" in (u, v) else 1) for u, v, _ in star.links))
     pair = [(u, v, 1) for u, v in pairwise([*star.compute_nodes, star.compute_nodes[0]])]
-    ring = replace(copying, links=[*star.links, *pair])
+    ring = replace(multicast, links=[*star.links, *pair])
     near = Lengths((*far.lengths, *[Fraction(1)] * len(pair)))
     assert proved_rate(ring, star.compute_nodes, alone, near) * sum(near.lengths) == 3
 

@@ -19,7 +19,7 @@ import trainkit.lightning
 from trainkit.collectives import ForestOptions, Topology
 from trainkit.switchml import SwitchMLState
 
-PAIR = Topology("pair", "ab", "ab", [("a", "b", 1), ("b", "a", 1)])
+PAIR = Topology("pair", list("ab"), list("ab"), [("a", "b", 1), ("b", "a", 1)])
 MADE: dict[str, Callable[[Any], Any]] = {
     "ForestStrategy": lambda kind: kind(PAIR, timeout_s=3.0, find_unused_parameters=True),
     "SwitchMLStrategy": lambda kind: kind("127.0.0.1:1", wire="int16", find_unused_parameters=True),
@@ -72,7 +72,7 @@ from trainkit.collectives import Topology
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    pair = Topology("pair", "ab", "ab", [("a", "b", 1), ("b", "a", 1)])
+    pair = Topology("pair", list("ab"), list("ab"), [("a", "b", 1), ("b", "a", 1)])
     strategy = ForestStrategy(pair, timeout_s=20.0, start_method=sys.argv[1])
     trainer = pl.Trainer(
         accelerator="cpu", devices=2, strategy=strategy, max_steps=4, logger=False, enable_checkpointing=False,

@@ -15,7 +15,7 @@ def one_way_round(order: str) -> Topology:
     """A ring that is fast in one direction only; gloo's runs from rank r to r - 1."""
     fast = list(zip(order, order[1:] + order[:1], strict=True))
     links = [(u, v, 100) for u, v in fast] + [(v, u, 1) for u, v in fast]
-    return Topology(order, "abc", "abc", links, unit="Mbit/s")
+    return Topology(order, list("abc"), list("abc"), links, unit="Mbit/s")
 
 
 NETWORKS = {
@@ -130,7 +130,7 @@ def test_rank_0s_network_is_everyones() -> None:
 
 def star_of(hub: str, unit: str | None = "Mbit/s") -> Topology:
     links = [link for host in "ab" for link in ((host, hub, 9), (hub, host, 9))]
-    return Topology(hub, ["a", "b", hub], "ab", links, unit=unit)
+    return Topology(hub, ["a", "b", hub], ["a", "b"], links, unit=unit)
 
 
 def _no_better(rank: int) -> tuple[list[tuple[str, list[str]]], list[float]]:

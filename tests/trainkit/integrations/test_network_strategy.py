@@ -98,7 +98,7 @@ def test_reordered_ring_runs_in_a_group_of_its_own(tmp_path: Path) -> None:
     fast = [("a", "b"), ("b", "c"), ("c", "a")]
     links = [(u, v, 100) for u, v in fast] + [(v, u, 1) for u, v in fast]
     # gloo's ring flows from rank r to r - 1: the slow way
-    results = train(tmp_path, Topology("one way round", "abc", "abc", links, unit="Mbit/s"), world=3)
+    results = train(tmp_path, Topology("one way round", list("abc"), list("abc"), links, unit="Mbit/s"), world=3)
     assert all(result["bits"] == results[0]["bits"] for result in results)
     assert results[0]["plan"]["chosen"] == "reordered ring"
     assert results[0]["plan"]["algorithms"]["reordered ring"]["order"] in (

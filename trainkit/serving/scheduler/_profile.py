@@ -1,9 +1,9 @@
 """How long a batch of each size takes: a measured table, never extrapolated."""
 
-import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ class Profile:
                 raise ProfileError(
                     f"a latency is whole nanoseconds from 1 to 10^15, got {latency!r} for a batch of {size}"
                 )
-        for size, (smaller, larger) in enumerate(itertools.pairwise(table), 2):
+        for size, (smaller, larger) in enumerate(pairwise(table), 2):
             if larger < smaller:
                 raise ProfileError(
                     f"latency must not fall as the batch grows: {larger} ns for {size}, {smaller} ns for {size - 1}; "

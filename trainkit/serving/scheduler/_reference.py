@@ -68,10 +68,11 @@ class _Model:
     split: int = 0
     meter: _Meter = field(default_factory=_Meter)
     target: int = 0
-    deferring: bool = True
+    demand: int = 0  # thousandths of a GPU
     bursty: bool = False
     timer: int | None = None
-    ready: int | None = None  # end of the window, while the model waits for a GPU
+    ready: int | None = None  # end of the window, while the model waits for a GPU ...
+    ready_since: int | None = None  # ... which it does since then
 
     def latency(self, size: int) -> int:
         return self.profile.latency_ns[min(size, self.profile.max_batch) - 1]
@@ -95,6 +96,8 @@ class ReferenceScheduler:
         self._numbers = {name: number for number, name in enumerate(profiles)}
         self._busy: dict[int, bool] = dict.fromkeys(range(gpus), False)
         self._now = 0
+        self._wait = 0
+        self._deferring = self._overloaded = False
         self._actions: list[Action] = []
 
     @property
@@ -123,14 +126,18 @@ class ReferenceScheduler:
         for number in models:
             self._known(number)
         self._advance(now)
-        for id, number, deadline in zip(ids, models, deadlines, strict=True):
+        seen = {id for m in self._models if m for _, id in m.waiting}
+        for id, deadline in zip(ids, deadlines, strict=True):
             if deadline > now + _FARTHEST_NS:
                 raise SchedulerError(f"a deadline is at most 10^15 ns away, got {deadline} at {now}")
-            if any(id == other for m in self._models if m for _, other in m.waiting):
+            if id in seen:
                 raise SchedulerError(f"a waiting request's id must not be used again, got {id}")
+            seen.add(id)
+        for id, number, deadline in zip(ids, models, deadlines, strict=True):
             model = self._known(number)
             if model.meter.add(now, max(deadline - now, 0)) or not model.target:
                 self._retarget(model)
+                self._weigh()
             at = bisect_right(model.waiting, deadline, key=lambda request: request[0])
             model.waiting.insert(at, (deadline, id))
             model.split += at < model.split
@@ -222,12 +229,21 @@ class ReferenceScheduler:
             model.target = max([1, *(b for b in sizes if model.latency(b) <= budget // 2)])
             return
         model.target = max([1, *(b for b in sizes if model.latency(b) * count + window * b <= budget * count)])
-        need, have = model.latency(model.target) * count, window * model.target
-        if need <= have:
-            model.deferring = False
-        elif 10 * need > 13 * have:
-            model.deferring = True
+        model.demand = min(50_000_000, model.latency(model.target) * count * 1000 // (window * model.target))
         model.bursty = self._drop == "auto" and model.meter.bursty
+
+    def _weigh(self) -> None:
+        """Whether deferral suits this load, and whether it is more than the GPUs can serve."""
+        demands = [model.demand for model in self._models if model]
+        total, squares, gpus = sum(demands), sum(demand**2 for demand in demands), len(self._busy)
+        few = 2 * gpus < 3 * len(demands)
+        if not total:
+            self._deferring = not few
+        elif few or 10 * squares <= 13_000 * total:
+            self._deferring = False
+        elif 10 * squares > 16_000 * total:
+            self._deferring = True
+        self._overloaded = 5 * total > 6000 * gpus
 
     def _next(self, number: int) -> tuple[int, int, int] | None:
         """(batch, when it should start, when it cannot any more), dropping what is out of reach."""
@@ -238,8 +254,9 @@ class ReferenceScheduler:
         if model.split == len(waiting):
             self._give_up(number, len(waiting))
             return None
-        window = self._drop == "window" or (self._drop == "auto" and not model.bursty)
-        finish = now + model.latency(min(model.target if window else 1, len(waiting) - model.split))
+        timeout = self._drop == "timeout" or (self._drop == "auto" and model.bursty and not self._overloaded)
+        least = 1 if timeout else model.target if self._overloaded else max(1, model.target * 7 // 8)
+        finish = now + model.latency(min(least, len(waiting) - model.split))
         late = 0
         while late < model.split and waiting[late][0] < finish:
             late += 1
@@ -248,14 +265,15 @@ class ReferenceScheduler:
         fits = sum(latency <= deadline - now for latency in model.profile.latency_ns)
         batch = min(fits, len(waiting))
         latest = deadline - model.latency(batch)
-        deferred = self._defer == "always" or (self._defer == "auto" and model.deferring)
+        deferred = self._defer == "always" or (self._defer == "auto" and self._deferring)
         rise = (model.latency(model.profile.max_batch) - model.latency(1)) // max(1, model.profile.max_batch - 1)
         fixed = model.latency(1) if model.profile.max_batch < 2 else max(0, model.latency(1) - rise)
         enough = not deferred and batch * model.meter.window >= fixed * model.meter.requests
         start = now
         if batch < model.profile.max_batch and self._defer != "never" and not enough:
             frontrun = deadline - model.latency(batch + 1)
-            start = max(now, min(frontrun, latest) - self._jitter)
+            allowance = self._wait if self._overloaded else 2 * self._wait
+            start = max(now, frontrun - self._jitter - allowance)
         return batch, start, latest
 
     def _settle(self, number: int) -> None:
@@ -264,15 +282,20 @@ class ReferenceScheduler:
             found = self._next(number)
             model.timer = model.ready = None
             if found is None:
+                model.ready_since = None
                 return
             batch, start, latest = found
             if start > self._now:
-                model.timer = start
+                model.timer, model.ready_since = start, None
                 return
             idle = [gpu for gpu, busy in self._busy.items() if not busy]
             if not idle:
                 model.ready, model.timer = latest, latest + 1
+                model.ready_since = self._now if model.ready_since is None else model.ready_since
                 return
+            waited = 0 if model.ready_since is None else self._now - model.ready_since
+            self._wait += (waited - self._wait) >> 5
+            model.ready_since = None
             gpu = min(idle)
             self._busy[gpu] = True
             ids = tuple(id for _, id in model.waiting[:batch])

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
-from trainkit.serving import _native
+import trainkit.serving._native as _native
 from trainkit.serving.scheduler._actions import Action, Dispatch, Drop
 from trainkit.serving.scheduler._profile import Profile
 from trainkit.serving.scheduler._rules import DeferRule, DropRule, SchedulerError, check
@@ -26,11 +26,12 @@ class Scheduler(_Core):  # type: ignore[misc]
     Args:
         profiles: by the model's name; a model's number is its place in this order.
         gpus: GPUs 0 to gpus - 1, all idle.
-        drop: "window" gives up requests that a batch of the size which keeps up with the rate cannot include (it
+        drop: "window" gives up requests that keep the batch much below the size which keeps up with the rate (it
             holds throughput under overload); "timeout" only what not even a batch of one can meet (better where
-            arrivals are bursty and capacity ample); "auto" chooses by the measured burstiness.
+            arrivals are bursty and capacity ample); "auto" chooses by the measured burstiness and load.
         defer: "always" waits, "demand" dispatches as soon as the batch pays for its fixed cost at the measured rate,
-            "never" is eager, "auto" is "always" for a model that needs more than one GPU, else "demand".
+            "never" is eager, "auto" waits where the models need more than one GPU each, else "demand". A batch that
+            waits becomes schedulable earlier by what batches lately waited for a GPU (ours, not the paper's).
         jitter_ns: start this much before the last moment.
 
     Raises:

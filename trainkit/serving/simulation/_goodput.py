@@ -80,7 +80,7 @@ def _bisect(passes: Callable[[float], bool], low: float, high: float, tolerance:
 
 def gpus_needed(
     profiles: Mapping[str, Profile],
-    rates: Mapping[str, float],
+    rates: Mapping[str, float] | None = None,
     *,
     slo_ms: float | Mapping[str, float],
     most: int = 4096,
@@ -91,7 +91,7 @@ def gpus_needed(
 
     Args:
         profiles: by model.
-        rates: requests/s by model.
+        rates: requests/s by model; not needed with a trace.
         slo_ms: as in `simulate`.
         most: GPUs to consider.
         bad: largest share of late and dropped requests.

@@ -48,13 +48,13 @@ def _shape(arrivals: str) -> float | None:
 def _gaps(rng: np.random.Generator, shape: float | None, seconds: float, rate: float) -> NDArray[np.float64]:
     """Arrival times at `rate` within `seconds`; a larger rate compresses the same gaps."""
     if shape is None:
-        return (np.arange(int(rate * seconds)) + rng.random()) / rate
+        return np.asarray((np.arange(int(rate * seconds)) + rng.random()) / rate, dtype=np.float64)
     times = np.empty(0)
     last = 0.0
     while last < seconds * rate:
         more = last + np.cumsum(rng.gamma(shape, 1 / shape, 4096))
         times, last = np.concatenate([times, more]), float(more[-1])
-    return times[times < seconds * rate] / rate
+    return np.asarray(times[times < seconds * rate] / rate, dtype=np.float64)
 
 
 def generate(

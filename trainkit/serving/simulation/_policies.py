@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from trainkit.serving import _native
+import trainkit.serving._native as _native
 from trainkit.serving.scheduler import Profile, SchedulerError
 from trainkit.serving.scheduler._rules import DeferRule, DropRule
 from trainkit.serving.simulation._nexus import plan

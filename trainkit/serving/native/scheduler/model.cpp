@@ -4,7 +4,20 @@ namespace serving {
 
 using Wide = __int128;
 
-void Model::retarget(const Rules& rules) {
+// A thousand models of a million GPUs each do not wrap their squares' sum.
+constexpr int64_t kMostDemand = 50'000'000;
+
+void Pool::weigh() {
+  // Deferral needs a GPU at the right moment: GPUs that outnumber the models, and models that need more than one GPU
+  // each (the mean of their demands, weighted by demand). Between 1.3 and 1.6 GPUs it stays as it was.
+  const bool few = 2 * gpus < 3 * models;
+  if (demand == 0) deferring = !few;
+  else if (few || 10 * squares <= 13 * 1000 * demand) deferring = false;
+  else if (10 * squares > 16 * 1000 * demand) deferring = true;
+  overloaded = 5 * demand > 6 * int64_t{1000} * gpus;
+}
+
+void Model::retarget(const Rules& rules, Pool& pool) {
   const Time budget = meter.budget(), window = meter.window();
   const int64_t count = meter.count();
   if (count == 0) {
@@ -21,14 +34,16 @@ void Model::retarget(const Rules& rules) {
     else high = middle - 1;
   }
   target = low;
-  // Deferral suits a model that needs more than one GPU; between 1 and 1.3 the rule stays as it was.
-  const Wide need = Wide{profile.of(target)} * count, have = Wide{window} * target;
-  if (need <= have) deferring = false;
-  else if (10 * need > 13 * have) deferring = true;
+  pool.demand -= demand;
+  pool.squares -= demand * demand;
+  demand = std::min<int64_t>(kMostDemand, static_cast<int64_t>(Wide{profile.of(target)} * count * 1000 / (Wide{window} * target)));
+  pool.demand += demand;
+  pool.squares += demand * demand;
   bursty = rules.drop == Drop::kAuto && meter.bursty();
 }
 
-Candidate Model::next(int index, Time now, const Rules& rules, Waiting& waiting, Actions& out) {
+Candidate Model::next(int index, Time now, const Rules& rules, const Pool& pool, Waiting& waiting,
+                      Actions& out) {
   const auto drop_front = [&] {
     waiting.erase(queue[0].id);
     out.drop(index, queue[0].id);
@@ -40,23 +55,26 @@ Candidate Model::next(int index, Time now, const Rules& rules, Waiting& waiting,
     split = 0;
     return {};
   }
-  const bool window = rules.drop == Drop::kWindow || (rules.drop == Drop::kAuto && !bursty);
-  const int wanted = std::min<int>(window ? target : 1, static_cast<int>(queue.size() - split));
+  // Batches much below the target would waste the GPUs: what keeps them small goes. An eighth less is tolerated while
+  // there is capacity.
+  const bool timeout = rules.drop == Drop::kTimeout || (rules.drop == Drop::kAuto && bursty && !pool.overloaded);
+  const int least = timeout ? 1 : pool.overloaded ? target : std::max(1, target * 7 / 8);
+  const int wanted = static_cast<int>(std::min<size_t>(least, queue.size() - split));
   for (const Time finish = now + profile.of(wanted); split > 0 && queue[0].deadline < finish; --split) drop_front();
 
   const Time deadline = queue[0].deadline;
   Candidate found;
-  found.batch = std::min<int>(profile.within(deadline - now), static_cast<int>(std::min<size_t>(queue.size(), INT32_MAX)));
+  found.batch = static_cast<int>(std::min<size_t>(profile.within(deadline - now), queue.size()));
   found.latest = deadline - profile.of(found.batch);
   found.start = now;
   const bool grows = found.batch < profile.largest();
-  const bool deferred = rules.defer == Defer::kAlways || (rules.defer == Defer::kAuto && deferring);
+  const bool deferred = rules.defer == Defer::kAlways || (rules.defer == Defer::kAuto && pool.deferring);
   // dispatch once the batch pays for its fixed cost at the model's rate
   const bool enough = !deferred && Wide{found.batch} * meter.window() >= Wide{profile.fixed()} * meter.count();
   if (grows && rules.defer != Defer::kNever && !enough) {
     // from `frontrun` on, one more request would not fit
     const Time frontrun = deadline - profile.of(found.batch + 1);
-    found.start = std::max(now, std::min(frontrun, found.latest) - rules.jitter);
+    found.start = std::max(now, frontrun - rules.jitter - pool.allowance());
   }
   return found;
 }

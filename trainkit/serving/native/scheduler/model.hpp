@@ -48,6 +48,21 @@ struct Candidate {
   Time latest = 0; // from here on it cannot
 };
 
+// What the models share: how loaded the GPUs are, and how long a schedulable batch waits for one.
+struct Pool {
+  int gpus = 0, models = 0;
+  // Sums over models of their demand in thousandths of a GPU, and of its square.
+  int64_t demand = 0, squares = 0;
+  Time wait = 0;
+  bool deferring = false, overloaded = false;
+
+  void weigh();
+  // A batch was dispatched `waited` after it became schedulable: a moving mean over about 32 batches.
+  void note(Time waited) { wait += (waited - wait) >> 5; }
+  // How much before the last moment a batch becomes schedulable, so that a GPU is found in time.
+  Time allowance() const { return overloaded ? wait : 2 * wait; }
+};
+
 struct Model {
   Profile profile;
   int priority = 0;
@@ -56,15 +71,16 @@ struct Model {
   size_t split = 0;
   Meter meter;
   int target = 0;
-  bool deferring = true, bursty = false;
+  int64_t demand = 0;
+  bool bursty = false;
   bool present = true, touched = false;
-  Time latest = 0;
+  Time ready_since = -1;  // schedulable without a GPU since then
 
   // Batch size that keeps up with the rate when GPUs start staggered: the largest b with
   // l(b) + l(b) / n <= budget, where n = rate * l(b) / b GPUs are the model's demand.
-  void retarget(const Rules& rules);
+  void retarget(const Rules& rules, Pool& pool);
   // The next batch as of `now`; drops what can no longer be met.
-  Candidate next(int index, Time now, const Rules& rules, Waiting& waiting, Actions& out);
+  Candidate next(int index, Time now, const Rules& rules, const Pool& pool, Waiting& waiting, Actions& out);
 };
 
 }  // namespace serving

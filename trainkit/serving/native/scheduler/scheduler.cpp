@@ -10,6 +10,7 @@ constexpr Time kFarthest = 1'000'000'000'000'000, kLast = 4'000'000'000'000'000'
 Scheduler::Scheduler(std::vector<Profile> profiles, int gpus, Rules rules) : rules_(rules) {
   for (Profile& profile : profiles) add_model(std::move(profile), 0);
   gpus_.assign(gpus, Gpu::kIdle);
+  pool_.gpus = gpus;
   idle_.grow(std::max(gpus, 1));
   for (int gpu = 0; gpu < gpus; ++gpu) idle_.insert(gpu);
 }
@@ -39,7 +40,10 @@ void Scheduler::enrol(Id id, int model, Time deadline, Time now) {
 
 void Scheduler::queue(Id id, int model, Time deadline, Time now) {
   Model& of = models_[model];
-  if (of.meter.add(now, std::max<Time>(deadline - now, 0)) || of.target == 0) of.retarget(rules_);
+  if (of.meter.add(now, std::max<Time>(deadline - now, 0)) || of.target == 0) {
+    of.retarget(rules_, pool_);
+    pool_.weigh();
+  }
   if (of.queue.insert({deadline, id}) < of.split) ++of.split;
 }
 
@@ -77,22 +81,27 @@ void Scheduler::settle(int model, Time now, Actions& out) {
   Model& of = models_[model];
   of.touched = false;
   while (true) {
-    const Candidate found = of.next(model, now, rules_, waiting_, out);
+    const Candidate found = of.next(model, now, rules_, pool_, waiting_, out);
     if (found.batch == 0) {
       timers_.erase(model);
       ready_.erase(model);
+      of.ready_since = -1;
       return;
     }
     if (found.start > now) {
       ready_.erase(model);
+      of.ready_since = -1;
       timers_.set(model, found.start);
       return;
     }
     if (idle_.empty()) {
+      if (of.ready_since < 0) of.ready_since = now;
       ready_.set(model, {-of.priority, found.latest});
       timers_.set(model, found.latest + 1);
       return;
     }
+    pool_.note(of.ready_since < 0 ? 0 : now - of.ready_since);
+    of.ready_since = -1;
     const int gpu = idle_.least();
     idle_.erase(gpu);
     gpus_[gpu] = Gpu::kBusy;
@@ -149,6 +158,7 @@ void Scheduler::add_gpu(int gpu, Time now, Actions& out) {
     idle_.grow(gpu + 1);
   }
   gpus_[gpu] = Gpu::kIdle;
+  ++pool_.gpus;
   idle_.insert(gpu);
   match(now, out);
 }
@@ -160,10 +170,12 @@ void Scheduler::remove_gpu(int gpu, Time now) {
   advance(now);
   if (gpus_[gpu] == Gpu::kIdle) idle_.erase(gpu);
   gpus_[gpu] = Gpu::kAbsent;
+  --pool_.gpus;
 }
 
 int Scheduler::add_model(Profile profile, int priority) {
   models_.push_back({.profile = std::move(profile), .priority = priority});
+  ++pool_.models;
   timers_.grow(models_.size());
   ready_.grow(models_.size());
   return models() - 1;
@@ -179,6 +191,9 @@ void Scheduler::remove_model(int model, Time now, Actions& out) {
   }
   of.split = 0;
   of.present = false;
+  --pool_.models;
+  pool_.demand -= of.demand;
+  pool_.squares -= of.demand * of.demand;
   timers_.erase(model);
   ready_.erase(model);
 }

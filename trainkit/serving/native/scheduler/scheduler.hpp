@@ -43,6 +43,7 @@ class Scheduler : public Policy {
   void match(Time now, Actions& out);
 
   Rules rules_;
+  Pool pool_;
   std::vector<Model> models_;
   Waiting waiting_;
   KeyedHeap<Time> timers_;

@@ -4,15 +4,13 @@ import operator
 from collections.abc import Callable, Sequence
 from functools import cache
 from inspect import getclosurevars
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from trainkit.kernels import _gluon
 from trainkit.kernels._cache import Cache, capturing
-
-Plan = TypeVar("Plan")
 
 
 def form(*tensors: Tensor) -> Any:
@@ -187,3 +185,37 @@ def counter(device: torch.device) -> Tensor:
     if known is None:
         known = _COUNTERS[key] = torch.zeros(1, dtype=torch.int32, device=device)
     return known
+
+
+class Template:
+    """What a kernel is compiled for: attributes that its code reads as constants. One object for equal constants."""
+
+    _made: ClassVar[dict[Any, "Template"]] = {}
+    _known: tuple[tuple[str, Any], ...]
+
+    def __new__(cls, **constants: Any) -> "Template":
+        known = tuple(constants.items())
+        made = cls._made.get(known)
+        if made is None:
+            import triton
+            import triton.language as tl
+
+            made = super().__new__(cls)
+            made._known = known
+            for name, value in known:
+                # Triton's interpreter runs the code as Python's.
+                setattr(made, name, value if triton.knobs.runtime.interpret else tl.constexpr(value))
+            if len(cls._made) >= 256:
+                cls._made.pop(next(iter(cls._made)), None)
+            cls._made[known] = made
+        return made
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Template) and self._known == other._known
+
+    def __hash__(self) -> int:
+        return hash(self._known)
+
+    def __repr__(self) -> str:
+        # Part of the name under which Triton keeps the compiled kernel.
+        return f"Template{self._known}"

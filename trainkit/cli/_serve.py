@@ -1,0 +1,87 @@
+"""`trainkit serve`: answer requests within an objective."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trainkit.cli._subcommand import Subcommand
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the server."""
+
+    models: str = field(metadata={"positional": True})
+    """by commas: NAME=MODULE:ATTRIBUTE or NAME=FILE.py:ATTRIBUTE, with @CHECKPOINT of a LightningModule class"""
+    profile: str
+    """file of `trainkit serve profile` for each model, by commas"""
+    slo: str
+    """from arrival to answer: 50ms, or one for each model by commas"""
+    devices: str = "cpu"
+    """by commas, a GPU process each: cuda:0,cuda:1, or cpu"""
+    listen: str = "127.0.0.1:8000"
+    """HOST:PORT; an address that others reach needs a token"""
+    token_file: Path | None = None
+    """file with the bearer token that requests must carry"""
+    insecure: bool = False
+    """serve others without a token"""
+    margin: str = "5ms"
+    """what HTTP may take: batches aim this much before the deadline"""
+    drop: str = "window"
+    """window, timeout or auto: which requests are given up under load"""
+    max_body: str = "8MiB"
+    """larger request bodies are refused"""
+    max_waiting: int = 10_000
+    """more open requests than this are refused"""
+
+
+def run(options: Options) -> int:
+    """Start the server; returns when it is stopped."""
+    from trainkit.cli._quantities import seconds, sizes
+    from trainkit.serving import Profile
+
+    try:
+        from trainkit.serving.engine import ModelSource, ServeOptions, serve
+    except ModuleNotFoundError as error:
+        raise ValueError(f"serving needs the package {error.name}: pip install 'trainkit[serve]'") from None
+
+    models = {}
+    for part in options.models.split(","):
+        name, equals, source = part.partition("=")
+        if not equals:
+            name, source = part.rpartition(":")[2].partition("@")[0], part
+        if name in models:
+            raise ValueError(f"a model's name is used once, got {name!r} again: NAME=MODULE:ATTRIBUTE names it")
+        models[name] = ModelSource.parse(source)
+    files, objectives = options.profile.split(","), options.slo.split(",")
+    objectives = objectives * len(models) if len(objectives) == 1 else objectives
+    if len(files) != len(models) or len(objectives) != len(models):
+        raise ValueError(f"--profile has a file for each of the {len(models)} models, --slo one value or one for each")
+    host, colon, port = options.listen.rpartition(":")
+    if not colon or not port.isdigit():
+        raise ValueError(f"--listen is HOST:PORT, got {options.listen!r}")
+    serve(
+        ServeOptions(
+            models=models,
+            profiles={name: Profile.load(file) for name, file in zip(models, files, strict=True)},
+            slo_ms={name: seconds(text) * 1e3 for name, text in zip(models, objectives, strict=True)},
+            devices=tuple(options.devices.split(",")),
+            host=host.strip("[]"),
+            port=int(port),
+            token_file=options.token_file,
+            insecure=options.insecure,
+            margin_ms=seconds(options.margin) * 1e3,
+            drop=options.drop,  # type: ignore[arg-type]
+            max_body_bytes=sizes(options.max_body)[0],
+            max_waiting=options.max_waiting,
+        )
+    )
+    return 0
+
+
+SUBCOMMAND = Subcommand(
+    name="serve",
+    summary="serve models over HTTP within a latency objective, on as few GPUs as the load needs",
+    options=Options,
+    run=run,
+    example="trainkit serve mnist=model.py:Classifier@last.ckpt --profile mnist.json --slo 50ms --devices cuda:0",
+)

@@ -1,0 +1,112 @@
+"""What is served: a function or a LightningModule, loaded inside each GPU process."""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# A batch of decoded JSON inputs to as many JSON-serialisable outputs.
+Predict = Callable[[Sequence[Any]], Sequence[Any]]
+
+
+class ModelError(ValueError):
+    """A model that cannot be loaded or was described wrongly."""
+
+
+class InputError(ValueError):
+    """One request's input does not suit the model."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from.
+
+    Attributes:
+        where: "module:attribute" or "file.py:attribute". The attribute is a LightningModule class, whose
+            `predict_step` is served, or a function of the device that returns a function from a list of inputs to a
+            list of outputs.
+        checkpoint: of the LightningModule, loaded with `load_from_checkpoint`.
+    """
+
+    where: str
+    checkpoint: Path | None = None
+
+    @staticmethod
+    def parse(text: str) -> "ModelSource":
+        """Read "module:attribute" or "module:attribute@checkpoint".
+
+        Raises:
+            ModelError: it is neither.
+        """
+        where, _, checkpoint = text.partition("@")
+        home, colon, attribute = where.rpartition(":")
+        if not colon or not home or not attribute.isidentifier():
+            raise ModelError(f"a model is module:attribute or file.py:attribute, and @checkpoint, got {text!r}")
+        return ModelSource(where, Path(checkpoint) if checkpoint else None)
+
+    def load(self, device: str) -> Predict:
+        """Load it onto `device` ("cpu", "cuda:0").
+
+        Raises:
+            ModelError: there is no such module, attribute or checkpoint, or it fails to load.
+        """
+        try:
+            attribute = self._attribute()
+            if isinstance(attribute, type):
+                return _lightning(attribute, self.checkpoint, device)
+            if self.checkpoint is not None:
+                raise ModelError("a checkpoint belongs to a LightningModule class")
+            predict = attribute(device)
+        except ModelError as error:
+            raise ModelError(f"{self.where}: {error}") from None
+        except Exception as error:
+            raise ModelError(f"{self.where} does not load: {type(error).__name__}: {error}") from error
+        if not callable(predict):
+            raise ModelError(f"{self.where} must return a function of a list of inputs, got {type(predict).__name__}")
+        found: Predict = predict
+        return found
+
+    def _attribute(self) -> Any:
+        home, _, name = self.where.rpartition(":")
+        if home.endswith(".py"):
+            path = Path(home).resolve()
+            if not path.is_file():
+                raise ModelError(f"there is no file {path}")
+            spec = importlib.util.spec_from_file_location(f"_served_{path.stem}", path)
+            if spec is None or spec.loader is None:
+                raise ModelError(f"{path} is not a Python file")
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[spec.name] = module
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(home)
+        if not hasattr(module, name):
+            raise ModelError(f"there is no {name!r} in {home}")
+        return getattr(module, name)
+
+
+def _lightning(module_type: type, checkpoint: Path | None, device: str) -> Predict:
+    import torch
+    from pytorch_lightning import LightningModule
+
+    if not issubclass(module_type, LightningModule):
+        raise ModelError(f"a served class is a LightningModule, got {module_type.__name__}")
+    module = module_type() if checkpoint is None else module_type.load_from_checkpoint(checkpoint, map_location=device)
+    module.to(device).eval()
+
+    def predict(inputs: Sequence[Any]) -> Sequence[Any]:
+        try:
+            batch = torch.tensor(inputs)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise InputError(f"inputs are numbers in nested lists of one shape: {error}") from None
+        with torch.inference_mode():
+            outputs = module.predict_step(batch.to(device), 0)
+        if not isinstance(outputs, torch.Tensor) or len(outputs) != len(inputs):
+            raise ModelError("predict_step must return a tensor with a row for each input")
+        rows: Sequence[Any] = outputs.cpu().tolist()
+        return rows
+
+    return predict
