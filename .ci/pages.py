@@ -19,6 +19,18 @@ HELP = "<!-- help of every subcommand -->"
 NAMES = re.compile(r"<!-- public names of (trainkit(?:\.\w+)*) -->")
 
 
+def on_config(config: Any) -> None:
+    """Put a page that `nav` does not name into the section of its folder, at the end."""
+    for section in config.nav:
+        for pages in section.values():
+            if not isinstance(pages, list):
+                continue
+            named = {next(iter(page.values())) if isinstance(page, dict) else page for page in pages}
+            for folder in sorted({join(name.rpartition("/")[0], "") for name in named if "/" in name}):
+                found = sorted((ROOT / "docs" / folder).glob("*.md"))
+                pages += [folder + page.name for page in found if folder + page.name not in named]
+
+
 def on_files(files: Files, config: Any) -> Files:
     """Add the dated reports, which lie beside the scripts that wrote them, as pages below `benchmarks/`."""
     for report in sorted((ROOT / "benchmarks").rglob("*.md")):

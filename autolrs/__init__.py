@@ -1,36 +1,10 @@
-"""Learning rates found while training: loss forecasts, search over log learning rate, snapshots, a tuner."""
+"""Learning rates found while training: loss forecasts, a Bayesian search over log rate, a tuner for plain loops."""
 
-from trainkit.autolrs._average import WeightAverage as WeightAverage
-from trainkit.autolrs._controller import Controller as Controller
 from trainkit.autolrs._forecast import Forecast as Forecast
 from trainkit.autolrs._forecast import forecast as forecast
 from trainkit.autolrs._history import History as History
-from trainkit.autolrs._history import StageRecord as StageRecord
-from trainkit.autolrs._history import TrialRecord as TrialRecord
-from trainkit.autolrs._paper import paper_forecast as paper_forecast
-from trainkit.autolrs._plan import Plan as Plan
-from trainkit.autolrs._plan import Search as Search
-from trainkit.autolrs._plan import Settings as Settings
-from trainkit.autolrs._plan import plan as plan
-from trainkit.autolrs._plot import plot as plot
-from trainkit.autolrs._race import Losses as Losses
-from trainkit.autolrs._race import Outcome as Outcome
-from trainkit.autolrs._race import Rules as Rules
-from trainkit.autolrs._race import Trials as Trials
-from trainkit.autolrs._race import race as race
+from trainkit.autolrs._options import Options as Options
 from trainkit.autolrs._schedule import LRSchedule as LRSchedule
-from trainkit.autolrs._schedule import ReplayLR as ReplayLR
-from trainkit.autolrs._schedule import group_ratios as group_ratios
-from trainkit.autolrs._schedule import known_rate as known_rate
-from trainkit.autolrs._schedule import set_rate as set_rate
 from trainkit.autolrs._search import LRSearch as LRSearch
-from trainkit.autolrs._skopt import SkoptSearch as SkoptSearch
-from trainkit.autolrs._snapshot import Snapshot as Snapshot
-from trainkit.autolrs._snapshot import Where as Where
-from trainkit.autolrs._snapshot import check_where as check_where
-from trainkit.autolrs._snapshot import rng_state as rng_state
-from trainkit.autolrs._snapshot import set_rng_state as set_rng_state
-from trainkit.autolrs._snapshot import unseen as unseen
-from trainkit.autolrs._stream import Stream as Stream
 from trainkit.autolrs._tuner import Kept as Kept
 from trainkit.autolrs._tuner import Tuner as Tuner

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from trainkit.autolrs._snapshot import local, reshard
 
 # Polynomial averaging (Shamir and Zhang, 2013): the window grows with the trial, the first steps are forgotten.
-_POWER = 3.0
+POWER = 3.0
 
 
 class WeightAverage:
@@ -43,7 +43,7 @@ class WeightAverage:
         if self._steps == 1:
             torch._foreach_copy_(self._mean, self._live)
         else:
-            torch._foreach_lerp_(self._mean, self._live, (_POWER + 1.0) / (self._steps + _POWER))
+            torch._foreach_lerp_(self._mean, self._live, (POWER + 1.0) / (self._steps + POWER))
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -1,71 +1,74 @@
-"""What the callback and the tuner share: plan, searches, rates of the kept steps, the record, resume."""
+"""What the callback and the tuner share: plan, searches, rates of the committed steps, the record, resume."""
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
+import numpy as np
 import torch
 
-from trainkit.autolrs._forecast import Forecast, forecast
-from trainkit.autolrs._history import History, StageRecord
-from trainkit.autolrs._paper import paper_forecast
-from trainkit.autolrs._plan import Plan, Search, Settings, plan
-from trainkit.autolrs._race import Outcome, Rules, Trials, race
+from trainkit.autolrs._belief import Known, Observed
+from trainkit.autolrs._forecast import forecast
+from trainkit.autolrs._history import History, SearchRecord, StageRecord
+from trainkit.autolrs._law import AVERAGED
+from trainkit.autolrs._options import Options
+from trainkit.autolrs._plan import Plan, Search, plan
+from trainkit.autolrs._prior import Prior, default_prior
+from trainkit.autolrs._race import Ground, Outcome, Trials, race
 from trainkit.autolrs._schedule import LRSchedule, Piece, group_ratios, known_rate
 from trainkit.autolrs._search import Backend, LRSearch
 from trainkit.autolrs._skopt import SkoptSearch
+from trainkit.autolrs.strategies import Bayesian, Forecasting, Paper, Situation, Strategy
 
-_VERSION = 1
-# Trials judged by where they end flatter a small rate: it loses the noise at once and the progress only in the long run.
-_TILT = 0.5
-# What a faster trial is forgiven a decade on a plateau: this share of what the run has fallen, at most that one of what is
-# left of its loss.
-_LEAN, _LEAN_LEFT = 0.04, 0.1
+_VERSION = 2
 
 
 class Controller:
-    """Decides; it runs no step itself.
+    """Keeps plan, record and resume; it runs no step itself.
 
     Args:
-        settings: arguments of AutoLRS or Tuner.
+        options: those of AutoLRS or Tuner.
+        prior: constants of the Bayesian strategy; None: those fitted on the whole library.
 
     Raises:
-        ValueError: an argument breaks its rule.
+        ValueError: an option breaks its rule.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        settings.check()
-        self.settings = settings
+    def __init__(self, options: Options, prior: Prior | None = None) -> None:
+        options.check()
+        self.options = options
+        self._prior = prior or default_prior()
         self.plan: Plan | None = None
         self.ratios: tuple[float, ...] = (1.0,)
         self.kept = 0
         self._record = History()
         self._schedule: LRSchedule | None = None
-        self._default = math.sqrt(settings.low * settings.high)
+        self._default = math.sqrt(options.low * options.high)
         self._next = 0
-        self._known: float | None = None
+        self._usual: float | None = None
         self._backend = self._make_backend()
 
     def _make_backend(self) -> Backend:
-        s = self.settings
-        if s.backend == "skopt" or s.preset == "paper":
-            return SkoptSearch(s.low, s.high, s.seed)
-        return LRSearch(s.low, s.high, s.seed)
+        """What asks for rates where trials are forecast one by one: stages of a given length, scikit-optimize, the paper."""
+        o = self.options
+        if o.backend == "skopt" or o.preset == "paper":
+            return SkoptSearch(o.low, o.high, o.seed)
+        return LRSearch(o.low, o.high, o.seed)
 
     @property
-    def keeps_winner(self) -> bool:
-        """Whether a search's winning steps are kept; the published algorithm runs them again."""
-        return self.settings.preset != "paper"
+    def bayesian(self) -> bool:
+        """Whether searches are the default's: by forecasts of the run's end."""
+        return self.options.preset == "default" and self.options.backend == "gp" and self.options.stage_steps is None
 
     def begin(self, total: int, optimizer: torch.optim.Optimizer) -> bool:
         """Plans the run unless a checkpoint brought its plan.
 
         Args:
             total: steps of the run, in the sense of `count`.
-            optimizer: its default rates set the groups' ratios and the rate of a run too short to search, its kind the
-                rate that the search begins with.
+            optimizer: its default rates set the groups' ratios; the greatest of them is the user's own rate, and the
+                class's usual one is tried, too.
 
         Returns:
             Whether the run is long enough to search.
@@ -76,8 +79,8 @@ class Controller:
         if self.plan is None:
             self.ratios = tuple(group_ratios(optimizer))
             self._default = max(float(g.get("initial_lr", g["lr"])) for g in optimizer.param_groups)
-            self._known = known_rate(optimizer)
-            self.plan = plan(self.settings, total, self._known is not None)
+            self._usual = known_rate(optimizer)
+            self.plan = plan(self.options, total)
             self._backend = self._make_backend()
             self._schedule = None
         elif self.plan.total != total:
@@ -89,32 +92,37 @@ class Controller:
 
     @property
     def kept_total(self) -> int:
-        """Kept steps of the whole run, as far as is known: with count="all" each discarded step shortens it."""
+        """Committed steps of the whole run, as far as is known: with count="all" each discarded step shortens it."""
         assert self.plan is not None
-        return self.plan.total - (self._record.discarded_steps if self.settings.count == "all" else 0)
+        return self.plan.total - (self._record.discarded_steps if self.options.count == "all" else 0)
 
     @property
     def next_start(self) -> int | None:
-        """Kept step of the next search, None when all are done."""
+        """Committed step of the next search, None when all are done."""
         if self.plan is None or self._next >= len(self.plan.searches):
             return None
         return self.plan.searches[self._next].start
 
     def due(self, step: int) -> Search | None:
-        """The search to run before kept step `step`, if any.
+        """The search to run before committed step `step`, if any is worth its steps.
 
         With count="all" the plan was made for the most that searches may discard; what they saved lengthens stages.
         """
-        start = self.next_start
-        if start is None or step < start:
-            return None
-        assert self.plan is not None
-        search = self.plan.searches[self._next]
-        horizon = max(min(search.horizon, self.kept_total), step + search.trial_steps)
-        if step + search.trial_steps > self.kept_total:
-            self._next += 1
-            return None
-        return replace(search, start=step, horizon=horizon)
+        while (start := self.next_start) is not None and start <= step:
+            assert self.plan is not None
+            search = self.plan.searches[self._next]
+            horizon = max(min(search.horizon, self.kept_total), step + search.trial_steps)
+            if self.options.stage_steps is None and self.options.preset == "default":
+                horizon = self.kept_total
+            left = self.plan.discards - self._record.discarded_steps
+            found = replace(search, start=step, horizon=horizon, discards=min(search.discards, left))
+            if step + search.trial_steps > self.kept_total:
+                self._pass(found, "the run ends too soon")
+            elif self.bayesian and self._next > 0 and not self._bayesian(found).worth_a_search():
+                self._pass(found, "no other rate is expected to win what finding it costs")
+            else:
+                return found
+        return None
 
     def search(self, search: Search, trials: Trials, report: Callable[[str], None] = lambda text: None) -> Outcome:
         """Runs a due search; afterwards `rate` knows its choice.
@@ -124,54 +132,63 @@ class Controller:
             trials: runs the steps.
             report: told what is going on, in a few words.
         """
-        stage, began = self._next, time.monotonic()
+        stage, began, ran = self._next, time.monotonic(), [0.0]
 
         def told(trial: int, of: int, rate: float) -> None:
             report(f"stage {stage + 1} trial {trial}/{of} lr {rate:.1e}")
 
-        guided = isinstance(self._backend, LRSearch)
-        look = guided and stage == 0 and self._known is not None
-        rules = Rules(
-            stage=stage,
-            rate_at=lambda rate, step: rate * self.schedule.warmup(step),
-            forecaster=self._forecast,
-            fallback=self._fallback,
-            fallen=self._fallen(),
-            left=self._left,
-            # The run's first steps reward rates that damage it later: there the well-known rate need only work.
-            begin=(self._known if look else self._present if search.decay else None) if guided else None,
-            look=look,
-            low=self.settings.low,
-            high=self.settings.high,
-            tilt=_TILT if self.settings.stage_steps is None else 0.0,
-            lean=lambda loss: self._lean(search, loss),
-            halving=self.keeps_winner,
-            keep=self.keeps_winner,
-            report=told,
+        ground = Ground(
+            stage, lambda rate, step: rate * self.schedule.warmup(step), self._done(search.start), self._fallen(), told
         )
-        outcome = race(trials, self._backend, search, rules)
-        self._backend.next_stage(outcome.rate)
+        strategy = self._strategy(search)
+        outcome = race(_Timed(trials, ran), strategy, search, ground)
+        unmoved = self._present if self._record.stages else self._default
+        rate = unmoved if outcome.rate is None else outcome.rate
+        if not self.bayesian:
+            self._backend.next_stage(outcome.rate)
         self._next += 1
         before = self._record
         stages = [*before.stages] or [StageRecord(0, search.start, self._safe, False)][: search.start]
         if stages:
             stages[-1] = replace(stages[-1], steps=search.start - stages[-1].start)
-        start, end = search.start, self.next_start or self.kept_total
-        if search.decay and outcome.kept:  # the kept trial has fallen and the rate goes up again
-            flat = outcome.kept - search.decay
-            stages.append(StageRecord(start, flat, outcome.rate, False))
-            stages.append(StageRecord(start + flat, search.decay, outcome.rate, True))
-            start += outcome.kept
-        stages.append(StageRecord(start, max(end - start, 1), outcome.rate, False))
+        end = self.next_start or self.kept_total
+        stages.append(StageRecord(search.start, max(end - search.start, 1), rate, False))
+        chosen = next((t for t in outcome.trials if t.rate == outcome.rate and t.status == "committed"), None)
+        critical = strategy.critical if isinstance(strategy, Bayesian) else None
+        record = SearchRecord(
+            stage=stage,
+            start=search.start,
+            rate=rate,
+            mean=chosen.mean if chosen else math.inf,
+            std=chosen.std if chosen else math.inf,
+            trials=len(outcome.trials),
+            discarded=outcome.discarded,
+            asked=outcome.asked,
+            critical=(critical.log_rate, critical.std) if critical else None,
+            lags=strategy.lags if isinstance(strategy, Bayesian) else (),
+            reason=outcome.reason if outcome.rate is not None else "no rate worked: the one in force goes on",
+        )
+        seconds = time.monotonic() - began
         self._record = replace(
             before,
             stages=tuple(stages),
+            searches=(*before.searches, record),
             trials=(*before.trials, *outcome.trials),
             discarded_steps=before.discarded_steps + outcome.discarded,
-            search_seconds=before.search_seconds + time.monotonic() - began,
+            search_seconds=before.search_seconds + seconds,
+            decision_seconds=before.decision_seconds + seconds - ran[0],
         )
         self._settle()
         return outcome
+
+    def summary(self) -> str:
+        """What the last search found, in one line."""
+        s = self._record.searches[-1]
+        band = f", forecast loss {s.mean:.4g} +- {s.std:.2g}" if math.isfinite(s.mean) else ""
+        return (
+            f"AutoLRS: rate {s.rate:.2e} from step {s.start}{band}, {s.trials} trials, {s.discarded} steps discarded; "
+            f"it ended because {s.reason}"
+        )
 
     def note_forwards(self, forwards: int) -> None:
         """Counts forward passes that only measured search losses."""
@@ -183,30 +200,134 @@ class Controller:
         return replace(self._record, kept_steps=self.kept)
 
     def rate(self, step: int) -> float:
-        """The rate of kept step `step`, warmup included, before the groups' ratios."""
+        """The rate of committed step `step`, warmup included, before the groups' ratios."""
         return self.schedule.rate(step)
 
     @property
     def schedule(self) -> LRSchedule:
-        """Rates of the kept steps, as far as they are decided."""
+        """Rates of the committed steps, as far as they are decided."""
         if self._schedule is None:
             self._schedule = self._make_schedule()
         return self._schedule
 
+    def anneal_from(self, step: int, steps: int) -> None:
+        """Ends the run early: from committed step `step` the rate falls to zero within `steps`."""
+        assert self.plan is not None
+        self._next = len(self.plan.searches)
+        now = self.schedule.rate(step)
+        stages = [s for s in self._record.stages if s.start < step] or [StageRecord(0, step, now, False)]
+        stages[-1] = replace(stages[-1], steps=step - stages[-1].start, anneal=False)
+        self._record = replace(self._record, stages=(*stages, StageRecord(step, steps, now, True)))
+        self._schedule = None
+
+    # -- searches
+
+    def _strategy(self, search: Search) -> Strategy:
+        if self.bayesian:
+            return self._bayesian(search)
+        steps, horizon = search.trial_steps, search.horizon - search.start
+        if self.options.preset == "paper":
+            return Paper(self._backend, horizon)
+        floor = 0.0 if self._positive else None
+        return Forecasting(
+            self._backend,
+            lambda at, losses, to: forecast(
+                losses, to, steps=at, floor=None if any(v < 0.0 for v in losses) else floor
+            ),
+            steps,
+            horizon,
+        )
+
+    def _bayesian(self, search: Search) -> Bayesian:
+        o, end = self.options, self.kept_total
+        assert self.plan is not None
+        annealed = max(self.plan.anneal_start(end, search.start), search.start)
+        situation = Situation(
+            first=search.start == 0,
+            done=self._done(search.start),
+            ahead=annealed - search.start + (end - annealed) / 2.0,
+            left=end - search.start,
+            until=(self.plan.searches[1].start if search.start == 0 and len(self.plan.searches) > 1 else end)
+            - search.start,
+            trial_steps=search.trial_steps,
+            present=min(max(self._present, o.low), o.high),
+            usual=None if self._usual is None else min(max(self._usual, o.low), o.high),
+            user=self._safe,
+        )
+        held = [s for s in self._record.searches if s.critical is not None and s.trials]
+        known, aged = [], []
+        if held and held[-1].critical is not None:
+            log_rate, std = held[-1].critical
+            known.append(Known(log_rate, math.hypot(std, self._prior.drift)))
+            blur = self._prior.growth * math.log(10.0) * self._prior.drift
+            aged = [Observed(x, lag, math.hypot(of, blur * max(lag, 1.0))) for x, lag, of in held[-1].lags]
+        return Bayesian(self._prior, situation, known, aged, self._measured(), o.low, o.high, self._positive)
+
+    def _pass(self, search: Search, reason: str) -> None:
+        """Notes a search that is not held."""
+        seen = [s for s in self._record.searches if s.critical is not None]
+        record = SearchRecord(
+            stage=self._next,
+            start=search.start,
+            rate=self._present,
+            mean=math.inf,
+            std=math.inf,
+            trials=0,
+            discarded=0,
+            asked=int(self.bayesian),
+            critical=seen[-1].critical if seen else None,
+            lags=(),
+            reason=reason,
+        )
+        self._record = replace(self._record, searches=(*self._record.searches, record))
+        self._next += 1
+        self._settle()
+
     @property
     def _safe(self) -> float:
-        """The rate of steps that no search decided."""
-        return min(max(self._default, self.settings.low), self.settings.high)
+        """The user's own rate, drawn into the range."""
+        return min(max(self._default, self.options.low), self.options.high)
 
     @property
     def _present(self) -> float:
         """The rate of the steps before a search."""
         return self._record.stages[-1].rate if self._record.stages else self._safe
 
+    def _sums(self, until: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """[until + 1] S1 before each committed step."""
+        rates = [self.schedule.rate(step) for step in range(until)] if until else []
+        return np.concatenate([[0.0], np.cumsum(rates)])
+
+    def _done(self, step: int) -> float:
+        return float(self._sums(step)[-1])
+
+    def _measured(self) -> list[tuple[float, float]]:
+        """(S1, loss) along the committed trials, where losses were measured at averaged weights."""
+        found = []
+        for record in self._record.trials:
+            if record.status == "committed" and len(record.losses) < record.steps:
+                sums = self._sums(record.start + record.steps)
+                for at, loss in zip(record.loss_steps, record.losses, strict=True):
+                    found.append((float(sums[record.start] + AVERAGED * (sums[at] - sums[record.start])), loss))
+        return found
+
+    @property
+    def _positive(self) -> bool:
+        """Cross entropies and squared errors end at 0; a loss that was ever negative has no such floor."""
+        return not any(v < 0.0 for record in self._record.trials for v in record.losses)
+
+    def _fallen(self) -> float:
+        """How far the search loss has fallen in the committed trials, from the run's start."""
+        kept = [record.losses for record in self._record.trials if record.status == "committed" and record.losses]
+        return max(kept[0][0] - min(losses[-1] for losses in kept), 0.0) if kept else 0.0
+
+    # -- schedule
+
     def _make_schedule(self) -> LRSchedule:
         if self.plan is None:
             return LRSchedule(())
-        stages = self._record.stages or (StageRecord(0, self.kept_total, self._safe, False),)
+        own = self._safe if self.plan.searches else self._default
+        stages = self._record.stages or (StageRecord(0, self.kept_total, own, False),)
         if self._next >= len(self.plan.searches) and not stages[-1].anneal:
             stages = self._with_anneal(stages)
         pieces = [Piece(s.start, s.steps, s.rate, 0.0 if s.anneal else s.rate) for s in stages]
@@ -215,7 +336,8 @@ class Controller:
     def _with_anneal(self, stages: tuple[StageRecord, ...]) -> tuple[StageRecord, ...]:
         assert self.plan is not None
         last, end = stages[-1], self.kept_total
-        start = max(self.plan.anneal_start(end), last.start)
+        committed = [t.start + t.steps for t in self._record.trials if t.status == "committed"]
+        start = max(self.plan.anneal_start(end, max(committed, default=0)), last.start)
         flat = replace(last, steps=start - last.start)
         tail = (StageRecord(start, end - start, last.rate, True),) if start < end else ()
         return (*stages[:-1], flat, *tail)
@@ -223,59 +345,26 @@ class Controller:
     def _settle(self) -> None:
         """After the last search the end is known: the annealed part becomes a stage of its own."""
         assert self.plan is not None
-        if self._next >= len(self.plan.searches):
-            self._record = replace(self._record, stages=self._with_anneal(self._record.stages))
+        stages = self._record.stages
+        if self._next >= len(self.plan.searches) and stages:
+            self._record = replace(self._record, stages=self._with_anneal(stages))
+        elif stages:
+            end = self.next_start or self.kept_total
+            stages = (*stages[:-1], replace(stages[-1], steps=max(end - stages[-1].start, 1)))
+            self._record = replace(self._record, stages=stages)
         self._schedule = None
 
-    def _forecast(self, steps: Sequence[float], losses: Sequence[float], horizon: float) -> Forecast:
-        if self.settings.preset == "paper":
-            return paper_forecast(losses, horizon, steps=steps)
-        floor = 0.0 if self._positive and all(v >= 0.0 for v in losses) else None
-        return forecast(losses, horizon, steps=steps, floor=floor)
-
-    @property
-    def _positive(self) -> bool:
-        """Cross entropies and squared errors end at 0; a loss that was ever negative has no such floor."""
-        return not any(v < 0.0 for record in self._record.trials for v in record.losses)
-
-    def _left(self, loss: float) -> float:
-        """How far a loss can fall at most."""
-        return loss if self._positive and loss >= 0.0 else math.inf
-
-    def _fallen(self) -> float:
-        """How far the search loss has fallen in the trials that were kept, from the run's start."""
-        kept = [record.losses for record in self._record.trials if record.status == "kept" and record.losses]
-        return max(kept[0][0] - min(losses[-1] for losses in kept), 0.0) if kept else 0.0
-
-    def _lean(self, search: Search, loss: float) -> float:
-        """What a faster trial is forgiven a decade: a share of what the run has fallen, on a plateau.
-
-        What leaves a plateau does not show in short trials. A run that would fall as far again at its present pace is on
-        none, nor is one that would come to its floor, were it to go on falling with the logarithm of its steps: their trials
-        are believed. So are those that are forecast to a stage's end.
-        """
-        kept = [record for record in self._record.trials if record.status == "kept" and record.losses]
-        if not kept or self.settings.stage_steps is not None:
-            return 0.0
-        since, start, end = max(kept[-1].loss_steps[-1], 1), search.start, self.kept_total
-        drop = max(kept[-1].losses[-1] - loss, 0.0)
-        fallen = kept[0].losses[0] - loss - drop * (end - start) / max(start - since, 1)
-        left = self._left(loss) - drop * math.log(end / start) / math.log(max(start, since + 1) / since)
-        return max(min(_LEAN * fallen, _LEAN_LEFT * left), 0.0)
-
-    def _fallback(self, lowest: float) -> float:
-        known = self._record.stages[-1].rate if self._record.stages else self._default
-        return min(lowest / 10.0, known if known > 0.0 else math.inf)
+    # -- resume
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values only: loads with `weights_only`."""
         return {
             "version": _VERSION,
-            "settings": asdict(self.settings),
+            "options": asdict(self.options),
             "total": self.plan.total if self.plan else None,
             "ratios": list(self.ratios),
             "default": self._default,
-            "known": self._known,
+            "usual": self._usual,
             "next": self._next,
             "history": self.history.as_dict(),
             "backend": self._backend.state_dict(),
@@ -288,20 +377,45 @@ class Controller:
             ValueError: it is another version's, or was made with other arguments.
         """
         if state.get("version") != _VERSION:
-            raise ValueError(f"AutoLRS reads state version {_VERSION}, but the checkpoint has {state.get('version')!r}")
-        mine = asdict(self.settings)
-        changed = [
-            f"{k}={state['settings'].get(k)!r} is now {v!r}" for k, v in mine.items() if state["settings"].get(k) != v
-        ]
+            raise ValueError(
+                f"AutoLRS reads state version {_VERSION}, but the checkpoint has {state.get('version')!r}: resume it "
+                "with the release that wrote it, or start anew"
+            )
+        mine, theirs = asdict(self.options), state["options"]
+        changed = [f"{k}={theirs.get(k)!r} is now {v!r}" for k, v in mine.items() if theirs.get(k) != v]
         if changed:
             raise ValueError(
                 f"a resumed search needs the arguments it began with, but {', '.join(changed)}: restore them"
             )
-        self.ratios, self._default, self._known = tuple(state["ratios"]), state["default"], state["known"]
+        self.ratios, self._default, self._usual = tuple(state["ratios"]), state["default"], state["usual"]
         total = state["total"]
-        self.plan = None if total is None else plan(self.settings, total, self._known is not None)
+        self.plan = None if total is None else plan(self.options, total)
         self._next = int(state["next"])
         self._record = History.from_dict(state["history"])
         self.kept, self._schedule = self._record.kept_steps, None
         self._backend = self._make_backend()
         self._backend.load_state_dict(state["backend"])
+
+
+class _Timed:
+    """Trials with a clock: how long they themselves took."""
+
+    def __init__(self, trials: Trials, seconds: list[float]) -> None:
+        self._trials, self._seconds = trials, seconds
+        self.averaged, self.agree = trials.averaged, trials.agree
+
+    def restart(self) -> Any:
+        return self._clocked(self._trials.restart)
+
+    def advance(self, rates: Any) -> Any:
+        return self._clocked(self._trials.advance, rates)
+
+    def keep(self) -> None:
+        self._clocked(self._trials.keep)
+
+    def _clocked(self, do: Callable[..., Any], *args: Any) -> Any:
+        began = time.monotonic()
+        try:
+            return do(*args)
+        finally:
+            self._seconds[0] += time.monotonic() - began

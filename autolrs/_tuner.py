@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from trainkit.autolrs._average import WeightAverage
 from trainkit.autolrs._controller import Controller
 from trainkit.autolrs._history import History
-from trainkit.autolrs._plan import Search, Settings
+from trainkit.autolrs._options import Options
+from trainkit.autolrs._plan import Search
 from trainkit.autolrs._plot import plot
 from trainkit.autolrs._race import Losses
 from trainkit.autolrs._schedule import LRSchedule, set_rate
@@ -122,13 +123,13 @@ class Tuner:
         check_where(snapshot)
         self._companions, self._modules, self._where = list(companions), list(modules), snapshot
         self._controller = Controller(
-            Settings(
+            Options(
                 low, high, stage_steps, trial_steps, candidates, budget, count, warmup_steps, backend, preset, seed
             )
         )
         self._total = total_steps
         self._step = 0
-        self._played: deque[float | Tensor] = deque()
+        self._shown: deque[float | Tensor] = deque()
         self._stream: Stream | None = None
         self._loaded: dict[str, Any] | None = None
 
@@ -140,7 +141,7 @@ class Tuner:
     @property
     def replaying(self) -> bool:
         """Whether kept trial steps are still to be yielded: the weights are already those after the last of them."""
-        return bool(self._played)
+        return bool(self._shown)
 
     @property
     def schedule(self) -> LRSchedule:
@@ -168,13 +169,13 @@ class Tuner:
             set_rng_state(self._loaded["rng"])
             self._loaded = None
         while self._step < controller.kept_total:
-            search = controller.due(self._step) if not self._played else None
+            search = controller.due(self._step) if not self._shown else None
             if search is not None:
                 self._search(search, stream)
             rate = controller.rate(self._step)
             set_rate(self.optimizer, rate, controller.ratios)
             batch = next(stream)
-            loss = torch.as_tensor(self._played.popleft()) if self._played else self.train_step(batch).detach()
+            loss = torch.as_tensor(self._shown.popleft()) if self._shown else self.train_step(batch).detach()
             kept = Kept(self._step, rate, loss)
             self._step += 1
             controller.kept = self._step
@@ -185,7 +186,7 @@ class Tuner:
         return {
             "controller": self._controller.state_dict(),
             "step": self._step,
-            "played": [float(v) for v in self._played],
+            "shown": [float(v) for v in self._shown],
             "stream": self._stream.state_dict() if self._stream else {"epoch": 0, "loader": None},
             "rng": rng_state(),
         }
@@ -193,14 +194,14 @@ class Tuner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up `state_dict`'s run at the next `run`."""
         self._controller.load_state_dict(state["controller"])
-        self._step, self._played = int(state["step"]), deque(state["played"])
+        self._step, self._shown = int(state["step"]), deque(state["shown"])
         self._loaded = state
 
     def _search(self, search: Search, stream: Stream) -> None:
         trials = _LoopTrials(self, search, stream)
         try:
             outcome = self._controller.search(search, trials)
-            self._played = deque(trials.settle(outcome.kept > 0))
+            self._shown = deque(trials.settle(outcome.committed > 0))
         except BaseException:
             trials.rewind()
             raise
@@ -218,6 +219,7 @@ class _LoopTrials:
 
     def __init__(self, tuner: Tuner, search: Search, stream: Stream) -> None:
         self._tuner, self._measure = tuner, tuner.loss
+        self.averaged = tuner.loss is not None
         self._batches = stream.peek(search.trial_steps)
         self._every = max(search.trial_steps // _POINTS, 1)
         count = min(max(search.trial_steps // _POINTS, 1), _MOST_HELD_OUT)

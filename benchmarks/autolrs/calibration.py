@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from trainkit.autolrs import forecast, paper_forecast
+from trainkit.autolrs import forecast
+from trainkit.autolrs._paper import paper_forecast
 
 Curve = Callable[[np.ndarray, int], np.ndarray]
 NOISES = (0.01, 0.05, 0.1)

@@ -13,18 +13,12 @@ import math
 import numpy as np
 import torch
 
-from trainkit.autolrs import (
-    Controller,
-    Forecast,
-    Losses,
-    LRSearch,
-    Rules,
-    Search,
-    Settings,
-    SkoptSearch,
-    paper_forecast,
-    race,
-)
+from trainkit.autolrs import Forecast, LRSearch, Options
+from trainkit.autolrs._controller import Controller
+from trainkit.autolrs._plan import Search
+from trainkit.autolrs._race import Ground, Losses, race
+from trainkit.autolrs._skopt import SkoptSearch
+from trainkit.autolrs.strategies import Forecasting, Paper
 
 H = np.geomspace(1e-2, 1.0, 50)
 NOISE, LOW, HIGH, TAU = 0.1, 1e-3, 1.9, 1000
@@ -41,6 +35,8 @@ def expected(x: np.ndarray, rate: float, steps: int, h: np.ndarray = H) -> float
 
 class Quadratic:
     """Trials on the quadratic; the same noise draws for every trial."""
+
+    averaged = True
 
     def __init__(self, x: np.ndarray, seed: int, steps: int, h: np.ndarray = H) -> None:
         self.x0, self.h = x, h
@@ -90,13 +86,13 @@ def searcher(arm, seed):
         return SkoptSearch(LOW, HIGH, seed)
     if arm == "oracle":
         return LRSearch(LOW, HIGH, seed)
-    controller = Controller(Settings(LOW, HIGH, stage_steps=TAU, warmup_steps=0, seed=seed))
+    controller = Controller(Options(LOW, HIGH, stage_steps=TAU, warmup_steps=0, seed=seed))
     controller.begin(3 * TAU, Blind())
     return controller
 
 
 def one(x, seed, arm, search, stage):
-    cold = stage == 0
+    cold, ground = stage == 0, Ground(0, lambda rate, step: rate)
     discards = 1000 if cold else math.floor(0.35 / 0.65 * TAU)
     if arm == "ours":
         start = search.kept = stage * TAU
@@ -104,15 +100,8 @@ def one(x, seed, arm, search, stage):
         outcome = search.search(Search(start, start + TAU, trial, most, discards), Quadratic(x, seed, TAU))
         return ended(x, seed, outcome)
     if arm == "paper":
-        rules = Rules(
-            0,
-            lambda rate, step: rate,
-            lambda steps, losses, horizon: paper_forecast(losses, horizon, steps=steps),
-            lambda lowest: lowest / 10,
-            halving=False,
-            keep=False,
-        )
-        return ended(x, seed, race(Quadratic(x, seed, TAU), search, Search(0, TAU, 100, 10, 1000), rules))
+        plan = Search(0, TAU, 100, 10, 1000)
+        return ended(x, seed, race(Quadratic(x, seed, TAU), Paper(search, TAU), plan, ground))
     if arm == "oracle":  # noise-free losses at the horizon, the same trial lengths and search
         plan = Search(0, TAU, ARGS.trial if cold else ARGS.later, 12 if cold else 7, discards)
         state = {}
@@ -127,8 +116,7 @@ def one(x, seed, arm, search, stage):
         def told(steps, losses, horizon):
             return Forecast(expected(x, state["rate"], TAU), 1e-9)
 
-        rules = Rules(0, lambda r, s: r, told, lambda lowest: lowest / 10)
-        return ended(x, seed, race(trials, search, plan, rules))
+        return ended(x, seed, race(trials, Forecasting(search, told, plan.trial_steps, TAU), plan, ground))
     raise ValueError(arm)
 
 

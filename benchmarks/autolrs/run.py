@@ -1,4 +1,4 @@
-"""Runs the arms that have no result yet, one JSON file each: `python benchmarks/autolrs/run.py --task digits`.
+"""Runs the arms that have no result yet, one JSON file each: `python benchmarks/autolrs/run.py --tasks digits`.
 
 Every optimizer step counts: an arm's budget is the task's number of steps in all, discarded ones included. A grid-tuned
 arm costs its grid; report.py says so. Interrupt at any time and call again.
@@ -7,6 +7,7 @@ arm costs its grid; report.py says so. Interrupt at any time and call again.
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -14,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tasks import TASKS, Task
+from library import LIBRARY, RUNS
+from tasks import REPORT, TASKS, Task
 from torch.utils._pytree import tree_leaves, tree_map
 
-from trainkit.autolrs import Tuner, set_rate
+from trainkit.autolrs import Tuner
+from trainkit.autolrs._prior import Prior
+from trainkit.autolrs._schedule import set_rate
 
 
 def valid_loss(task: Task) -> float:
@@ -108,7 +112,7 @@ def one_cycle(peak: float, steps: int) -> Callable[[int], float]:
 
 def found_rate(task: Task, optimizer: Any, steps: int = 100) -> float:
     """The usual range test: an exponential sweep, the steepest descent of the smoothed loss; undone afterwards."""
-    from trainkit.autolrs import Snapshot
+    from trainkit.autolrs._snapshot import Snapshot
 
     before = Snapshot([task.model], [optimizer])
     before.save()
@@ -131,12 +135,16 @@ def found_rate(task: Task, optimizer: Any, steps: int = 100) -> float:
     return rates[steepest]
 
 
-def tuned(task: Task, default: float, preset: str, seed: int, steps: int) -> Iterator[tuple[int, Any]]:
+def tuned(task: Task, name: str, default: float, preset: str, seed: int, steps: int) -> Iterator[tuple[int, Any]]:
     """Ours or the published algorithm; yields (steps charged so far, tuner)."""
     optimizer = task.optimizer(task.model, default)
     train_step = stepper(task, optimizer)
     kwargs: dict[str, Any] = {"preset": "paper", "stage_steps": max(steps // 12, 10)} if preset == "paper" else {}
+    # a library's task is run with the prior that was fitted without it
+    priors = json.loads(Path(__file__).with_name("prior-without.json").read_text())
     tuner = Tuner(task.model, optimizer, train_step, steps, loss=task.loss, count="all", seed=seed, **kwargs)
+    if preset != "paper" and name in priors:
+        tuner._controller._prior = Prior(**priors[name])
     for kept in tuner.run(task.loader):
         # While a kept trial is shown step by step, the weights are those at its end: not a point of the curve.
         if not tuner.replaying:
@@ -147,16 +155,16 @@ def arms(task: str) -> list[tuple[str, float]]:
     """(arm, factor on the default rate or the grid's rate)."""
     found: list[tuple[str, float]] = [(arm, f) for f in (1.0, 1 / 30, 30.0) for arm in ("ours", "paper", "constant")]
     found += [("finder+cosine", 1.0), ("one-cycle", 1.0), ("wsd", 1.0), ("prodigy", 1.0), ("schedule-free", 1.0)]
-    return found + [("cosine", rate) for rate in TASKS[task](0, "cpu").grid]
+    return found + [("cosine", rate) for rate in (TASKS | LIBRARY)[task](0, "cpu").grid]
 
 
-def curve_of(task: Task, arm: str, factor: float, seed: int) -> tuple[list[tuple[int, float]], dict[str, Any]]:
+def curve_of(task: Task, name: str, arm: str, factor: float, seed: int) -> tuple[list[tuple[int, float]], dict[str, Any]]:
     """[(steps charged, validation loss)] and notes; raises ImportError where a peer is not installed."""
     steps, peak, notes = task.steps, task.default * factor, {}
     curve = [(0, valid_loss(task))]
     if arm in ("ours", "paper"):
         last, tuner = 0, None
-        for charged, current in tuned(task, peak, arm, seed, steps):
+        for charged, current in tuned(task, name, peak, arm, seed, steps):
             tuner = current
             if charged // task.every > last // task.every or charged == steps:
                 curve.append((charged, valid_loss(task)))
@@ -168,8 +176,9 @@ def curve_of(task: Task, arm: str, factor: float, seed: int) -> tuple[list[tuple
             "discarded": h.discarded_steps,
             "forwards": h.extra_forwards,
             "search_seconds": h.search_seconds,
-            "stages": h.as_dict()["stages"],
-            "trials": h.as_dict()["trials"],
+            "decision_seconds": h.decision_seconds,
+            "asked": h.asked,
+            **{key: h.as_dict()[key] for key in ("stages", "searches", "trials")},
         }
         return curve, notes
     optimizer: Any = task.optimizer(task.model, peak)
@@ -212,34 +221,46 @@ def curve_of(task: Task, arm: str, factor: float, seed: int) -> tuple[list[tuple
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--task", choices=[*TASKS], required=True)
-    parser.add_argument("--seeds", type=int, default=None, help="default 5, for bytes 3")
-    parser.add_argument("--device", default=None)
+    parser.add_argument("--tasks", default="report,library", help="names, or report, library, bytes; comma-separated")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--arms", default=None, help="comma-separated, default all")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="no further arm begins after so long")
-    parser.add_argument("--share", default="0/1", help="I/N: of the runs still to do, every N-th from the I-th")
-    parser.add_argument("--out", type=Path, default=Path("runs/autolrs"))
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="on a CPU, of one thread each")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="no further run begins after so long")
+    parser.add_argument("--out", type=Path, default=RUNS / "runs")
     args = parser.parse_args()
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.out.mkdir(parents=True, exist_ok=True)
+    until = time.time() + args.seconds
+    groups = {"report": REPORT, "library": [*LIBRARY], "bytes": ["bytes"]}
+    names = [n for word in args.tasks.split(",") for n in groups.get(word, [word])]
+    todo = []
+    for seed in range(args.seeds):
+        for name in names:
+            for arm, factor in arms(name):
+                if args.arms is None or arm in args.arms.split(","):
+                    target = args.out / f"{name}.{arm}.{factor:.6g}.{seed}.json"
+                    todo.append((name, seed, arm, factor, args.device, target, until))
+    todo = [job for job in todo if not job[5].exists()]
+    if args.device != "cpu" or args.processes == 1:
+        for job in todo:
+            one_run(*job)
+        return
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
+        pool.starmap(one_run, todo, chunksize=1)
+
+
+def one_run(name: str, seed: int, arm: str, factor: float, device: str, target: Path, until: float) -> None:
+    """Runs an arm and writes its file, whole or not at all; a peer that is not installed is said and left out."""
+    if time.time() > until:
+        return
     if device == "cpu":
         torch.set_num_threads(1)
-    args.out.mkdir(parents=True, exist_ok=True)
-    end = time.perf_counter() + args.seconds
-    share, shares = (int(part) for part in args.share.split("/"))
-    todo = [(seed, *arm) for seed in range(args.seeds or (3 if args.task == "bytes" else 5)) for arm in arms(args.task)]
-    todo = [run for run in todo if not args.arms or run[1] in args.arms.split(",")]
-    targets = {run: args.out / "{}.{}.{:.6g}.{}.json".format(args.task, *run[1:], run[0]) for run in todo}
-    for run in [r for r in todo if not targets[r].exists()][share::shares]:
-        if time.perf_counter() < end:
-            one_run(args.task, *run, device, targets[run])
-
-
-def one_run(name: str, seed: int, arm: str, factor: float, device: str, target: Path) -> None:
-    """Runs an arm and writes its file, whole or not at all; a peer that is not installed is said and left out."""
     began = time.perf_counter()
-    task = TASKS[name](seed, device)
+    task = (TASKS | LIBRARY)[name](seed, device)
+    torch.manual_seed(seed)
     try:
-        curve, notes = curve_of(task, arm, factor, seed)
+        curve, notes = curve_of(task, name, arm, factor, seed)
     except ImportError as error:
         print(f"{target.name}: missing ({error})")
         return

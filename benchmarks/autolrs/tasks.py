@@ -371,3 +371,5 @@ TASKS = {
     "autoencoder": autoencoder,
     "waves": waves,
 }
+# Those of the last report that a CPU can run.
+REPORT = ["digits", "lstm", "teacher", "quadrics", "autoencoder", "waves"]

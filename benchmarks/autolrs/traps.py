@@ -16,7 +16,11 @@ from collections.abc import Sequence
 import numpy as np
 from quadratic import TAU, Blind, H, Quadratic, expected
 
-from trainkit.autolrs import Controller, Forecast, Losses, Outcome, Search, Settings, Trials
+from trainkit.autolrs import Forecast, Options
+from trainkit.autolrs._controller import Controller
+from trainkit.autolrs._plan import Search
+from trainkit.autolrs._race import Losses, Outcome, Trials
+from trainkit.autolrs.strategies import Forecasting
 
 JUMP = 30.0
 # As in quadratic.py: trials of at most 250 and 120 steps, at most 1000 and 538 discarded.
@@ -27,25 +31,30 @@ LATER = Search(TAU, 2 * TAU, 120, 7, math.floor(0.35 / 0.65 * TAU))
 class LastLosses(Controller):
     """No forecast: a trial is worth the mean of its last ten losses."""
 
-    def _forecast(self, steps: Sequence[float], losses: Sequence[float], horizon: float) -> Forecast:
-        return Forecast(float(np.mean(losses[-10:])), float(np.std(losses[-10:])) / math.sqrt(10.0))
+    def _strategy(self, search: Search) -> Forecasting:
+        def last(steps: Sequence[float], losses: Sequence[float], horizon: float) -> Forecast:
+            return Forecast(float(np.mean(losses[-10:])), float(np.std(losses[-10:])) / math.sqrt(10.0))
+
+        return Forecasting(self._backend, last, search.trial_steps, search.horizon - search.start)
 
 
 def controller(arm: str, low: float, high: float, seed: int) -> Controller:
     """Of a run of three stages."""
-    settings = Settings(low, high, stage_steps=TAU, preset="paper" if arm == "paper" else "default", seed=seed)
-    made = LastLosses(settings) if arm == "last" else Controller(settings)
+    options = Options(low, high, stage_steps=TAU, preset="paper" if arm == "paper" else "default", seed=seed)
+    made = LastLosses(options) if arm == "last" else Controller(options)
     made.begin(3 * TAU, Blind())
     return made
 
 
 def search(made: Controller, trials: Trials, plan: Search) -> Outcome:
     """The next stage's search; the published method's is of ten trials of a tenth of the stage."""
-    return made.search(Search(0, TAU, TAU // 10, 10, TAU) if made.settings.preset == "paper" else plan, trials)
+    return made.search(Search(0, TAU, TAU // 10, 10, TAU) if made.options.preset == "paper" else plan, trials)
 
 
 class Decoy:
     """Curves that depend on rate and step alone, and noise."""
+
+    averaged = True
 
     def __init__(self, seed: int) -> None:
         draw = np.random.default_rng(seed)

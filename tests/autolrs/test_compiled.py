@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from trainkit.autolrs import Snapshot, set_rate
+from trainkit.autolrs._schedule import set_rate
+from trainkit.autolrs._snapshot import Snapshot
 
 torch.set_num_threads(1)
 

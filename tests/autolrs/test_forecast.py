@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainkit.autolrs import Forecast, forecast, paper_forecast
+from trainkit.autolrs import Forecast, forecast
+from trainkit.autolrs._paper import paper_forecast
 
 WINDOW, HORIZON = np.arange(100.0), 1000.0
 RATES = (0.0003, 0.001, 0.003, 0.01, 0.03)

@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 from paths import BENCHMARKS
 
-from trainkit.autolrs import Forecast, Losses, LRSearch, Rules, Search, SkoptSearch, forecast, race
+from trainkit.autolrs import LRSearch, forecast
+from trainkit.autolrs._plan import Search
+from trainkit.autolrs._prior import default_prior
+from trainkit.autolrs._race import Ground, Losses, race
+from trainkit.autolrs._skopt import SkoptSearch
+from trainkit.autolrs.strategies import Bayesian, Forecasting, Paper, Situation
 
 
 def valley(best, floor=0.3):
@@ -98,6 +103,8 @@ def test_bad_ranges(low, high):
 class Bowl:
     """Trials on f = 1/2 sum h x^2 under SGD; counts what is restored and kept."""
 
+    averaged = True
+
     def __init__(self, poison=None):
         self.h, self.poison = np.geomspace(1e-2, 1.0, 10), poison
         self.x, self.taken, self.kept = np.ones(10), 0, None
@@ -124,137 +131,95 @@ class Bowl:
         return value
 
 
-def rules(**changes):
-    def forecaster(steps, losses, horizon):
-        return forecast(losses, horizon, steps=steps, floor=0.0)
+def forecaster(steps, losses, horizon):
+    return forecast(losses, horizon, steps=steps, floor=0.0)
 
-    return Rules(
-        **{"stage": 0, "rate_at": lambda r, s: r, "forecaster": forecaster, "fallback": lambda low: low / 10, **changes}
-    )
+
+def staged(trials, search, plan, **ground):
+    """A stage of a given length, as `stage_steps` has it."""
+    strategy = Forecasting(search, forecaster, plan.trial_steps, plan.horizon - plan.start)
+    return race(trials, strategy, plan, Ground(0, lambda rate, step: rate, **ground))
+
+
+def bayesian(trials, plan, *, present=0.1, usual=0.1, first=True, low=1e-3, high=1.9):
+    """The default's search of a run of 1000 steps."""
+    done = 0.0 if first else present * plan.start
+    left = 1000 - plan.start
+    at = Situation(first, done, 0.75 * left, left, left, plan.trial_steps, present, usual, present)
+    strategy = Bayesian(default_prior(), at, [], [], [], low, high, True)
+    return race(trials, strategy, plan, Ground(0, lambda rate, step: rate, done))
 
 
 def test_the_winner_is_kept_and_the_books_balance():
-    trials = Bowl()
-    outcome = race(trials, LRSearch(1e-3, 1.9), Search(100, 600, 48, 8, 300), rules())
-    kept = [r for r in outcome.trials if r.status == "kept"]
-    assert len(kept) == 1 and kept[0].rate == outcome.rate and kept[0].steps == outcome.kept == 48
-    assert trials.taken == outcome.kept + outcome.discarded == sum(r.steps for r in outcome.trials)
-    assert outcome.discarded <= 300
-    again = Bowl()
-    again.restart()
-    again.advance([outcome.rate] * 48)
-    assert np.array_equal(trials.kept, again.x)
-    assert all(r.loss_steps[0] == 100 and r.horizon == 600 for r in outcome.trials)
+    for search in (staged, bayesian):
+        trials = Bowl()
+        if search is staged:
+            outcome = staged(trials, LRSearch(1e-3, 1.9), Search(100, 600, 48, 8, 300))
+        else:
+            outcome = bayesian(trials, Search(100, 1000, 48, 8, 300), first=False)
+        kept = [r for r in outcome.trials if r.status == "committed"]
+        assert len(kept) == 1 and kept[0].rate == outcome.rate and kept[0].steps == outcome.committed == 48
+        assert trials.taken == outcome.committed + outcome.discarded == sum(r.steps for r in outcome.trials)
+        assert outcome.discarded <= 300
+        again = Bowl()
+        again.restart()
+        again.advance([outcome.rate] * 48)
+        assert np.array_equal(trials.kept, again.x)
+        assert all(r.loss_steps[0] == 100 for r in outcome.trials)
 
 
 def test_bad_trials_stop_early():
-    outcome = race(Bowl(), LRSearch(1e-3, 1.9), Search(0, 500, 64, 10, 10_000), rules())
+    outcome = staged(Bowl(), LRSearch(1e-3, 1.9), Search(0, 500, 64, 10, 10_000))
     assert any(r.status == "stopped" and r.steps < 64 for r in outcome.trials)
-    slow = race(Bowl(), LRSearch(1e-3, 1.9), Search(0, 500, 64, 10, 10_000), rules(halving=False))
-    assert all(r.steps == 64 for r in slow.trials)
 
 
 def test_diverging_trials_leave_the_others_alone():
-    outcome = race(Bowl(lambda rate: rate > 0.1), LRSearch(1e-3, 1.9), Search(0, 500, 40, 8, 1000), rules())
+    outcome = staged(Bowl(lambda rate: rate > 0.1), LRSearch(1e-3, 1.9), Search(0, 500, 40, 8, 1000))
     assert {r.status for r in outcome.trials if r.rate > 0.1} == {"diverged"}
-    assert outcome.kept == 40 and outcome.rate <= 0.1
+    assert outcome.committed == 40 and outcome.rate <= 0.1
 
 
-def test_all_diverging_falls_back_below_the_lowest():
-    outcome = race(Bowl(lambda rate: True), LRSearch(1e-3, 1.9), Search(0, 500, 40, 4, 1000), rules())
-    assert outcome.kept == 0 and outcome.rate == pytest.approx(min(r.rate for r in outcome.trials) / 10)
-    assert outcome.discarded == sum(r.steps for r in outcome.trials)
+def test_all_diverging_adopts_nothing():
+    for search in (
+        lambda t, p: staged(t, LRSearch(1e-3, 1.9), p),
+        bayesian,
+    ):
+        outcome = search(Bowl(lambda rate: True), Search(0, 500, 40, 4, 1000))
+        assert outcome.rate is None and outcome.committed == 0
+        assert outcome.discarded == sum(r.steps for r in outcome.trials)
 
 
-def test_a_known_rate_that_works_costs_nothing():
-    outcome = race(Bowl(), LRSearch(1e-3, 1.9), Search(0, 40, 40, 5, 160), rules(begin=0.1, look=True))
-    assert outcome.rate == 0.1 and outcome.kept == 40 and outcome.discarded == 0
+def test_the_first_two_rates_are_the_class_s_usual_one_and_the_user_s():
+    outcome = bayesian(Bowl(), Search(0, 1000, 40, 5, 160), present=0.01, usual=0.3)
+    assert [r.rate for r in outcome.trials[:2]] == pytest.approx([0.3, 0.01])
 
 
-def test_a_known_rate_that_does_not_work_is_lowered():
-    trials = Bowl(lambda rate: rate > 0.02)
-    outcome = race(trials, LRSearch(1e-3, 1.9), Search(0, 40, 40, 5, 160), rules(begin=0.1, look=True))
-    assert [r.status for r in outcome.trials] == ["diverged", "diverged", "kept"]
-    assert outcome.rate == pytest.approx(0.01) and outcome.kept == 40
+def test_a_rate_of_which_nothing_is_known_is_found_below_those_that_diverge():
+    """The descent goes down as far as `low`."""
+    outcome = bayesian(Bowl(lambda rate: rate > 2e-5), Search(0, 1000, 40, 6, 400), present=0.1, low=1e-5, high=1.0)
+    assert outcome.rate is not None and outcome.rate <= 2e-5
 
 
-def test_a_known_rate_that_shakes_stays_when_a_lower_one_is_worse():
-    """Its loss comes back by half; what is slower falls less far, and what is slower still is not tried."""
-
-    class Shaken(Bowl):
-        def advance(self, rates):
-            self.at += len(rates)
-            slow, early = rates[0] < 0.05, self.at <= 10
-            return Losses((self.at,), (1.25 - 0.001 * self.at if slow else 0.02 if early else 0.8,))
-
-    outcome = race(Shaken(), LRSearch(1e-5, 1.9), Search(0, 40, 40, 5, 160), rules(begin=0.1, look=True))
-    assert [r.rate for r in outcome.trials] == pytest.approx([0.1, 10**-1.5])
-    assert outcome.rate == 0.1 and outcome.kept == 40 and 0 < outcome.discarded <= 40
+def test_the_model_is_asked_and_each_rate_has_a_forecast():
+    outcome = bayesian(Bowl(), Search(0, 1000, 40, 5, 160))
+    assert outcome.asked >= 1 and outcome.reason
+    healthy = [r for r in outcome.trials if r.status != "diverged"]
+    assert all(math.isfinite(r.mean) and r.std >= 0 for r in healthy)
 
 
-def decide(trials, **changes):
-    """A deciding search after a first one at 0.01, its trials' last ten steps annealed."""
-    settings = {"begin": 0.01, "low": 1e-5, "high": 1.0, "fallen": 1.0, **changes}
-    return race(trials, LRSearch(1e-5, 1.0), Search(100, 130, 30, 5, 150, decay=10), rules(**settings))
-
-
-class Peak(Bowl):
-    """The loss at a trial's end is least at 0.1."""
-
-    def __init__(self, start=1.4):
-        super().__init__()
-        self.rates, self.start = [], start
-
-    def restart(self):
-        super().restart()
-        return Losses((0,), (self.start,))
-
-    def advance(self, rates):
-        self.rates += rates
-        self.at += len(rates)
-        top = max(self.rates[-self.at :])
-        return Losses((self.at,), (0.5 + 0.3 * abs(math.log10(top) + 1.0),))
-
-
-def test_deciding_trials_fall_to_zero_and_climb_until_one_is_worse():
-    trials = Peak()
-    outcome = decide(trials)
-    assert [r.rate for r in outcome.trials] == pytest.approx([0.01, 10**-1.5, 0.1, 10**-0.5])
-    assert outcome.rate == pytest.approx(0.1) and outcome.kept == 30 and outcome.discarded == 90
-    first = np.array(trials.rates[:30]) / 0.01
-    assert first == pytest.approx([1.0] * 20 + [(10 - i) / 11 for i in range(10)])
-
-
-def test_a_climb_ends_at_the_range_s_end():
-    outcome = decide(Peak(), high=0.05)
-    assert [r.rate for r in outcome.trials] == pytest.approx([0.01, 10**-1.5, 0.05])
-    assert outcome.rate == 0.05 and outcome.discarded == 60
-
-
-def test_on_a_plateau_a_climb_begins_with_a_faster_rate():
-    """What the present one does there is known; it is tried after all when the faster one does harm."""
-    outcome = decide(Peak(), lean=lambda loss: 1e-6)
-    assert [r.rate for r in outcome.trials] == pytest.approx([10**-1.5, 0.1, 10**-0.5])
-    assert outcome.rate == pytest.approx(0.1) and outcome.discarded == 60
-    outcome = decide(Peak(0.6), lean=lambda loss: 1e-6, begin=0.1, left=lambda loss: 0.1)
-    assert [r.rate for r in outcome.trials] == pytest.approx([10**-0.5, 0.1])
-    assert outcome.trials[0].status == "stopped" and outcome.rate == 0.1
-
-
-def test_on_a_plateau_the_faster_of_two_that_look_alike_is_taken():
-    class Flat(Bowl):
-        def advance(self, rates):
-            self.at += len(rates)
-            self.top = rates[0] if self.at == len(rates) else self.top
-            return Losses((self.at,), (0.5 + 0.004 * (2 + math.log10(self.top)),))
-
-    class Start(Flat):
+def test_nothing_depends_on_the_loss_s_unit():
+    class Scaled(Bowl):
         def restart(self):
-            super().restart()
-            return Losses((0,), (0.51,))
+            first = super().restart()
+            return Losses(first.steps, tuple(1e6 * v - 3e5 for v in first.values))
 
-    assert decide(Start()).rate == pytest.approx(0.01)
-    assert decide(Start(), lean=lambda loss: 0.01).rate > 0.01
+        def advance(self, rates):
+            new = super().advance(rates)
+            return Losses(new.steps, tuple(1e6 * v - 3e5 for v in new.values))
+
+    plain, scaled = (bayesian(kind(), Search(0, 1000, 40, 5, 160)) for kind in (Bowl, Scaled))
+    assert [r.rate for r in plain.trials] == pytest.approx([r.rate for r in scaled.trials])
+    assert plain.rate == pytest.approx(scaled.rate)
 
 
 def test_a_decoy_is_not_chosen():
@@ -271,7 +236,7 @@ def test_a_decoy_is_not_chosen():
 
     fooled = 0
     for seed in range(10):
-        outcome = race(Decoy(), LRSearch(1e-5, 1.0, seed), Search(0, 1000, 100, 8, 10_000), rules())
+        outcome = staged(Decoy(), LRSearch(1e-5, 1.0, seed), Search(0, 1000, 100, 8, 10_000))
         fooled += outcome.rate < 3e-3
     assert fooled <= 1
 
@@ -291,18 +256,15 @@ def test_a_rate_that_exploded_is_not_forecast_back():
             super().restart()
             return Losses((0,), (0.1,))
 
-    outcome = race(Bomb(), LRSearch(1e-3, 1.0), Search(0, 1000, 64, 6, 10_000), rules(fallen=0.5))
+    outcome = staged(Bomb(), LRSearch(1e-3, 1.0), Search(0, 1000, 64, 6, 10_000), fallen=0.5)
     assert outcome.rate < 0.1
 
 
-def test_point_forecasts_without_spread_do_not_break_the_race():
+def test_the_published_search_keeps_no_trial():
     outcome = race(
-        Bowl(),
-        SkoptSearch(1e-3, 1.9),
-        Search(0, 500, 10, 4, 1000),
-        rules(forecaster=lambda s, v, h: Forecast(v[-1], 0.0), halving=False, keep=False),
+        Bowl(), Paper(SkoptSearch(1e-3, 1.9), 500), Search(0, 500, 10, 4, 1000), Ground(0, lambda rate, step: rate)
     )
-    assert outcome.kept == 0 and outcome.discarded == 40
+    assert outcome.committed == 0 and outcome.discarded == 40 and outcome.rate in [r.rate for r in outcome.trials]
 
 
 def test_a_fall_of_which_little_is_known_is_not_forecast_to_rise():
@@ -343,7 +305,7 @@ def test_a_faster_trial_that_rebounds_does_not_speak_against_a_slower_one():
 
     search = LRSearch(1e-3, 1.0)
     search.next_stage(0.3)
-    outcome = race(Rebound(), search, Search(0, 1000, 100, 2, 10_000), rules())
+    outcome = staged(Rebound(), search, Search(0, 1000, 100, 2, 10_000))
     assert [r.rate for r in outcome.trials] == pytest.approx([0.3, 0.3 * 10**0.5])
     assert outcome.trials[0].mean < 0.5 and outcome.rate == pytest.approx(0.3)
 

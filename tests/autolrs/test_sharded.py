@@ -6,7 +6,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from trainkit.autolrs import Snapshot, Tuner
+from trainkit.autolrs import Tuner
+from trainkit.autolrs._snapshot import Snapshot
 
 
 def build():

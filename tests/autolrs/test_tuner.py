@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from trainkit.autolrs import History, Settings, Stream, Tuner, plan
+from trainkit.autolrs import History, Options, Tuner
+from trainkit.autolrs._plan import plan
+from trainkit.autolrs._stream import Stream
 
 torch.set_num_threads(1)
 
@@ -53,34 +55,6 @@ def build(total=200, measured=True, **arguments):
 
     tuner = Tuner(model, optimizer, train_step, total, loss=loss_of if measured else None, count="all", **arguments)
     return model, optimizer, tuner, used
-
-
-def test_near_a_floor_no_faster_rate_is_forgiven_its_noise():
-    """A quadratic under noise, of whose fall a thousandth is left: 1.0 ends at three times the best rate's loss, 0.3 at 1.8."""
-    curvature = torch.logspace(-2, 0, 50, dtype=torch.float64)
-    model = nn.ParameterList([nn.Parameter(torch.ones(50, dtype=torch.float64))])
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-
-    def loss(model, noise):
-        return 0.5 * (curvature * model[0] ** 2).sum()
-
-    def train_step(noise):
-        optimizer.zero_grad()
-        (loss(model, noise) + (noise * model[0]).sum()).backward()
-        optimizer.step()
-        return loss(model, noise)
-
-    def noises():
-        draw = torch.Generator().manual_seed(0)
-        while True:
-            yield 0.1 * torch.randn(50, generator=draw, dtype=torch.float64)
-
-    tuner = Tuner(model, optimizer, train_step, 3000, loss=loss, high=1.9)
-    steps = tuner.run(noises())
-    while tuner.history.stages == () or tuner.history.stages[-1].start == 0:
-        next(steps)
-    assert tuner.history.trials[-1].rate == pytest.approx(1.0)
-    assert tuner.history.stages[-1].rate == pytest.approx(10**-0.5)
 
 
 @pytest.mark.parametrize("measured", [True, False], ids=["held-out losses", "training losses"])
@@ -172,21 +146,19 @@ def test_stream_looks_ahead_and_remembers():
 @pytest.mark.parametrize("total", [1, 10, 60, 100, 300, 1000, 5000, 100_000])
 @pytest.mark.parametrize("budget", [0.05, 0.35, 0.6])
 def test_plans_hold_their_budget_and_end_annealed(count, total, budget):
-    made = plan(Settings(count=count, budget=budget), total)
-    discards = sum(s.discards for s in made.searches)
-    kept = total if count == "kept" else total - discards
-    assert discards <= budget * (kept + discards) + 1
+    made = plan(Options(count=count, budget=budget), total)
+    kept = total if count == "kept" else total - made.discards
+    assert made.discards <= budget * (kept + made.discards) + 1
     for search, end in zip(made.searches, [*(s.start for s in made.searches), kept][1:], strict=False):
         assert search.start + search.trial_steps <= end and search.trial_steps >= 8
-        assert 2 * search.trial_steps <= search.discards
-    assert made.anneal_start(kept) <= kept
+        assert 2 * search.trial_steps <= search.discards <= made.discards
     if made.searches:
-        assert made.anneal_start(kept) < kept
+        assert made.anneal_start(kept, made.searches[-1].start) < kept
     assert made.warmup_steps == round(0.02 * total)
 
 
 def test_the_papers_plan():
-    made = plan(Settings(preset="paper"), 200_000)
+    made = plan(Options(preset="paper"), 200_000)
     stages = [s.horizon - s.start for s in made.searches]
     assert stages[:5] == [1000, 2000, 4000, 8000, 8000] and not made.anneal and made.warmup_steps == 0
     assert all(s.trial_steps * 10 == s.horizon - s.start and s.candidates == 10 for s in made.searches)

@@ -7,20 +7,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from trainkit.autolrs import (
-    Controller,
-    History,
-    LRSchedule,
-    Settings,
-    Where,
-    check_where,
-    plot,
-    rng_state,
-    set_rate,
-    set_rng_state,
-)
+from trainkit.autolrs import History, LRSchedule, Options
+from trainkit.autolrs._controller import Controller
+from trainkit.autolrs._plot import plot
+from trainkit.autolrs._schedule import set_rate
+from trainkit.autolrs._snapshot import Where, check_where, rng_state, set_rng_state
 from trainkit.integrations.lightning._lookahead import Lookahead
-from trainkit.integrations.lightning._replay import Playback
+from trainkit.integrations.lightning._replay import Replay
 from trainkit.integrations.lightning._trials import SearchLoss, TrainerTrials
 
 if TYPE_CHECKING:
@@ -108,14 +101,14 @@ class AutoLRS(Callback):
         snapshot: Where = "device",
     ) -> None:
         super().__init__()
-        self._settings = Settings(
+        self._options = Options(
             low, high, stage_steps, trial_steps, candidates, budget, count, warmup_steps, backend, preset, seed
         )
         self._loss: SearchLoss = "train" if preset == "paper" and search_loss == "auto" else search_loss
         self._where: Where = snapshot
         self._controller: Controller | None = None
         self._loaded: dict[str, Any] | None = None
-        self._playback = Playback()
+        self._replay = Replay()
         self._rng: dict[str, Any] | None = None
         self._states: list[Any] | None = None
         # Kept step from which a hook has more to do than to count and to set the rate.
@@ -146,7 +139,7 @@ class AutoLRS(Callback):
         """Checks the arguments and the Trainer."""
         if stage != "fit":
             return
-        self._settings.check()
+        self._options.check()
         check_where(self._where)
         if self._loss not in ("auto", "train") and not callable(self._loss):
             raise ValueError(
@@ -162,7 +155,7 @@ class AutoLRS(Callback):
                 "AutoLRS runs the optimizer steps of trials itself, but the module has automatic_optimization=False: "
                 "use automatic optimisation, or trainkit.autolrs.Tuner in your own loop"
             )
-        self._controller, self._event = Controller(self._settings), 0.0
+        self._controller, self._event = Controller(self._options), 0.0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts back the random numbers of a checkpoint taken at an epoch's end, before the next epoch is shuffled."""
@@ -200,7 +193,7 @@ class AutoLRS(Callback):
                 "not be those of the uninterrupted run; use a stateful loader, or checkpoints from epochs' ends"
             )
         if self._loaded:
-            self._playback.start(trainer, Playback.from_state(self._loaded["playback"]))
+            self._replay.start(trainer, Replay.from_state(self._loaded["replay"]))
             self._loaded = None
         if self._rng:
             self._restore_rng(trainer)
@@ -213,7 +206,7 @@ class AutoLRS(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Searches if it is time; sets the step's rate."""
         controller, step = self._ready(), trainer.global_step
-        if step >= self._event and not self._playback and self._window_starts(trainer):
+        if step >= self._event and not self._replay and self._window_starts(trainer):
             search = controller.due(step)
             if search is not None:
                 self._search(trainer, batch, search)
@@ -227,9 +220,9 @@ class AutoLRS(Callback):
         controller.kept = trainer.global_step
         if controller.kept < self._event:
             return
-        self._playback.batch_ended()
+        self._replay.batch_ended()
         self._states, self._event = None, 0.0
-        if not self._playback:
+        if not self._replay:
             coming = controller.next_start
             if controller.kept == coming:
                 self._remember_loader(trainer)
@@ -242,7 +235,7 @@ class AutoLRS(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leaves the Trainer as it was."""
-        self._playback.stop()
+        self._replay.stop()
         bar = trainer.progress_bar_callback
         if bar is not None:
             vars(bar).pop("get_metrics", None)
@@ -260,7 +253,7 @@ class AutoLRS(Callback):
         """Plan, record, search and the kept steps still to be shown to the loop."""
         if self._controller is None:
             return {}
-        return {"controller": self._controller.state_dict(), "playback": self._playback.state()}
+        return {"controller": self._controller.state_dict(), "replay": self._replay.state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up `state_dict`'s run."""
@@ -301,12 +294,12 @@ class AutoLRS(Callback):
         try:
             with trials.quiet():
                 outcome = controller.search(search, trials, lambda text: self._show(trainer, text))
-                played = trials.settle(kept=outcome.kept > 0)
+                replayed = trials.settle(kept=outcome.committed > 0)
         except BaseException:
             trials.rewind()
             raise
         controller.note_forwards(trials.forwards)
-        self._playback.start(trainer, played)
+        self._replay.start(trainer, replayed)
         self._bound_steps(trainer)
         self._show(trainer, f"stage {len(controller.history.stages)} lr {outcome.rate:.1e}")
         for logger in trainer.loggers:
@@ -318,7 +311,7 @@ class AutoLRS(Callback):
 
     def _bound_steps(self, trainer: Trainer) -> None:
         """With count="all", discarded steps shorten the run."""
-        if self._settings.count == "all":
+        if self._options.count == "all":
             trainer.fit_loop.epoch_loop.max_steps = self._ready().kept_total
 
     def _watch(self, trainer: Trainer) -> None:

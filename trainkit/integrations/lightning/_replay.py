@@ -1,4 +1,4 @@
-"""The kept trial's steps, shown to the Trainer once more without being computed again."""
+"""The committed trial's steps, shown to the Trainer once more without being computed again."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from trainkit.integrations.lightning._trials import Played, followers
+from trainkit.integrations.lightning._trials import Recorded, averagers
 
 
-class Playback:
-    """Lets the loop walk over batches that a kept trial has already trained on.
+class Replay:
+    """Lets the loop walk over batches that a committed trial has already trained on.
 
     While it is attached, an optimisation step returns what the trial's step returned and counts as a step; the
     module's own batch hooks and the weight-averaging callbacks, which lived through the trial, are not called again.
@@ -19,15 +19,15 @@ class Playback:
     """
 
     def __init__(self) -> None:
-        self._queue: deque[Played] = deque()
+        self._queue: deque[Recorded] = deque()
         self._undo: list[Callable[[], None]] = []
 
     def __len__(self) -> int:
         return len(self._queue)
 
-    def start(self, trainer: Any, played: Sequence[Played]) -> None:
-        """Attaches to the loop for the next `len(played)` batches."""
-        self._queue = deque(played)
+    def start(self, trainer: Any, recorded: Sequence[Recorded]) -> None:
+        """Attaches to the loop for the next `len(recorded)` batches."""
+        self._queue = deque(recorded)
         if not self._queue:
             return
         loop = trainer.fit_loop.epoch_loop
@@ -39,7 +39,7 @@ class Playback:
         self._shadow(loop.automatic_optimization, "run", run)
         for name in ("on_train_batch_start", "on_train_batch_end"):
             self._shadow(module, name, _nothing)
-        for callback in followers(trainer):
+        for callback in averagers(trainer):
             self._shadow(callback, "on_train_batch_end", _nothing)
 
     def batch_ended(self) -> None:
@@ -57,19 +57,19 @@ class Playback:
         """What is left, for a checkpoint: losses and logged numbers (metric objects and other outputs are not kept)."""
         return [
             {
-                "loss": _number(played.outputs.get("loss")),
+                "loss": _number(recorded.outputs.get("loss")),
                 "logs": [
-                    [fx, [_number(a) for a in args], kwargs] for fx, args, kwargs in played.logs if _plain(args, kwargs)
+                    [fx, [_number(a) for a in args], kwargs] for fx, args, kwargs in recorded.logs if _plain(args, kwargs)
                 ],
             }
-            for played in self._queue
+            for recorded in self._queue
         ]
 
     @staticmethod
-    def from_state(state: Sequence[dict[str, Any]]) -> list[Played]:
+    def from_state(state: Sequence[dict[str, Any]]) -> list[Recorded]:
         """The inverse of `state`."""
         return [
-            Played(
+            Recorded(
                 {} if entry["loss"] is None else {"loss": torch.tensor(entry["loss"])},
                 [(fx, tuple(args), dict(kwargs)) for fx, args, kwargs in entry["logs"]],
             )
@@ -77,17 +77,17 @@ class Playback:
         ]
 
     def _step(self, loop: Any, module: Any) -> dict[str, Any]:
-        played = self._queue.popleft()
+        recorded = self._queue.popleft()
         progress = loop.automatic_optimization.optim_progress.optimizer
         if not loop._should_accumulate():
             progress.step.increment_ready()
             progress.step.increment_completed()
         before = module._current_fx_name
-        for fx, args, kwargs in played.logs:
+        for fx, args, kwargs in recorded.logs:
             module._current_fx_name = fx
             module.log(*args, **kwargs)
         module._current_fx_name = before
-        return played.outputs
+        return recorded.outputs
 
     def _shadow(self, holder: Any, name: str, replacement: Callable[..., Any]) -> None:
         held = vars(holder)

@@ -11,17 +11,11 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from trainkit.autolrs import (
-    Losses,
-    Search,
-    Snapshot,
-    WeightAverage,
-    Where,
-    rng_state,
-    set_rate,
-    set_rng_state,
-    unseen,
-)
+from trainkit.autolrs._average import WeightAverage
+from trainkit.autolrs._plan import Search
+from trainkit.autolrs._race import Losses
+from trainkit.autolrs._schedule import set_rate
+from trainkit.autolrs._snapshot import Snapshot, Where, rng_state, set_rng_state, unseen
 from trainkit.integrations.lightning._lookahead import Item, Lookahead, all_batches
 
 T = TypeVar("T")
@@ -33,14 +27,14 @@ _MOST_HELD_OUT = 8
 
 
 @dataclass
-class Played:
-    """What a kept trial step showed to the loop: played back when the Trainer reaches its batch."""
+class Recorded:
+    """What a kept trial step showed to the loop: replayed when the Trainer reaches its batch."""
 
     outputs: dict[str, Any]
     logs: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
 
 
-def followers(trainer: Any) -> list[Any]:
+def averagers(trainer: Any) -> list[Any]:
     """Callbacks that hold a model of their own (weight averages): they must live through the kept trial's steps."""
     return [
         c for c in trainer.callbacks if any(isinstance(v, torch.nn.Module) for v in vars(c).values()) or _averages(c)
@@ -52,7 +46,7 @@ def _averages(callback: Any) -> bool:
 
 
 class _CallbackState:
-    """A follower's own numbers as a companion of the snapshot."""
+    """A weight-averaging callback's own numbers as a companion of the snapshot."""
 
     def __init__(self, callback: Any) -> None:
         self._callback = callback
@@ -91,7 +85,7 @@ class TrainerTrials:
         self._trainer, self._module = trainer, trainer.lightning_module
         self._loop = trainer.fit_loop.epoch_loop
         self._ratios, self._loss = ratios, search_loss
-        self._followers = followers(trainer)
+        self._averagers = averagers(trainer)
         self._progress = [self._loop.batch_progress, self._loop.automatic_optimization.optim_progress]
         self._begun = [copy.deepcopy(p.state_dict()) for p in self._progress]
         self._batches = self._fetch(fetcher, batch, search.trial_steps)
@@ -101,11 +95,12 @@ class TrainerTrials:
         self._best = self._snapshot(where)
         self._before.save()
         self._average = None if search_loss == "train" else WeightAverage(self._module)
+        self.averaged = search_loss != "train"
         self.forwards = 0
         self._first: Losses | None = None
         self._at, self._steps = 0, 0
-        self._played: list[Played] = []
-        self._kept: list[Played] = []
+        self._recorded: list[Recorded] = []
+        self._kept: list[Recorded] = []
         self._kept_is_live = False
 
     # -- what the race asks for
@@ -144,7 +139,7 @@ class TrainerTrials:
     def keep(self) -> None:
         """See `Trials`."""
         self._best.save()
-        self._kept, self._kept_is_live = self._played, True
+        self._kept, self._kept_is_live = self._recorded, True
 
     def agree(self, value: T) -> T:
         """See `Trials`."""
@@ -152,7 +147,7 @@ class TrainerTrials:
 
     # -- around the race
 
-    def settle(self, kept: bool) -> list[Played]:
+    def settle(self, kept: bool) -> list[Recorded]:
         """Leaves the kept trial's end state (or the one before the search) and returns what its steps showed."""
         if not kept:
             self.rewind()
@@ -166,7 +161,7 @@ class TrainerTrials:
         """Back to the state before the search."""
         self._before.restore()
         self._rewind_progress()
-        self._at, self._steps, self._played = 0, 0, []
+        self._at, self._steps, self._recorded = 0, 0, []
         if self._average is not None:
             self._average.reset()
 
@@ -190,8 +185,8 @@ class TrainerTrials:
 
     def _snapshot(self, where: Where) -> Snapshot:
         trainer = self._trainer
-        models = [v for c in self._followers for v in vars(c).values() if isinstance(v, torch.nn.Module)]
-        companions: list[Any] = [trainer.precision_plugin, *(_CallbackState(c) for c in self._followers)]
+        models = [v for c in self._averagers for v in vars(c).values() if isinstance(v, torch.nn.Module)]
+        companions: list[Any] = [trainer.precision_plugin, *(_CallbackState(c) for c in self._averagers)]
         hook_state = getattr(trainer.strategy, "_ddp_comm_state", None)  # error feedback of a compressing hook
         if hasattr(hook_state, "state_dict") and hasattr(hook_state, "load_state_dict"):
             companions.append(hook_state)
@@ -249,18 +244,18 @@ class TrainerTrials:
                 loop.batch_progress.is_last_batch = item.last
                 loop.batch_progress.increment_ready()
             index = loop.batch_idx
-            self._played.append(Played({}))
+            self._recorded.append(Recorded({}))
             self._hook("on_train_batch_start", batch, index)
             loop.batch_progress.increment_started()
             for optimizer in trainer.optimizers:
                 set_rate(optimizer, rate, self._ratios)
             kwargs = loop._build_kwargs(OrderedDict(), batch, index)
             outputs = loop.automatic_optimization.run(trainer.optimizers[0], index, kwargs)
-            self._played[-1].outputs = outputs
+            self._recorded[-1].outputs = outputs
             if outputs:
                 losses.append(outputs["loss"])
             loop.batch_progress.increment_processed()
-            for callback in self._followers:
+            for callback in self._averagers:
                 callback.on_train_batch_end(trainer, module, outputs, batch, index)
             self._hook("on_train_batch_end", outputs, batch, index)
             loop.batch_progress.increment_completed()
@@ -286,12 +281,12 @@ class TrainerTrials:
         module = self._module
         average = self._average
         assert average is not None
-        played, self._played = self._played, []
+        recorded, self._recorded = self._recorded, []
         try:
             with unseen(module), average.applied(), self._trainer.precision_plugin.train_step_context():
                 total = torch.stack([self._held_out_loss(batch) for batch in self._held_out]).mean()
         finally:
-            self._played = played
+            self._recorded = recorded
         self.forwards += len(self._held_out)
         return total
 
@@ -312,10 +307,10 @@ class TrainerTrials:
         return [float(v) for v in self._trainer.strategy.reduce(stacked, reduce_op="mean").tolist()]
 
     def _record(self, *args: Any, **kwargs: Any) -> None:
-        if self._played:
+        if self._recorded:
             args = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
             kwargs = {k: v.detach() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
-            self._played[-1].logs.append((self._module._current_fx_name or "training_step", args, kwargs))
+            self._recorded[-1].logs.append((self._module._current_fx_name or "training_step", args, kwargs))
 
     def _rewind_progress(self) -> None:
         for progress, state in zip(self._progress, self._begun, strict=True):
