@@ -11,9 +11,8 @@ from torch import nn
 
 from trainkit.autolrs import LRSchedule
 from trainkit.autolrs._average import WeightAverage
-from trainkit.autolrs._schedule import group_ratios, set_rate
+from trainkit.autolrs._schedule import Piece, group_ratios, set_rate
 from trainkit.autolrs._snapshot import Snapshot
-from trainkit.autolrs._schedule import Piece
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits for the first
 
