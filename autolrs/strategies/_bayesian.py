@@ -184,13 +184,14 @@ class Bayesian:
         return -math.log(max(1.0 - steps / max(self._at.left, steps + 1), 1e-9))
 
     def _near(self, x: float) -> bool:
-        """Whether a rate is within reach: of those that worked, or between them and those that did not."""
-        works = [math.log10(t.rate) for t in self._trials if self._works(t)]
-        fails = [math.log10(t.rate) for t in self._trials if t.diverged or (t.ended and not self._works(t))]
+        """Whether a rate is within reach: of those whose loss fell, or between them and those that failed."""
+        ended = [t for t in self._trials if t.ended and not t.diverged]
+        fell = [math.log10(t.rate) for t in ended if self._works(t) or t.losses[-1] <= t.losses[0]]
+        fails = [math.log10(t.rate) for t in self._trials if t.diverged or (t.ended and math.log10(t.rate) not in fell)]
         most = min(fails, default=math.inf) - _APART
-        if not works:
+        if not fell:
             return x <= most
-        return min(works) - _REACH <= x <= max(max(works) + _REACH, most if fails else -math.inf)
+        return min(fell) - _REACH <= x <= max(max(fell) + _REACH, most if fails else -math.inf)
 
     def _apart(self, x: float) -> bool:
         return all(abs(x - math.log10(t.rate)) >= _APART for t in self._trials)

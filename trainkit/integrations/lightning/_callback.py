@@ -196,7 +196,8 @@ class AutoLRS(Callback):
             _say(
                 "AutoLRS sets the learning rates: the module's LR scheduler goes on stepping, but its rates are overwritten"
             )
-        enders = [type(c).__name__ for c in trainer.callbacks if type(c).__name__ in ("EarlyStopping", "Timer")]
+        callbacks: list[Any] = vars(trainer)["callbacks"]
+        enders = [type(c).__name__ for c in callbacks if type(c).__name__ in ("EarlyStopping", "Timer")]
         if enders and not self._loaded and controller.plan and controller.plan.searches:
             _say(
                 f"AutoLRS anneals towards step {int(total)}: a run that {' or '.join(enders)} ends before stays at the rate it "
@@ -427,7 +428,7 @@ def _steps_between_validations(trainer: Any) -> int | None:
     batches = trainer.val_check_batch
     if trainer.check_val_every_n_epoch not in (None, 1):
         batches = batches * trainer.check_val_every_n_epoch
-    return max(int(batches) // trainer.accumulate_grad_batches, 1)
+    return max(int(batches) // int(trainer.accumulate_grad_batches), 1)
 
 
 def _say(text: str) -> None:
