@@ -77,7 +77,7 @@ class Belief:
         grid = np.linspace(low, high, max(round((high - low) / _STEP), 1) + 1)
         self.grid = np.concatenate([grid, tried])
         self._tried = len(grid) + np.arange(len(tried))
-        critical = np.arange(low - 1.0, high + 2.0, _CRITICAL_STEP)
+        critical: Array = np.asarray(np.arange(low - 1.0, high + 2.0, _CRITICAL_STEP), dtype=np.float64)
         log_weight = sum((_log_known(critical, k) for k in known), np.zeros(len(critical)))
         mean = self._mean(critical, self.grid)  # [M, G]
         hazard = self._hazard(mean)

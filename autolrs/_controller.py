@@ -77,6 +77,11 @@ class Controller:
             ValueError: the checkpoint's run had another length.
         """
         if self.plan is None:
+            if not all(isinstance(g["lr"], int | float | torch.Tensor) for g in optimizer.param_groups):
+                raise ValueError(
+                    f"AutoLRS sets every group's rate, but {type(optimizer).__name__} has lr=None and makes its own: give it "
+                    "a number (and relative_step=False)"
+                )
             self.ratios = tuple(group_ratios(optimizer))
             self._default = max(float(g.get("initial_lr", g["lr"])) for g in optimizer.param_groups)
             self._usual = known_rate(optimizer)
@@ -220,6 +225,13 @@ class Controller:
         self._record = replace(self._record, stages=(*stages, StageRecord(step, steps, now, True)))
         self._schedule = None
 
+    def follow_groups(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Takes in parameter groups that were added since the start: their rate over the one in force is their ratio."""
+        rate = self.rate(step)
+        added = [float(g["lr"]) for g in optimizer.param_groups[len(self.ratios) :]]
+        self.ratios = (*self.ratios, *(lr / rate if rate > 0.0 else 1.0 for lr in added))[: len(optimizer.param_groups)]
+        self._schedule = None
+
     # -- searches
 
     def _strategy(self, search: Search) -> Strategy:
@@ -245,6 +257,7 @@ class Controller:
         situation = Situation(
             first=search.start == 0,
             done=self._done(search.start),
+            fallen=self._fallen(),
             ahead=annealed - search.start + (end - annealed) / 2.0,
             left=end - search.start,
             until=(self.plan.searches[1].start if search.start == 0 and len(self.plan.searches) > 1 else end)

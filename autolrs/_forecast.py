@@ -214,16 +214,19 @@ def forecast(
     Args:
         losses: [n] loss values, any scale and offset; non-finite ones inside the curve are dropped.
         horizon: step to forecast, on the axis of `steps`.
-        steps: [n] increasing step numbers of the losses, default 0, 1, ...
+        steps: [n] step numbers of the losses in any order, default 0, 1, ...
         floor: a value that the noise-free loss cannot fall below (0 for a cross entropy), if known.
 
     Returns:
         The forecast. A curve that ends in nan or inf, or has no finite loss, diverged: mean and std are inf. One
         loss is its own forecast with std inf; two are forecast by the last, with twice their difference as std.
     """
-    y = np.asarray(losses, dtype=np.float64).ravel()
-    t = np.arange(len(y), dtype=np.float64) if steps is None else np.asarray(steps, dtype=np.float64).ravel()[: len(y)]
+    y = _numbers(losses)
+    t = np.arange(len(y), dtype=np.float64) if steps is None else _numbers(steps)[: len(y)]
     y = y[: len(t)]
+    if (np.diff(t) < 0.0).any():
+        order = np.argsort(t, kind="stable")
+        t, y = t[order], y[order]
     if len(y) == 0 or not np.isfinite(y[-1]):
         return Forecast(float("inf"), float("inf"))
     good = np.isfinite(y) & np.isfinite(t)
@@ -242,6 +245,17 @@ def forecast(
         t, (y - offset) / scale, count, float(horizon), None if floor is None else (floor - offset) / scale
     )
     return _floored(offset + scale * mean, scale * std, floor)
+
+
+def _numbers(values: ArrayLike) -> Array:
+    """[n] values as float64: tensors with gradients, too; what is no number is nan."""
+    held = values.detach().cpu() if hasattr(values, "detach") else values
+    try:
+        found = np.asarray(held)
+        return np.asarray(found.real if np.iscomplexobj(found) else found, dtype=np.float64).ravel()
+    except (TypeError, ValueError):
+        flat = np.asarray(held, dtype=object).ravel()
+        return np.array([float(v) if isinstance(v, int | float | np.number) else np.nan for v in flat])
 
 
 def _floored(mean: float, std: float, floor: float | None) -> Forecast:

@@ -69,13 +69,15 @@ def reference(paths: Sequence[Path]) -> int:
     return int(np.argmin([path.losses[-1] for path in paths]))
 
 
-def lags(paths: Sequence[Path], memory: float) -> list[Lag]:
+def lags(paths: Sequence[Path], memory: float, misfit: float) -> list[Lag]:
     """Each trial's lag behind the reference trial's path.
 
     Args:
         paths: trials from one state; not empty, each with a loss at the start and at least one more.
         memory: share of the sum of rates before the search that counts on its clock: 1 by the law as it is published, less
             where the run's first steps, which paid most, are not of the curve's present piece.
+        misfit: std by which two trials' losses differ at the same S1, in the loss's unit. Where the curve is flat at its end,
+            it makes the lags uncertain: a plateau says nothing of rates.
     """
     best = paths[reference(paths)]
     clock, curve = _log_sums(best.sums, memory), np.minimum.accumulate(best.losses)
@@ -93,7 +95,8 @@ def lags(paths: Sequence[Path], memory: float) -> list[Lag]:
             effective = float(np.interp(-end, -curve, clock))
         else:
             effective = float(clock[0]) - (end - float(curve[0])) / fall
-        unsure = max(loss_noise(path.losses), noise) / slope if fall > 0.0 else _MOST_LAG
+        blur = math.hypot(max(loss_noise(path.losses), noise), misfit)
+        unsure = blur / slope if fall > 0.0 else _MOST_LAG
         found.append(Lag(min(now - effective, _MOST_LAG), min(unsure, _MOST_LAG)))
     return found
 
@@ -103,4 +106,4 @@ def _log_sums(sums: Array, memory: float) -> Array:
     clock = np.maximum(sums - sums[0], 0.0) + memory * sums[0]
     if clock[0] <= 0.0:
         clock[0] = clock[1] * math.exp(-2.0)
-    return np.log(np.maximum(clock, 1e-300))
+    return np.asarray(np.log(np.maximum(clock, 1e-300)))

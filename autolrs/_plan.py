@@ -98,7 +98,9 @@ def plan(options: Options, total: int) -> Plan:
         if options.trial_steps is None:
             steps = min(steps, max((end - start) // 2, 1), max(fair // (_LEAST_CANDIDATES - 1), LEAST_TRIAL))
         steps = min(steps, end - start)
-        most = min((trials - 1 if staged or options.candidates else _FRUITLESS) * steps, left if i == 0 or not staged else fair)
+        most = min(
+            (trials - 1 if staged or options.candidates else _FRUITLESS) * steps, left if i == 0 or not staged else fair
+        )
         if steps < min(LEAST_TRIAL, options.trial_steps or LEAST_TRIAL) or (_LEAST_CANDIDATES - 1) * steps > most:
             continue
         searches.append(Search(start, min(end, kept) if staged else kept, steps, trials, most))

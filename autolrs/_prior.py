@@ -19,6 +19,7 @@ class Prior:
             1, for a run's first steps reward rates that harm it later.
         later_weight: the same for later searches: less than 1, for a part of it is noise that the anneal takes away.
         memory: share of the sum of rates before a search that counts on its trials' clock.
+        misfit: std by which the losses of two trials differ at the same sum of rates, as a share of their fall.
         spread: std of what the lag deviates from its mean function, nepers.
         length: length scale of that deviation, decades.
         noise: least std of a measured lag, nepers.
@@ -36,6 +37,7 @@ class Prior:
     first_weight: float
     later_weight: float
     memory: float
+    misfit: float
     spread: float
     length: float
     noise: float

@@ -10,6 +10,7 @@ import numpy as np
 from trainkit.autolrs._history import Status, TrialRecord
 from trainkit.autolrs._law import AVERAGED
 from trainkit.autolrs._plan import Search
+from trainkit.autolrs._prior import default_prior
 from trainkit.autolrs.strategies import Strategy, Trial, worked
 
 T = TypeVar("T")
@@ -106,8 +107,9 @@ def race(trials: Trials, strategy: Strategy, search: Search, ground: Ground) -> 
     """
     run: list[tuple[Trial, TrialRecord]] = []
     saved: int | None = None
+    slack = default_prior().misfit * ground.fallen
     reason = "as many rates were tried as it may try"
-    while sum(_counts(trial) for trial, _ in run) < search.candidates and len(run) < _MOST * search.candidates:
+    while sum(_counts(trial, slack) for trial, _ in run) < search.candidates and len(run) < _MOST * search.candidates:
         best_steps = run[saved][0].taken if saved is not None else 0
         # Whichever loses, the next trial or the best one, its steps are thrown away.
         spent = sum(trial.taken for trial, _ in run) - best_steps
@@ -137,16 +139,17 @@ def race(trials: Trials, strategy: Strategy, search: Search, ground: Ground) -> 
     return Outcome(rate, committed, tuple(records), taken - committed, reason, strategy.asked)
 
 
-def _counts(trial: Trial) -> bool:
+def _counts(trial: Trial, slack: float) -> bool:
     """Whether a trial is one of a search's candidates: it worked, or was stopped for it could not win."""
-    return worked(trial) or not (trial.ended or trial.diverged)
+    return worked(trial, slack) or not (trial.ended or trial.diverged)
 
 
 def _trial(
     trials: Trials, strategy: Strategy, search: Search, ground: Ground, rate: float, before: Sequence[Trial]
 ) -> tuple[Trial, TrialRecord]:
     first = trials.restart()
-    steps, losses, used = list(first.steps), list(first.values), []
+    steps, losses = list(first.steps), list(first.values)
+    used: list[float] = []
     part = min(AGREE_EVERY, max(math.ceil(search.trial_steps / 4), 2))
     while True:
         count = min(part, search.trial_steps - len(used))

@@ -92,12 +92,22 @@ class LRSchedule:
         Raises:
             ValueError: not such a dict.
         """
-        if data.get("format") != _FORMAT or data.get("version") != 1:
+        held = data if isinstance(data, dict) else {}
+        if held.get("format") != _FORMAT or held.get("version") != 1:
             raise ValueError(
                 f"a learning-rate schedule says format {_FORMAT!r}, version 1, but got "
-                f"{data.get('format')!r}, {data.get('version')!r}: give a file written by LRSchedule.save"
+                f"{held.get('format')!r}, {held.get('version')!r}: give a file written by LRSchedule.save"
             )
-        return cls([Piece(**p) for p in data["pieces"]], int(data["warmup_steps"]), data["ratios"])
+        try:
+            pieces = [
+                Piece(int(p["start"]), int(p["steps"]), float(p["rate"]), float(p["end"])) for p in held["pieces"]
+            ]
+            return cls(pieces, int(held["warmup_steps"]), [float(r) for r in held["ratios"]])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"a learning-rate schedule has pieces (start, steps, rate, end), warmup_steps and ratios, but {error!r}: "
+                "give a file written by LRSchedule.save, unchanged"
+            ) from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes JSON, whole or not at all."""

@@ -4,6 +4,7 @@ import copy
 import random
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol, get_args
@@ -163,6 +164,8 @@ class Snapshot:
         self._optimizer_states = [self._take_optimizer(o) for o in self._optimizers]
         self._store.save(self._tensors)
         self._others = [(m, _metric_state(m), _extra_state(m)) for m in self._submodules()]
+        self._plain = [(m, _plain_state(m)) for m in self._submodules()]
+        self._empty = [(m, {n for n, t in m._buffers.items() if t is None}) for m in self._submodules()]
         self._companion_states = [copy.deepcopy(c.state_dict()) for c in self._companions]
         self._rng_state = rng_state() if self._rng else None
         self.saved = True
@@ -190,6 +193,14 @@ class Snapshot:
                 setattr(module, name, _cloned(value))
             if extra is not None:
                 module.set_extra_state(copy.deepcopy(extra))
+        for module, plain in self._plain:
+            for name in [n for n, v in vars(module).items() if n not in plain and _is_plain(n, v)]:
+                delattr(module, name)
+            for name, value in plain.items():
+                vars(module)[name] = _cloned(value)
+        for module, names in self._empty:
+            for name in names:
+                module._buffers[name] = None
         for companion, kept_state in zip(self._companions, self._companion_states, strict=True):
             companion.load_state_dict(copy.deepcopy(kept_state))
         if self._rng_state is not None:
@@ -275,6 +286,31 @@ def _metric_state(module: nn.Module) -> dict[str, Any]:
         return {}
     bookkeeping = ("_update_count", "_computed", "_forward_cache", "_cache", "_is_synced")
     return {name: _cloned(getattr(module, name)) for name in (*names, *bookkeeping) if hasattr(module, name)}
+
+
+# Plain attributes larger than this are data, not state.
+_MOST_PLAIN = 10_000
+
+
+def _is_plain(name: str, value: Any, depth: int = 0) -> bool:
+    """Whether an attribute is a small counter, list or dict that a step may change."""
+    if name == "training" or name.startswith(
+        ("_parameters", "_buffers", "_modules", "_non_persistent", "_forward", "_back")
+    ):
+        return False
+    if value is None or isinstance(value, bool | int | float | str):
+        return True
+    if depth > 3 or not isinstance(value, list | tuple | dict | set | deque) or len(value) > _MOST_PLAIN:
+        return False
+    items = [*value.values()] if isinstance(value, dict) else [*value]
+    return type(value) in (list, tuple, dict, set, deque) and all(
+        isinstance(v, Tensor) or _is_plain("", v, depth + 1) for v in items
+    )
+
+
+def _plain_state(module: nn.Module) -> dict[str, Any]:
+    """A module's own counters, lists and dicts: in no state dict, and changed by many a training step."""
+    return {name: _cloned(value) for name, value in vars(module).items() if _is_plain(name, value)}
 
 
 def _extra_state(module: nn.Module) -> Any:

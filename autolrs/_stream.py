@@ -47,7 +47,10 @@ class Stream:
         self._consumed = (self._epoch, state["loader"])
 
     def _state(self) -> tuple[int, Any]:
-        held = self._loader.state_dict() if hasattr(self._loader, "state_dict") else None
+        try:
+            held = self._loader.state_dict() if hasattr(self._loader, "state_dict") else None
+        except AttributeError:  # a wrapper (accelerate's) around a loader that has none
+            held = None
         return self._epoch, copy.deepcopy(held)
 
     def _fetch(self) -> tuple[Any, Any]:
@@ -63,5 +66,6 @@ class Stream:
                 self._iterator = None
                 self._epoch += 1
         raise ValueError(
-            f"the loader must give at least one batch an epoch, but {type(self._loader).__name__} gave none"
+            f"the loader must give at least one batch an epoch, but {type(self._loader).__name__} gave none: give a loader "
+            "that can be iterated again, not a generator"
         )

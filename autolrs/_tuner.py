@@ -123,9 +123,7 @@ class Tuner:
         check_where(snapshot)
         self._companions, self._modules, self._where = list(companions), list(modules), snapshot
         self._controller = Controller(
-            Options(
-                low, high, stage_steps, trial_steps, candidates, budget, count, warmup_steps, backend, preset, seed
-            )
+            Options(low, high, stage_steps, trial_steps, candidates, budget, count, warmup_steps, backend, preset, seed)
         )
         self._total = total_steps
         self._step = 0
@@ -175,7 +173,11 @@ class Tuner:
             rate = controller.rate(self._step)
             set_rate(self.optimizer, rate, controller.ratios)
             batch = next(stream)
-            loss = torch.as_tensor(self._shown.popleft()) if self._shown else self.train_step(batch).detach()
+            loss = (
+                torch.as_tensor(self._shown.popleft())
+                if self._shown
+                else torch.as_tensor(self.train_step(batch)).detach()
+            )
             kept = Kept(self._step, rate, loss)
             self._step += 1
             controller.kept = self._step
@@ -251,7 +253,7 @@ class _LoopTrials:
         measured: list[Tensor] = []
         for rate in rates:
             set_rate(tuner.optimizer, rate, tuner._controller.ratios)
-            self._taken.append(tuner.train_step(self._batches[len(self._taken)]).detach().float())
+            self._taken.append(torch.as_tensor(tuner.train_step(self._batches[len(self._taken)])).detach().float())
             if self._average is not None:
                 self._average.update()
                 if len(self._taken) % self._every == 0 or len(self._taken) == len(self._batches):
@@ -293,7 +295,7 @@ class _LoopTrials:
         model, measure, average = self._tuner.model, self._measure, self._average
         assert measure is not None and average is not None
         with unseen(model), average.applied():
-            losses = [measure(model, batch).detach().float() for batch in self._held_out]
+            losses = [torch.as_tensor(measure(model, batch)).detach().float() for batch in self._held_out]
         self.forwards += len(self._held_out)
         return torch.stack(losses).mean()
 

@@ -97,7 +97,7 @@ class Bayesian:
         self.asked += 1
         found = int(np.argmax(gain))
         steps = max(at.trial_steps, self._trials[best].taken if best is not None else 0)
-        cost = self._cost(steps) if best is not None else 0.0
+        cost = self._cost(steps) if self._sound() else 0.0
         if not math.isfinite(gain[found]):
             self._reason = "the range is tried"
             return None
@@ -122,12 +122,19 @@ class Bayesian:
 
     def choose(self) -> int | None:
         """See `Strategy`."""
-        able = [i for i, trial in enumerate(self._trials) if worked(trial)]
+        able = [i for i, trial in enumerate(self._trials) if self._works(trial)]
         able = able or [i for i, trial in enumerate(self._trials) if self._no_worse(trial)]
         if not able:
             return None
         belief = self._belief(self._trials)
         return max(able, key=lambda i: float(belief.of(i).mean()))
+
+    def _sound(self) -> bool:
+        """Whether a search may end by its cost: a rate worked, or a slower one than that in force rose as far, too."""
+        if any(map(self._works, self._trials)):
+            return True
+        alive = [t for t in self._trials if t.ended and not t.diverged]
+        return len(alive) > 1 and alive[-1].losses[-1] >= alive[0].losses[-1]
 
     def _no_worse(self, trial: Trial) -> bool:
         """Whether a trial ended no higher than that of the rate in force, which rises, too: a loss with a schedule of its own."""
@@ -177,13 +184,14 @@ class Bayesian:
         return -math.log(max(1.0 - steps / max(self._at.left, steps + 1), 1e-9))
 
     def _near(self, x: float) -> bool:
-        """Whether a rate is within reach: of those that worked, or between them and those that did not."""
-        works = [math.log10(t.rate) for t in self._trials if worked(t)]
-        fails = [math.log10(t.rate) for t in self._trials if t.diverged or (t.ended and not worked(t))]
+        """Whether a rate is within reach: of those whose loss fell, or between them and those that failed."""
+        ended = [t for t in self._trials if t.ended and not t.diverged]
+        fell = [math.log10(t.rate) for t in ended if self._works(t) or t.losses[-1] <= t.losses[0]]
+        fails = [math.log10(t.rate) for t in self._trials if t.diverged or (t.ended and math.log10(t.rate) not in fell)]
         most = min(fails, default=math.inf) - _APART
-        if not works:
+        if not fell:
             return x <= most
-        return min(works) - _REACH <= x <= max(max(works) + _REACH, most if fails else -math.inf)
+        return min(fell) - _REACH <= x <= max(max(fell) + _REACH, most if fails else -math.inf)
 
     def _apart(self, x: float) -> bool:
         return all(abs(x - math.log10(t.rate)) >= _APART for t in self._trials)
@@ -192,7 +200,7 @@ class Bayesian:
         """The trials' lags; of one whose losses say nothing, that it did not diverge."""
         paths = [None if t.diverged or len(t.losses) < 2 else _path(t) for t in trials]
         healthy = [p for p in paths if p is not None]
-        seen = iter(lags(healthy, self._prior.memory) if healthy else [])
+        seen = iter(lags(healthy, self._prior.memory, self._misfit(healthy)) if healthy else [])
         found = []
         for trial, path in zip(trials, paths, strict=True):
             x = min(max(math.log10(trial.rate), self._low), self._high)
@@ -203,6 +211,13 @@ class Bayesian:
                 found.append(Observed(x, lag.value, lag.std))
         return found
 
+    def _misfit(self, paths: Sequence[Path]) -> float:
+        """By how much losses at the same S1 differ: a share of what the run, or its best trial, has fallen."""
+        return self._prior.misfit * max(self._at.fallen, *(float(p.losses[0] - p.losses.min()) for p in paths))
+
+    def _works(self, trial: Trial) -> bool:
+        return worked(trial, self._prior.misfit * self._at.fallen)
+
     def _belief(self, trials: Sequence[Trial]) -> Belief:
         """The belief after some trials."""
         return self._believed(self._observed(trials))
@@ -210,9 +225,7 @@ class Bayesian:
     def _believed(self, observed: Sequence[Observed]) -> Belief:
         at, prior = self._at, self._prior
         weight = prior.first_weight if at.first else prior.later_weight
-        return Belief(
-            prior, self._known, observed, self._low, self._high, done=at.done, ahead=at.ahead, weight=weight
-        )
+        return Belief(prior, self._known, observed, self._low, self._high, done=at.done, ahead=at.ahead, weight=weight)
 
 
 def _path(trial: Trial) -> Path:

@@ -55,7 +55,11 @@ class Forecasting:
         self._forecasts.append(self._foreseen(trial))
         self._backend.tell(trial.rate, self._forecasts[-1].mean, self._forecasts[-1].std)
         self._reconsider()
-        if trial.ended and not trial.diverged and (self._best is None or self._beats(len(self._trials) - 1, self._best)):
+        if (
+            trial.ended
+            and not trial.diverged
+            and (self._best is None or self._beats(len(self._trials) - 1, self._best))
+        ):
             self._best = len(self._trials) - 1
 
     def stop(self, trial: Trial) -> bool:

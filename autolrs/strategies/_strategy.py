@@ -39,6 +39,7 @@ class Situation:
     Attributes:
         first: whether no step has been taken yet.
         done: S1 of the run so far.
+        fallen: how far the loss has fallen in the run so far, in its unit.
         ahead: steps to come, each weighted by the schedule's share of the peak rate.
         left: steps to come.
         until: those of them that the search decides: from the run's start, up to the second search.
@@ -50,6 +51,7 @@ class Situation:
 
     first: bool
     done: float
+    fallen: float
     ahead: float
     left: int
     until: int
@@ -93,11 +95,15 @@ class Strategy(Protocol):
 _REBOUND = 0.125
 
 
-def worked(trial: Trial) -> bool:
+def worked(trial: Trial, slack: float = 0.0) -> bool:
     """Whether a rate may be adopted: its trial ran to its end, finite, and fell without rising as far, before or after.
 
     A rise above the start that the fall does not make up for, or a return by an eighth of the fall, is no noise of the
     measurement, which all trials share, but the beginning of an instability.
+
+    Args:
+        trial: the trial.
+        slack: rise that is within the noise, in the loss's unit.
     """
     if trial.diverged or not trial.ended or not all(map(math.isfinite, trial.losses)):
         return False
@@ -105,5 +111,6 @@ def worked(trial: Trial) -> bool:
     if len(losses) < 2:
         return len(losses) == 1
     last = float(np.mean(losses[-max(len(losses) // 4, 1) :]))
-    fall, rise, back = float(losses[0]) - last, float(losses.max() - losses[0]), last - float(losses.min())
-    return fall >= rise and back <= _REBOUND * float(losses[0] - losses.min())
+    fall, rise = float(losses[0]) - last, float(losses.max() - losses[0])
+    back = float(losses[-1] - losses.min())
+    return fall >= rise - slack and back <= _REBOUND * float(losses[0] - losses.min()) + slack

@@ -12,7 +12,6 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -20,7 +19,11 @@ import pytorch_lightning as pl
 import torch
 
 from trainkit import AutoLRS
-from trainkit.autolrs import Forecast, Losses, LRSearch, Rules, Search, forecast, race
+from trainkit.autolrs import LRSearch, forecast
+from trainkit.autolrs._plan import Search
+from trainkit.autolrs._prior import default_prior
+from trainkit.autolrs._race import Ground, Losses, race
+from trainkit.autolrs.strategies import Bayesian, Situation
 
 T = TypeVar("T")
 
@@ -70,6 +73,8 @@ class Net(pl.LightningModule):
 class Free:
     """Trials that cost nothing: what a search of them takes is the time of its decisions."""
 
+    averaged = True
+
     def restart(self) -> Losses:
         self.at = 0
         return Losses((0,), (1.0,))
@@ -87,21 +92,13 @@ class Free:
 
 
 def decisions() -> None:
-    """Processor time of a whole search, forecasts, Gaussian process and all, by trial and by look at one."""
-    looks = 0
-
-    def forecaster(steps: Sequence[float], losses: Sequence[float], horizon: float) -> Forecast:
-        nonlocal looks
-        looks += 1
-        return forecast(losses, horizon, steps=steps, floor=0.0)
-
-    rules = Rules(0, lambda rate, step: rate, forecaster, lambda lowest: lowest, fallen=1.0)
+    """Processor time of a whole search by trial: forecasts, Gaussian process and all."""
+    at = Situation(False, 0.1, 1.0, 700.0, 900, 900, 64, 1e-3, 1e-3, 1e-3)
+    strategy = Bayesian(default_prior(), at, [], [], [], 1e-5, 1.0, True)
     began = time.process_time()
-    outcome = race(Free(), LRSearch(1e-5, 1.0), Search(0, 64, 64, 5, 10_000), rules)
+    outcome = race(Free(), strategy, Search(100, 1000, 64, 5, 10_000), Ground(0, lambda rate, step: rate))
     spent, trials = time.process_time() - began, len(outcome.trials)
-    print(
-        f"a search of {trials} trials: {1e3 * spent / trials:.1f} ms a trial in all, of which {looks / trials:.1f} forecasts"
-    )
+    print(f"a search of {trials} trials: {1e3 * spent / trials:.1f} ms a trial in all")
 
 
 def main() -> None:

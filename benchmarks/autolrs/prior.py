@@ -233,7 +233,18 @@ def searched(prior: Prior, entry: dict[str, Any], count: int, most: int = 3) -> 
     trials: Recorded = entry["trials"]
     start, base = trials.start, entry["base"]
     done, length = base * float(sums[start]), max(round(TRIAL * steps * count / 8), 1)
-    at = Situation(first, done, float(sums[-1] - sums[start]), steps - start, steps - start, length, base, entry["usual"], base)
+    at = Situation(
+        first,
+        done,
+        0.0,
+        float(sums[-1] - sums[start]),
+        steps - start,
+        steps - start,
+        length,
+        base,
+        entry["usual"],
+        base,
+    )
     known = [] if first else [Known(math.log10(base), math.hypot(prior.drift, 0.3))]
     low, high = trials.rates[0], trials.rates[-1]
     strategy = Bayesian(prior, at, known, [], [], low, high, True)
@@ -258,7 +269,9 @@ def entries(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
         common = {"task": job["task"], "steps": job["steps"], "usual": usual.get(job["optimizer"], 1e-3)}
         if job["kind"] == "branch" and "branches" in job:
             parts = job["branches"]
-            trials = Recorded([p["rate"] for p in parts], [p["flat"] for p in parts], [p["final"] for p in parts], job["start"])
+            trials = Recorded(
+                [p["rate"] for p in parts], [p["flat"] for p in parts], [p["final"] for p in parts], job["start"]
+            )
             made.append({**common, "kind": "branch", "base": job["rate"], "trials": trials})
         elif job["kind"] == "whole":
             wholes.setdefault((job["task"], job["seed"]), (common, job["centre"], []))[2].append(job)

@@ -158,7 +158,9 @@ def arms(task: str) -> list[tuple[str, float]]:
     return found + [("cosine", rate) for rate in (TASKS | LIBRARY)[task](0, "cpu").grid]
 
 
-def curve_of(task: Task, name: str, arm: str, factor: float, seed: int) -> tuple[list[tuple[int, float]], dict[str, Any]]:
+def curve_of(
+    task: Task, name: str, arm: str, factor: float, seed: int
+) -> tuple[list[tuple[int, float]], dict[str, Any]]:
     """[(steps charged, validation loss)] and notes; raises ImportError where a peer is not installed."""
     steps, peak, notes = task.steps, task.default * factor, {}
     curve = [(0, valid_loss(task))]

@@ -164,3 +164,13 @@ def test_calibration_on_unseen_amplitudes_and_horizons(family):
                     truth = amplitude * float(curve(np.array([horizon]), seed)[0])
                     hits.append(abs(found.mean - truth) <= 1.2816 * found.std)
     assert 0.6 <= np.mean(hits) <= 0.95
+
+
+def test_order_of_steps_tensors_and_holes_do_not_matter():
+    import torch
+
+    losses = single(0.03)(WINDOW, 0)
+    order = np.random.default_rng(0).permutation(len(losses))
+    assert forecast(losses[order], HORIZON, steps=order) == forecast(losses, HORIZON)
+    assert forecast(torch.tensor(losses, requires_grad=True), HORIZON) == forecast(losses, HORIZON)
+    assert math.isfinite(forecast([3.0, None, 2.0, 1.5, 1.2], 10).mean)

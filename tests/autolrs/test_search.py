@@ -145,7 +145,7 @@ def bayesian(trials, plan, *, present=0.1, usual=0.1, first=True, low=1e-3, high
     """The default's search of a run of 1000 steps."""
     done = 0.0 if first else present * plan.start
     left = 1000 - plan.start
-    at = Situation(first, done, 0.75 * left, left, left, plan.trial_steps, present, usual, present)
+    at = Situation(first, done, 0.0, 0.75 * left, left, left, plan.trial_steps, present, usual, present)
     strategy = Bayesian(default_prior(), at, [], [], [], low, high, True)
     return race(trials, strategy, plan, Ground(0, lambda rate, step: rate, done))
 

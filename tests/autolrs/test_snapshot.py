@@ -11,9 +11,8 @@ from torch import nn
 
 from trainkit.autolrs import LRSchedule
 from trainkit.autolrs._average import WeightAverage
-from trainkit.autolrs._schedule import group_ratios, set_rate
+from trainkit.autolrs._schedule import Piece, group_ratios, set_rate
 from trainkit.autolrs._snapshot import Snapshot
-from trainkit.autolrs._schedule import Piece
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits for the first
 
@@ -241,3 +240,19 @@ def test_schedule_file_and_replay(tmp_path):
     (tmp_path / "worse.json").write_text("{")
     with pytest.raises(ValueError, match="must be JSON"):
         LRSchedule.load(tmp_path / "worse.json")
+
+
+def test_a_module_s_own_counters_lists_and_late_buffers_are_put_back():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.calls, self.outputs = 0, [1.0]
+            self.register_buffer("mean", None)
+
+    module = Counting()
+    snapshot = Snapshot([module])
+    snapshot.save()
+    module.calls, module.mean, module.extra = 5, torch.ones(2), "new"
+    module.outputs.append(2.0)
+    snapshot.restore()
+    assert module.calls == 0 and module.outputs == [1.0] and module.mean is None and not hasattr(module, "extra")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from trainkit.autolrs import History, Options, Tuner
+from trainkit.autolrs import History, LRSchedule, Options, Tuner
 from trainkit.autolrs._plan import plan
 from trainkit.autolrs._stream import Stream
 
@@ -162,3 +162,10 @@ def test_the_papers_plan():
     stages = [s.horizon - s.start for s in made.searches]
     assert stages[:5] == [1000, 2000, 4000, 8000, 8000] and not made.anneal and made.warmup_steps == 0
     assert all(s.trial_steps * 10 == s.horizon - s.start and s.candidates == 10 for s in made.searches)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '{"format": "trainkit.lr_schedule", "version": 1}'])
+def test_malformed_schedule_files_are_refused(tmp_path, text):
+    (tmp_path / "lr.json").write_text(text)
+    with pytest.raises(ValueError, match=r"LRSchedule\.save"):
+        LRSchedule.load(tmp_path / "lr.json")

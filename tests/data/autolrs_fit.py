@@ -42,6 +42,10 @@ class RecordingSGD(Recording, torch.optim.SGD):
     pass
 
 
+class Log(list):
+    """A record that trials must not take back, as they take back a module's own lists."""
+
+
 class Model(pl.LightningModule):
     def __init__(self, kind="adamw", nan_rank=None, nan_above=0.03, groups=False):
         super().__init__()
@@ -54,7 +58,7 @@ class Model(pl.LightningModule):
             torch.nn.Linear(32, 5),
         )
         self.accuracy = torchmetrics.MeanMetric()
-        self.batches = []
+        self.batches = Log()
 
     def training_step(self, batch, batch_idx):
         x, y = batch

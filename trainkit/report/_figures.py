@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 Rows = Sequence[Mapping[str, float]]
 
 _COLOURS = {"autolrs": "#0b6fa4", "default": "#9aa5b1", "constant": "#d9822b"}
-_TRIAL_COLOURS = {"kept": "#0b6fa4", "finished": "#7fb2cf", "stopped": "#b9c4cf", "diverged": "#c23b3b"}
+_TRIAL_COLOURS = {"committed": "#0b6fa4", "finished": "#7fb2cf", "stopped": "#b9c4cf", "diverged": "#c23b3b"}
 _NATS_TO_BITS = 1 / math.log(2)
 
 

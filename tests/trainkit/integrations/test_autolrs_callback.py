@@ -12,7 +12,6 @@ import torch
 from execute_ranks import module_at, processes
 from paths import DATA
 
-
 SCRIPT = DATA / "autolrs_fit.py"
 
 
@@ -125,7 +124,13 @@ def test_resume_from_any_step_is_bit_for_bit(script, plain, tmp_path):
     out, end = plain
     trials = end["history"]["trials"]
     kept = next(t["steps"] for t in trials if t["status"] == "committed")
-    for step in {1, kept - 1, 23, 46, end["step"] - 1}:  # within a committed trial's replay, at epochs' ends, near the end
+    for step in {
+        1,
+        kept - 1,
+        23,
+        46,
+        end["step"] - 1,
+    }:  # within a committed trial's replay, at epochs' ends, near the end
         again = script.fit(tmp_path / str(step), resume=str(out / f"step={step}.ckpt"), groups=True)
         assert_same_end(end, again)
 

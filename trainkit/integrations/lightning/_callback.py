@@ -3,12 +3,16 @@
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch.utils._pytree import tree_leaves
 
 from trainkit.autolrs import History, LRSchedule, Options
 from trainkit.autolrs._controller import Controller
+from trainkit.autolrs._plan import LEAST_TRIAL, Search
 from trainkit.autolrs._plot import plot
 from trainkit.autolrs._schedule import set_rate
 from trainkit.autolrs._snapshot import Where, check_where, rng_state, set_rng_state
@@ -73,6 +77,7 @@ class AutoLRS(Callback):
         backend: "gp": own Gaussian process; "skopt": scikit-optimize.
         preset: "default", or "paper" for the published algorithm.
         seed: of the search; the same seed asks the same rates.
+        memory_mib: MiB of batches that a search may hold; trials that need more end earlier, which is said.
         snapshot: where snapshots lie: "device", "cpu" (pinned) or "disk".
 
     Attributes:
@@ -98,11 +103,23 @@ class AutoLRS(Callback):
         backend: Literal["gp", "skopt"] = "gp",
         preset: Literal["default", "paper"] = "default",
         seed: int = 0,
+        memory_mib: int = 256,
         snapshot: Where = "device",
     ) -> None:
         super().__init__()
         self._options = Options(
-            low, high, stage_steps, trial_steps, candidates, budget, count, warmup_steps, backend, preset, seed
+            low,
+            high,
+            stage_steps,
+            trial_steps,
+            candidates,
+            budget,
+            count,
+            warmup_steps,
+            backend,
+            preset,
+            seed,
+            memory_mib,
         )
         self._loss: SearchLoss = "train" if preset == "paper" and search_loss == "auto" else search_loss
         self._where: Where = snapshot
@@ -168,6 +185,7 @@ class AutoLRS(Callback):
             raise ValueError(
                 f"AutoLRS drives one optimizer, but the module has {len(trainer.optimizers)}: merge their groups"
             )
+        _refuse(trainer, pl_module)
         controller = self._ready()
         total = trainer.estimated_stepping_batches
         if total == float("inf") or total <= 0:
@@ -177,6 +195,13 @@ class AutoLRS(Callback):
         if trainer.lr_scheduler_configs and not self._loaded:
             _say(
                 "AutoLRS sets the learning rates: the module's LR scheduler goes on stepping, but its rates are overwritten"
+            )
+        callbacks: list[Any] = vars(trainer)["callbacks"]
+        enders = [type(c).__name__ for c in callbacks if type(c).__name__ in ("EarlyStopping", "Timer")]
+        if enders and not self._loaded and controller.plan and controller.plan.searches:
+            _say(
+                f"AutoLRS anneals towards step {int(total)}: a run that {' or '.join(enders)} ends before stays at the rate it "
+                "then has; set max_steps to the length that you expect"
             )
         self._given_steps = trainer.fit_loop.epoch_loop.max_steps
         self._bound_steps(trainer)
@@ -206,6 +231,8 @@ class AutoLRS(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Searches if it is time; sets the step's rate."""
         controller, step = self._ready(), trainer.global_step
+        if len(trainer.optimizers[0].param_groups) != len(controller.ratios):
+            controller.follow_groups(trainer.optimizers[0], step)
         if step >= self._event and not self._replay and self._window_starts(trainer):
             search = controller.due(step)
             if search is not None:
@@ -290,6 +317,7 @@ class AutoLRS(Callback):
     def _search(self, trainer: Trainer, batch: Any, search: Any) -> None:
         controller = self._ready()
         assert self._fetcher is not None
+        search = self._bounded(trainer, batch, search)
         trials = TrainerTrials(trainer, self._fetcher, batch, search, controller.ratios, self._loss, self._where)
         try:
             with trials.quiet():
@@ -301,10 +329,35 @@ class AutoLRS(Callback):
         controller.note_forwards(trials.forwards)
         self._replay.start(trainer, replayed)
         self._bound_steps(trainer)
-        self._show(trainer, f"stage {len(controller.history.stages)} lr {outcome.rate:.1e}")
+        if outcome.rate is None:
+            _say(
+                "AutoLRS: no rate that was tried lowered the loss without rising again (or every loss was nan), so the rate in "
+                f"force, {controller.rate(trainer.global_step):.1e}, goes on; look at the data and at `low`"
+            )
+        rank_zero_info(controller.summary())
+        self._show(trainer, f"stage {len(controller.history.stages)} lr {controller.history.stages[-1].rate:.1e}")
         for logger in trainer.loggers:
-            record = {"autolrs/rate": outcome.rate, "autolrs/discarded_steps": controller.history.discarded_steps}
+            last = controller.history.searches[-1]
+            record = {"autolrs/rate": last.rate, "autolrs/discarded_steps": controller.history.discarded_steps}
+            if math.isfinite(last.mean):
+                record |= {"autolrs/forecast": last.mean, "autolrs/forecast_std": last.std}
             logger.log_metrics(record, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    def _bounded(self, trainer: Trainer, batch: Any, search: Search) -> Search:
+        """Trials no longer than half of what lies between two validations, nor than the memory for their batches."""
+        longest = search.trial_steps
+        between = _steps_between_validations(trainer)
+        if between is not None:
+            longest = min(longest, max(between // 2, LEAST_TRIAL))
+        size = sum(t.numel() * t.element_size() for t in tree_leaves(batch) if isinstance(t, torch.Tensor))
+        held = self._options.memory_mib * 2**20 // max(size * trainer.accumulate_grad_batches, 1)
+        if held < longest:
+            _say(
+                f"AutoLRS: trials of {longest} steps hold {longest * size // 2**20} MiB of batches, more than "
+                f"memory_mib={self._options.memory_mib}: they end after {max(held, LEAST_TRIAL)}"
+            )
+            longest = max(held, LEAST_TRIAL)
+        return replace(search, trial_steps=min(longest, search.trial_steps))
 
     def _window_starts(self, trainer: Trainer) -> bool:
         return (trainer.fit_loop.epoch_loop.batch_progress.current.ready - 1) % trainer.accumulate_grad_batches == 0
@@ -348,6 +401,34 @@ class AutoLRS(Callback):
         elif hasattr(bar, "_update_metrics") and getattr(bar, "progress", None) is not None:
             bar._update_metrics(trainer, trainer.lightning_module)
             bar.refresh()
+
+
+def _refuse(trainer: Any, module: Any) -> None:
+    """Raises ValueError for what AutoLRS cannot work with, by name."""
+    mine = [c for c in trainer.callbacks if isinstance(c, AutoLRS)]
+    if len(mine) > 1:
+        raise ValueError(f"one AutoLRS sets the rates, but the Trainer has {len(mine)}: leave one")
+    for callback in trainer.callbacks:
+        if type(callback).__name__ == "GradientAccumulationScheduler" and len(set(callback.scheduling.values())) > 1:
+            raise ValueError(
+                "AutoLRS must know the run's length in optimizer steps, but GradientAccumulationScheduler changes it to "
+                f"{callback.scheduling}: use accumulate_grad_batches, which stays"
+            )
+    lazy = [n for n, p in module.named_parameters() if isinstance(p, torch.nn.parameter.UninitializedParameter)]
+    if lazy:
+        raise ValueError(
+            f"AutoLRS puts parameters back, but {', '.join(lazy)} have no shape yet: run one batch through the module before fit"
+        )
+
+
+def _steps_between_validations(trainer: Any) -> int | None:
+    """Optimizer steps between two validations; None without validation."""
+    if not trainer.enable_validation or trainer.val_check_batch == float("inf"):
+        return None
+    batches = trainer.val_check_batch
+    if trainer.check_val_every_n_epoch not in (None, 1):
+        batches = batches * trainer.check_val_every_n_epoch
+    return max(int(batches) // int(trainer.accumulate_grad_batches), 1)
 
 
 def _say(text: str) -> None:

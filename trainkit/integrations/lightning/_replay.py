@@ -59,7 +59,9 @@ class Replay:
             {
                 "loss": _number(recorded.outputs.get("loss")),
                 "logs": [
-                    [fx, [_number(a) for a in args], kwargs] for fx, args, kwargs in recorded.logs if _plain(args, kwargs)
+                    [fx, [_number(a) for a in args], kwargs]
+                    for fx, args, kwargs in recorded.logs
+                    if _plain(args, kwargs)
                 ],
             }
             for recorded in self._queue

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from trainkit.autolrs._average import WeightAverage
@@ -90,12 +91,12 @@ class TrainerTrials:
         self._begun = [copy.deepcopy(p.state_dict()) for p in self._progress]
         self._batches = self._fetch(fetcher, batch, search.trial_steps)
         self._every = max(search.trial_steps // _POINTS, 1)
-        self._held_out = self._fetch_held_out(fetcher, search.trial_steps)
+        self._held_out = self._usable(fetcher, search.trial_steps)
         self._before = self._snapshot(where)
         self._best = self._snapshot(where)
         self._before.save()
-        self._average = None if search_loss == "train" else WeightAverage(self._module)
-        self.averaged = search_loss != "train"
+        self._average = None if self._loss == "train" else WeightAverage(self._module)
+        self.averaged = self._loss != "train"
         self.forwards = 0
         self._first: Losses | None = None
         self._at, self._steps = 0, 0
@@ -207,6 +208,37 @@ class TrainerTrials:
             ready = 1 if last else ready + 1
             items.append(fetcher.peek(len(items))[-1])
 
+    def _usable(self, fetcher: Lookahead, trial_steps: int) -> list[Any]:
+        """The held-out batches whose loss is a number; without any, trials are compared by their training losses."""
+        held_out = self._fetch_held_out(fetcher, trial_steps)
+        if self._loss != "auto":
+            return held_out
+        good, why = [], ""
+        recorded, self._recorded = getattr(self, "_recorded", []), []
+        for number, batch in enumerate(held_out):
+            try:
+                with unseen(self._module), self._trainer.precision_plugin.train_step_context():
+                    value = float(self._held_out_loss(batch))
+            except Exception as error:  # another structure in eval mode or in validation: whatever the module raises
+                why = f"{type(error).__name__}: {error}"
+                break
+            if value == value and abs(value) != float("inf"):
+                good.append(batch)
+            else:
+                why = f"the loss of held-out batch {number} is {value}"
+        self._recorded = recorded
+        # every rank must measure, or none
+        if self._trainer.strategy.reduce_boolean_decision(bool(good), all=True):
+            if len(good) < len(held_out):
+                rank_zero_warn(f"AutoLRS leaves out {len(held_out) - len(good)} held-out batches: {why}")
+            return good
+        rank_zero_warn(
+            "AutoLRS compares trials by their training losses, for training_step in eval mode on held-out batches gives no "
+            f"loss ({why}); give search_loss=callable(module, batch) to measure one"
+        )
+        self._loss = "train"
+        return []
+
     def _fetch_held_out(self, fetcher: Lookahead, trial_steps: int) -> list[Any]:
         """Batches that no trial trains on: of the validation loader, else the next ones of the training stream."""
         if self._loss == "train":
@@ -214,7 +246,10 @@ class TrainerTrials:
         count = min(max(trial_steps // _POINTS, 1), _MOST_HELD_OUT)
         loaders = self._trainer.val_dataloaders
         if loaders is not None and self._trainer.enable_validation:
-            loader = next(iter(loaders)) if isinstance(loaders, list | tuple) else loaders
+            while isinstance(loaders, list | tuple | dict) or hasattr(loaders, "flattened"):
+                parts = loaders.flattened if hasattr(loaders, "flattened") else loaders
+                loaders = next(iter(parts.values() if isinstance(parts, dict) else parts))
+            loader = loaders
             before = rng_state()
             batches = list(all_batches(loader, count))
             set_rng_state(before)
@@ -297,6 +332,8 @@ class TrainerTrials:
         else:
             loss = self._module.training_step(*self._loop._build_kwargs(OrderedDict(), batch, 0).values())
             loss = loss["loss"] if isinstance(loss, dict) else loss
+        if loss is None:
+            raise ValueError("training_step returned None")
         return torch.as_tensor(loss, device=self._trainer.strategy.root_device).detach().float()
 
     def _agreed(self, losses: list[Tensor]) -> list[float]:
@@ -319,7 +356,12 @@ class TrainerTrials:
 
 def _copied(batch: Any) -> Any:
     """The batch with its tensors cloned: a step that writes into its batch must not reach the next trial's."""
-    return apply_to_collection(batch, Tensor, Tensor.clone)
+    if isinstance(batch, Tensor):
+        return batch.clone()
+    kind = type(batch)
+    if isinstance(batch, list | tuple | dict | str | int | float) or batch is None or hasattr(batch, "items"):
+        return apply_to_collection(batch, Tensor, Tensor.clone)
+    return copy.deepcopy(batch) if kind.__module__ != "builtins" else batch
 
 
 def _silent(*args: Any, **kwargs: Any) -> None:
