@@ -269,7 +269,21 @@ std::vector<Control> drive(Worker& worker, Port& port, double until) {
   }
 }
 
-std::vector<Control> drive(Switch& core, Port& port, double until) {
+bool Throttle::admits(const Address& source, double now) {
+  constexpr double kWindow = 0.1;
+  constexpr uint32_t kAnAddress = 64, kAHost = 512;
+  constexpr size_t kMost = 8192;
+  if (now >= until_) until_ = now + kWindow, addresses_.clear(), hosts_.clear();
+  uint64_t high, low;
+  std::memcpy(&high, source.host.data(), sizeof high);
+  std::memcpy(&low, source.host.data() + sizeof high, sizeof low);
+  uint64_t host = (high * 0x9E3779B97F4A7C15 ^ low) * 0xD6E8FEB86659FD93;
+  uint64_t address = (host ^ source.port) * 0x9E3779B97F4A7C15;
+  if (addresses_.size() >= kMost && !addresses_.contains(address)) return false;
+  return ++addresses_[address] <= kAnAddress && ++hosts_[host] <= kAHost;
+}
+
+std::vector<Control> drive(Switch& core, Port& port, Throttle& throttle, double until) {
   std::vector<Control> heard;
   Outbox box;
   Aggregation* current = nullptr;
@@ -285,6 +299,7 @@ std::vector<Control> drive(Switch& core, Port& port, double until) {
   double now = monotonic();
   auto take = [&](const uint8_t* packet, size_t bytes, const Address& source) {
     if (bytes >= kHeaderBytes && packet[0] == kMagic && packet[1] == kControl) {
+      if (!throttle.admits(source, now)) return core.counters.add(kThrottled);
       heard.emplace_back(std::string(reinterpret_cast<const char*>(packet), bytes), source);
       return;
     }
