@@ -12,7 +12,7 @@ from trainkit.switchml import _packet as packet
 from trainkit.switchml._buffers import unfragmented
 from trainkit.switchml._limits import Limits
 from trainkit.switchml._membership import Address
-from trainkit.switchml._native import Port, Switch
+from trainkit.switchml._native import Port, Switch, Throttle
 from trainkit.switchml._session import Sessions
 
 _log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class Shard:
     ) -> None:
         self._socket = endpoint
         self._socket.setblocking(False)
-        self._switch = Switch()
+        self._switch, self._throttle = Switch(), Throttle()
         self._lock = threading.Lock()
         self._sessions = Sessions(self._switch, token, buffer, limits, channel=channel, ports=ports)
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
@@ -70,7 +70,7 @@ class Shard:
     def _run(self) -> None:
         sweep = time.monotonic() + _SWEEP
         while not self._stopping:
-            heard = self._switch.drive(self._port, sweep)
+            heard = self._switch.drive(self._port, self._throttle, sweep)
             now = time.monotonic()
             with self._lock:
                 for data, source in heard:
@@ -94,5 +94,5 @@ class Shard:
 
 COUNTED = (
     "received_packets", "sent_packets", "received_bytes", "sent_bytes", "unsent",
-    "chunks", "retransmissions", "sent_progress", "stale", "foreign", "malformed", "forged",
+    "chunks", "retransmissions", "sent_progress", "stale", "foreign", "malformed", "forged", "throttled",
 )  # fmt: skip

@@ -28,6 +28,7 @@ def measure(packets: int, mbit: float | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, _net.star(_WORKERS + 1, mbit) as prefix:
         token, stop = Path(folder, "token"), Path(folder, "stop")
         token.write_text("benchmark " * 4)
+        token.chmod(0o600)
         hub = f"{prefix}s"
         listen = ["--listen", f"{_net.SWITCH}:0", "--token-file", str(token), "--json", "--interval", "1000"]
         processes = [_net.inside(hub, "-P", "-m", "trainkit", "switch", *listen)]

@@ -9,11 +9,11 @@ namespace switchml {
 
 enum Counter {
   kSentPackets, kSentBytes, kReceivedPackets, kReceivedBytes, kUnsent, kChunks, kRetransmissions,
-  kSentProgress, kStale, kForeign, kMalformed, kForged, kCounters
+  kSentProgress, kStale, kForeign, kMalformed, kForged, kThrottled, kCounters
 };
 constexpr const char* kCounterNames[kCounters] = {
   "sent_packets", "sent_bytes", "received_packets", "received_bytes", "unsent", "chunks", "retransmissions",
-  "sent_progress", "stale", "foreign", "malformed", "forged"
+  "sent_progress", "stale", "foreign", "malformed", "forged", "throttled"
 };
 
 class Counters {

@@ -96,7 +96,7 @@ struct Port::Datagram {
   size_t bytes = 0, segment = 0;
   sockaddr_in6 to{};
   socklen_t to_bytes = 0;  // 0: the connected peer
-  Address peer;
+  const Address* peer = nullptr;
   alignas(cmsghdr) uint8_t control[CMSG_SPACE(sizeof(uint16_t)) + CMSG_SPACE(sizeof(in6_pktinfo))] = {};
 
   bool takes(size_t more) const {
@@ -110,7 +110,7 @@ struct Port::Datagram {
   msghdr message() {
     msghdr m{};
     size_t used = 0;
-    if (to_bytes) m.msg_name = &to, m.msg_namelen = to_bytes, put_local(control, used, peer, to.sin6_family);
+    if (to_bytes) m.msg_name = &to, m.msg_namelen = to_bytes, put_local(control, used, *peer, to.sin6_family);
     m.msg_iov = pieces.data(), m.msg_iovlen = pieces.size();
     if (pieces.size() > 1) put(control, used, SOL_UDP, UDP_SEGMENT, static_cast<uint16_t>(segment));
     if (used) m.msg_control = control, m.msg_controllen = used;
@@ -183,20 +183,21 @@ bool Port::receive(Take take) {
 
 size_t Port::send(Outbox& box, int worker, const Address* to, bool join) {
   std::vector<Datagram> runs;
-  std::vector<Outbox::Entry*> run;  // of the last datagram
+  Outbox::Entry* first = nullptr;  // of the last datagram, where others may follow it
   size_t count = 0;
   for (Outbox::Entry& entry : box.entries()) {
-    entry.joined = false;
     if (entry.worker != worker && entry.worker != Outbox::kAll) continue;
-    if (runs.empty() || !segment_ || !join || entry.single || run.empty() || !runs.back().takes(entry.bytes)) {
-      runs.emplace_back(), run.clear();
-      if (to) runs.back().peer = *to, runs.back().to_bytes = socket_address(*to, family_, runs.back().to);
+    entry.joined = false;
+    ++count;
+    counters_.add(kSentBytes, entry.bytes);
+    if (first && !entry.single && runs.back().takes(entry.bytes)) {
+      first->joined = entry.joined = true;
+    } else {
+      Datagram& run = runs.emplace_back();
+      if (to) run.peer = to, run.to_bytes = socket_address(*to, family_, run.to);
+      first = join && segment_ && !entry.single ? &entry : nullptr;
     }
     runs.back().add(box.at(entry), entry.bytes);
-    if (!entry.single) run.push_back(&entry);
-    if (run.size() > 1) run[0]->joined = entry.joined = true;
-    counters_.add(kSentBytes, entry.bytes);
-    ++count;
   }
   flush(runs);
   return count;
@@ -204,7 +205,7 @@ size_t Port::send(Outbox& box, int worker, const Address* to, bool join) {
 
 bool Port::send(const std::string& packet, const Address& to) {
   Datagram one;
-  one.peer = to, one.to_bytes = socket_address(to, family_, one.to);
+  one.peer = &to, one.to_bytes = socket_address(to, family_, one.to);
   one.add(reinterpret_cast<uint8_t*>(const_cast<char*>(packet.data())), packet.size());
   msghdr message = one.message();
   return sendmsg(socket_, &message, MSG_DONTWAIT) >= 0;
@@ -269,7 +270,21 @@ std::vector<Control> drive(Worker& worker, Port& port, double until) {
   }
 }
 
-std::vector<Control> drive(Switch& core, Port& port, double until) {
+bool Throttle::admits(const Address& source, double now) {
+  constexpr double kWindow = 0.1;
+  constexpr uint32_t kAnAddress = 64, kAHost = 512;
+  constexpr size_t kMost = 8192;
+  if (now >= until_) until_ = now + kWindow, addresses_.clear(), hosts_.clear();
+  uint64_t high, low;
+  std::memcpy(&high, source.host.data(), sizeof high);
+  std::memcpy(&low, source.host.data() + sizeof high, sizeof low);
+  uint64_t host = (high * 0x9E3779B97F4A7C15 ^ low) * 0xD6E8FEB86659FD93;
+  uint64_t address = (host ^ source.port) * 0x9E3779B97F4A7C15;
+  if (addresses_.size() >= kMost && !addresses_.contains(address)) return false;
+  return ++addresses_[address] <= kAnAddress && ++hosts_[host] <= kAHost;
+}
+
+std::vector<Control> drive(Switch& core, Port& port, Throttle& throttle, double until) {
   std::vector<Control> heard;
   Outbox box;
   Aggregation* current = nullptr;
@@ -285,6 +300,7 @@ std::vector<Control> drive(Switch& core, Port& port, double until) {
   double now = monotonic();
   auto take = [&](const uint8_t* packet, size_t bytes, const Address& source) {
     if (bytes >= kHeaderBytes && packet[0] == kMagic && packet[1] == kControl) {
+      if (!throttle.admits(source, now)) return core.counters.add(kThrottled);
       heard.emplace_back(std::string(reinterpret_cast<const char*>(packet), bytes), source);
       return;
     }

@@ -4,6 +4,7 @@
 #include <sys/socket.h>
 
 #include <string>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -45,10 +46,21 @@ class Port {
   std::vector<uint8_t> buffer_, control_;
 };
 
+// How many control packets of one address and of one host are looked at: a flood of them costs a look-up each, and not the
+// time in which a job's own would be answered. A worker that joins sends a dozen in a window.
+class Throttle {
+ public:
+  bool admits(const Address& source, double now);
+
+ private:
+  double until_ = 0;
+  std::unordered_map<uint64_t, uint32_t> addresses_, hosts_;
+};
+
 // Drives a worker until control packets came, a bucket was finished, the wake descriptor was signalled, or `until`.
 std::vector<Control> drive(Worker& worker, Port& port, double until);
 
 // Drives a switch until control packets came, the wake descriptor was signalled, or `until`.
-std::vector<Control> drive(Switch& core, Port& port, double until);
+std::vector<Control> drive(Switch& core, Port& port, Throttle& throttle, double until);
 
 }  // namespace switchml

@@ -177,6 +177,8 @@ NB_MODULE(_native, m) {
       .def_prop_ro("chunks", [](Worker& w) { return w.counters.get(kChunks); })
       .def_prop_ro("counters", [](Worker& w) { return counters_of(w.counters); });
 
+  nb::class_<Throttle>(m, "Throttle").def(nb::init<>());
+
   nb::class_<Switch>(m, "Switch")
       .def(nb::init<>())
       .def("install",
@@ -232,15 +234,15 @@ NB_MODULE(_native, m) {
            },
            "data"_a, "source"_a, "now"_a = 0.0)
       .def("drive",
-           [](Switch& s, Port& port, double until) {
+           [](Switch& s, Port& port, Throttle& throttle, double until) {
              std::vector<Control> heard;
              {
                nb::gil_scoped_release free;
-               heard = drive(s, port, until);
+               heard = drive(s, port, throttle, until);
              }
              return heard_of(heard);
            },
-           "port"_a, "until"_a);
+           "port"_a, "throttle"_a, "until"_a);
 
   m.def("seal",
         [](nb::bytes packet, nb::bytes key) {

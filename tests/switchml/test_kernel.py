@@ -101,6 +101,7 @@ def test_kernel_answers_as_the_vectors_say(hub: str) -> None:
 def test_workers_join_and_average_in_two_sessions_through_the_kernel(hub: str, tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text("0123456789abcdef0123456789abcdef")
+    token.chmod(0o600)
     listen = ["--listen", "10.77.0.254:0", "--xdp", "p0,p1,p2", "--token-file", str(token), "--json"]
     with contextlib.ExitStack() as stack:
         switch = stack.enter_context(_inside(f"{hub}s", "-m", "trainkit", "switch", *listen))

@@ -232,3 +232,27 @@ def test_workers_that_start_before_the_switch_still_find_the_largest_packet(monk
         joins.join()
         assert state.connect().member.elements == (8972 - 20) // 4
         state.close()
+
+
+def test_a_flood_of_joins_is_looked_at_in_part_and_jobs_join_beside_it() -> None:
+    with SoftwareSwitch() as switch, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
+        host, port = switch.address.split(":")
+        stranger.connect((host, int(port)))
+        forged, stop = Peer(0, 2).join(), threading.Event()
+
+        def flood() -> None:
+            while not stop.is_set():
+                for _ in range(50):
+                    stranger.send(forged)
+                time.sleep(0.001)
+
+        thread = threading.Thread(target=flood)
+        thread.start()
+        for number in range(20):
+            state = SwitchMLState(switch.address, rank=0, world_size=1, session=f"s{number}", timeout_s=20)
+            state.connect()
+            state.close()
+        stop.set()
+        thread.join()
+        counted = switch.counters()
+        assert counted["throttled"] > 100 and not switch.sessions()
