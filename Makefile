@@ -5,10 +5,14 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 TORCH = torch==2.13.0
-SOURCES = pyproject.toml constraints.txt $(shell find CMakeLists.txt autolrs switchml collectives kernels p4 trainkit/ \
-	-name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.p4' -o -name '*.bpf.c' -o -name 'CMakeLists.txt')
+CONSTRAINTS = $(VENV)/constraints.txt
+OLDEST_TOOLS = hypothesis pytest pytest-benchmark pytest-timeout
+# what speaks to torch, Lightning, numpy and scipy
+OLDEST_TESTS = tests/autolrs tests/switchml tests/collectives tests/trainkit/integrations tests/kernels/test_attention.py
+SOURCES = pyproject.toml constraints.txt $(shell find CMakeLists.txt autolrs switchml collectives kernels p4 docs trainkit/ \
+	-name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.p4' -o -name '*.bpf.c' -o -name '*.md' -o -name 'CMakeLists.txt')
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test test-slow test-gpu test-oldest lint setup clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/trainkit demo --out runs/demo --overwrite
@@ -16,8 +20,19 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-for-tests
 	$(VENV)/bin/python -m pytest $(PYTEST)
 
+test-slow: $(VENV)/installed-for-tests
+	$(VENV)/bin/python -m pytest --slow -m slow $(PYTEST)
+
+test-gpu: $(VENV)/installed-for-tests
+	$(VENV)/bin/python -m pytest -m gpu $(PYTEST)
+
+# The lowest versions that pyproject.toml allows, in an environment of their own.
+test-oldest: $(VENV)-oldest/installed
+	$(VENV)-oldest/bin/python -m pytest $(if $(PYTEST),$(PYTEST),$(OLDEST_TESTS))
+
 lint: $(VENV)/installed-for-tests
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy && $(VENV)/bin/lint-imports
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 setup: $(VENV)/installed-for-tests
 
@@ -25,15 +40,25 @@ $(VENV)/python: constraints.txt
 	@sh .ci/prerequisites $(PYTHON)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	@# a CUDA build of torch brings the one Triton that it works with, a CPU build none
+	$(PIP) show triton >/dev/null 2>&1 && grep -v '^triton==' constraints.txt > $(CONSTRAINTS) || cp constraints.txt $(CONSTRAINTS)
 	touch $@
 
 $(VENV)/installed: $(VENV)/python $(SOURCES)
-	$(PIP) install --constraint constraints.txt .
+	$(PIP) install --constraint $(CONSTRAINTS) .
 	touch $@
 
 $(VENV)/installed-for-tests: $(VENV)/python $(SOURCES)
-	$(PIP) install --constraint constraints.txt '.[test,p4,kernels]'
+	$(PIP) install --constraint $(CONSTRAINTS) '.[test,p4,kernels,docs]'
 	touch $@ $(VENV)/installed
 
+$(VENV)-oldest/installed: .ci/oldest $(SOURCES)
+	@sh .ci/prerequisites $(PYTHON)
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(PYTHON) .ci/oldest pyproject.toml > $(VENV)-oldest/constraints.txt
+	$(VENV)-oldest/bin/python -m pip --disable-pip-version-check --quiet install \
+		--constraint $(VENV)-oldest/constraints.txt . $(OLDEST_TOOLS)
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) $(VENV)-oldest build dist

@@ -32,13 +32,14 @@ from trainkit.collectives.trees import ring_schedule as ring_schedule
 
 if TYPE_CHECKING:
     from trainkit.collectives.execute import ExecutionError as ExecutionError
+    from trainkit.collectives.execute import ForestOptions as ForestOptions
     from trainkit.collectives.execute import ForestState as ForestState
     from trainkit.collectives.execute import PeerLost as PeerLost
     from trainkit.collectives.execute import Runner as Runner
     from trainkit.collectives.execute import forest_hook as forest_hook
     from trainkit.collectives.execute import register_backend as register_backend
 
-_EXECUTE = ("ExecutionError", "ForestState", "PeerLost", "Runner", "forest_hook", "register_backend")
+_EXECUTE = ("ExecutionError", "ForestOptions", "ForestState", "PeerLost", "Runner", "forest_hook", "register_backend")
 
 
 def __getattr__(name: str) -> object:

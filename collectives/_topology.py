@@ -44,7 +44,8 @@ class Topology:
 
     Example:
         >>> square = [("a", "b"), ("b", "c"), ("c", "d"), ("d", "a")]
-        >>> ring = Topology("ring", "abcd", "abcd", [(u, v, 1) for u, v in square])
+        >>> nodes = ["a", "b", "c", "d"]
+        >>> ring = Topology("ring", nodes, nodes, [(u, v, 1) for u, v in square])
         >>> ring.links[0]
         ('a', 'b', Fraction(1, 1))
     """
@@ -73,7 +74,7 @@ class Topology:
     def __post_init__(self) -> None:
         """Check every rule, so that nothing later has to."""
         for key, (kind, what) in _KINDS.items():
-            if not isinstance(getattr(self, key), kind):
+            if not isinstance(getattr(self, key), kind) or isinstance(getattr(self, key), str):
                 raise TopologyError(f"{key} must be {what}, got {getattr(self, key)!r}")
         if not isinstance(self.name, str):
             raise TopologyError(f"the name of a network is text, got {self.name!r}")
@@ -113,7 +114,7 @@ class Topology:
     def _merged(self, known: set[str]) -> tuple[tuple[str, str, Fraction], ...]:
         total: dict[tuple[str, str], Fraction] = {}
         for link in self.links:
-            if not isinstance(link, Sequence) or len(link) != 3:
+            if not isinstance(link, Sequence) or isinstance(link, str) or len(link) != 3:
                 raise TopologyError(f"a link is [from, to, capacity], got {link!r}")
             u, v, capacity = link
             for name in (u, v):
@@ -154,12 +155,16 @@ class Topology:
         """Read a JSON file of the form of `from_dict`.
 
         Raises:
-            TopologyError: it is not JSON, or breaks a rule.
+            TopologyError: it is not JSON, names a key twice, or breaks a rule.
         """
         try:
-            data = json.loads(Path(path).read_text(), parse_float=_Written)
+            data = json.loads(Path(path).read_text(), parse_float=_Written, object_pairs_hook=_once)
         except json.JSONDecodeError as error:
             raise TopologyError(f"{path} is not JSON: {error}") from None
+        except RecursionError:
+            raise TopologyError(
+                f"{path} is no network: it is nested too deep, a network is an object of lists"
+            ) from None
         return cls.from_dict(data)
 
     @classmethod
@@ -286,6 +291,16 @@ class Topology:
         from trainkit.collectives._draw import draw_topology
 
         return draw_topology(self)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object each of whose keys is there once: the last of several would win in silence."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise TopologyError(f"key {key!r} is there twice in one object: leave one out")
+        found[key] = value
+    return found
 
 
 def _delay(item: tuple[str, Any]) -> tuple[tuple[str, ...], Any]:

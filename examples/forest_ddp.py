@@ -38,5 +38,5 @@ for step in range(arguments.steps):
 if dist.get_rank() == 0:
     print(state.counters())
 state.close()
-del ddp  # before the group: see docs/how-it-works/network.md
+del ddp  # before the group: see docs/troubleshooting.md
 dist.destroy_process_group()

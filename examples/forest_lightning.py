@@ -31,7 +31,9 @@ class Regression(pl.LightningModule):
 
 if __name__ == "__main__":
     strategy = ForestStrategy(topology=sys.argv[1] if len(sys.argv) > 1 else "examples/forest_two_islands.json")
+    devices = int(sys.argv[2]) if len(sys.argv) > 2 else 8
     trainer = pl.Trainer(
-        accelerator="cpu", devices=8, strategy=strategy, max_epochs=2, logger=False, enable_checkpointing=False
+        accelerator="cpu", devices=devices, strategy=strategy, max_epochs=2, logger=False, enable_checkpointing=False
     )
     trainer.fit(Regression(), torch.utils.data.DataLoader(torch.randn(4096, 32), batch_size=64))
+    print(strategy.counters())

@@ -15,6 +15,7 @@ from trainkit.switchml import SwitchMLState, switchml_hook
 parser = argparse.ArgumentParser()
 parser.add_argument("--switch", default="127.0.0.1:48864")
 parser.add_argument("--token-file")
+parser.add_argument("--profile", choices=("full", "core"), default="full", help="core for a P4 or XDP switch")
 parser.add_argument("--steps", type=int, default=100)
 arguments = parser.parse_args()
 
@@ -24,7 +25,7 @@ device = torch.device("cuda", dist.get_rank() % torch.cuda.device_count()) if cu
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(32, 256), torch.nn.GELU(), torch.nn.Linear(256, 1)).to(device)
 ddp = DistributedDataParallel(model)
-state = SwitchMLState(arguments.switch, token_file=arguments.token_file)
+state = SwitchMLState(arguments.switch, token_file=arguments.token_file, profile=arguments.profile)
 ddp.register_comm_hook(state, switchml_hook)
 
 optimizer = torch.optim.AdamW(ddp.parameters(), lr=1e-3)
@@ -40,5 +41,5 @@ for step in range(arguments.steps):
 if dist.get_rank() == 0:
     print(state.counters())
 state.close()
-del ddp  # before the group: see docs/how-it-works/network.md
+del ddp  # before the group: see docs/troubleshooting.md
 dist.destroy_process_group()

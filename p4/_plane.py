@@ -1,4 +1,4 @@
-"""A programmed switch as the data plane of SwitchML's sessions: epochs begin and end, and who is missing is read."""
+"""A P4 switch as the data plane of SwitchML's sessions: epochs begin and end, and who is missing is read."""
 
 import ipaddress
 import time
@@ -29,7 +29,7 @@ class Member(Protocol):
 
     @property
     def epoch(self) -> int:
-        """Number of the gathering."""
+        """Number of the epoch."""
 
 
 class Plane:
@@ -60,6 +60,14 @@ class Plane:
             items.append(Entry("receiver", (session.number, rank + 1), "set_receiver", place))
         self._switch.write(difference(self._joined(session.number), items))
         self._epochs[session.number] = member.epoch
+
+    def move(self, member: Member, addresses: tuple[Hashable, ...]) -> None:
+        """A worker of the epoch has another UDP port; its slots stay as they are."""
+        self.install(member, addresses)
+
+    def mismatched(self, session: int) -> int:
+        """Not known on a switch: a bucket of another size is dropped as malformed."""
+        return 0
 
     def remove(self, session: int) -> None:
         """End a session's epoch; its packets are foreign from now on."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from trainkit.p4._client import Connection
 
 _PROBES, _PROBE_WAIT = 3, 0.7
-FATES = ("added", "chunks", "repeats", "stale", "foreign", "malformed", "control")
+DISPOSITIONS = ("added", "chunks", "retransmissions", "stale", "foreign", "malformed", "control")
 """What the program counts, in the order of its counter."""
 Target = Literal["bmv2", "tofino"]
 
@@ -125,7 +125,7 @@ def status(path: str | Path, *, grpc: str = "127.0.0.1:9559", device: int = 0) -
             sessions[session.name] = {
                 "workers": len(session.workers), "joined": len(joined), "packets": packets, "bytes": size
             }  # fmt: skip
-        counted = dict(zip(FATES, switch.counters("packets"), strict=True))
+        counted = dict(zip(DISPOSITIONS, switch.counters("packets"), strict=True))
         return Status(not difference(_static(held), wanted(description)), sessions, counted)
 
 
@@ -169,7 +169,7 @@ def connected(grpc: str, device: int = 0, election: int | None = 1) -> Iterator[
     try:
         from trainkit.p4._client import Connection
     except ImportError as error:
-        raise DeployError(f"{error}: the extra `p4` is missing: pip install 'trainkit[p4]'") from error
+        raise DeployError(f"{error}: P4Runtime is missing: pip install 'p4runtime-shell>=0.0.6'") from error
     with Connection(grpc, device, election) as connection:
         yield connection
 
@@ -196,7 +196,7 @@ def probe_workers(switch: "Connection", description: Description) -> list[str]:
         if worker.ip in seen:
             mac, port = seen[worker.ip]
             lines.append(
-                f"{worker} answers from port {port} with {mac.to_bytes(6, 'big').hex(':')}: mend the file or the cable"
+                f"{worker} answers from port {port} with {mac.to_bytes(6, 'big').hex(':')}: correct the file or the cable"
             )
         else:
             lines.append(

@@ -2,7 +2,7 @@
 
 
 class SwitchMLError(RuntimeError):
-    """A gradient could not be aggregated; the message names the cause and the mend."""
+    """A gradient could not be aggregated; the message names the cause and what to do."""
 
 
 class SwitchUnreachable(SwitchMLError):
@@ -10,7 +10,7 @@ class SwitchUnreachable(SwitchMLError):
 
 
 class WorkerMissing(SwitchMLError):
-    """A worker of the session is dead, paused beyond the deadline or never joined.
+    """A worker of the session is dead, paused beyond the time limit or never joined.
 
     Attributes:
         ranks: the missing workers.

@@ -8,34 +8,28 @@ learns in the same way who is missing.
 from collections.abc import Mapping
 
 from trainkit.switchml import _control as control
+from trainkit.switchml._limits import Preconfigured
 from trainkit.switchml._membership import Address, Outgoing
-from trainkit.switchml._session import DataPlane, Programmed, Sessions
+from trainkit.switchml._session import DataPlane, Sessions
 
 _UNBOUNDED = 1 << 40
 
 
 class FixedSwitch:
-    """Joins, keep-alives, aborts and leaves of the sessions that a switch was programmed for. Needs no clock or socket.
+    """Joins, keep-alives, aborts and leaves of the sessions that a switch was set up for. Needs no clock or socket.
 
     Args:
         plane: the switch that adds.
-        sessions: what it was programmed for, by name.
+        sessions: what it was set up for, by name.
         token: secret that workers must share to join; empty without. Data have no tag in profile `core`.
     """
 
-    def __init__(self, plane: DataPlane, sessions: Mapping[str, Programmed], token: bytes = b"") -> None:
-        self._key = control.control_key(token)
-        self._sessions = Sessions(plane, token, _UNBOUNDED, programmed=sessions)
+    def __init__(self, plane: DataPlane, sessions: Mapping[str, Preconfigured], token: bytes = b"") -> None:
+        self._sessions = Sessions(plane, token, _UNBOUNDED, preconfigured=sessions)
 
     def receive(self, data: bytes, source: Address, now: float) -> list[Outgoing]:
         """Take in the UDP payload of a CONTROL packet from (IPv4 address, port); the packets to send."""
-        message = control.decode(data, self._key)
-        if message is None:
-            return []
-        return [
-            (address, control.encode(answer, self._key))
-            for address, answer in self._sessions.receive(message, source, now)
-        ]
+        return self._sessions.receive(data, source, now)
 
     def sweep(self, now: float) -> None:
         """Drop the sessions of which nobody has been heard for long; call every few seconds."""

@@ -17,12 +17,15 @@ def switchml_hook(
 
     Args:
         state: the session.
-        bucket: gradients of fp32, fp16 or bf16.
+        bucket: gradients of fp32, fp16 or bf16; those of fp64 go by torch.distributed, which does not round them.
+
+    Raises:
+        ValueError: DDP averages over other workers than `state`, or the gradients are sparse.
 
     Example:
         >>> ddp.register_comm_hook(SwitchMLState("10.0.0.1:48864"), switchml_hook)
     """
-    return state.average(bucket.buffer(), index=bucket.index(), last=bucket.is_last())
+    return state.bucket(bucket)
 
 
 def noop_hook(

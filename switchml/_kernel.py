@@ -22,7 +22,7 @@ _SOURCE = Path(__file__).parent / "xdp" / "switch.bpf.c"
 SESSIONS, SLOTS, WORKERS, MOST = 4, 64, 32, 352
 """As in the program."""
 COUNTED = (
-    "received_packets", "received_bytes", "chunks", "repeats", "sent_progress", "stale", "foreign", "malformed",
+    "received_packets", "received_bytes", "chunks", "retransmissions", "sent_progress", "stale", "foreign", "malformed",
 )  # fmt: skip
 """Its counters, in its order."""
 
@@ -77,18 +77,33 @@ class KernelPlane:
 
     def install(self, member: Membership, addresses: tuple[Address, ...]) -> None:
         """Begin an epoch; its workers have been heard before, so that the way to them is known."""
+        if member.session >= SESSIONS:
+            raise ValueError(
+                f"a switch in the kernel has {SESSIONS} sessions: end one, or start a switch without --xdp"
+            )
+        head = self._described(member, addresses)  # first, since an address may be out of reach
         self.remove(member.session)
-        workers = b""
-        for worker, place in enumerate(addresses):
-            host, port = cast(tuple[str, int], place)
-            interface, mac = self._neighbour(socket.inet_aton(host))
-            workers += _WORKER.pack(socket.inet_aton(host), struct.pack("!H", port), mac)
-            entry = struct.pack("=Ii", interface, self._towards[worker])
-            self._update(self._ports[member.session], worker, entry)
         for index in range(2 * member.slots):
             self._write("versions", 2 * SLOTS * member.session + index, bytes(_VERSION.size))
+        self._begin(member, addresses, head)
+
+    def move(self, member: Membership, addresses: tuple[Address, ...]) -> None:
+        """A worker of the epoch has another address."""
+        self._begin(member, addresses, self._described(member, addresses))
+
+    def _described(self, member: Membership, addresses: tuple[Address, ...]) -> bytes:
         head = _SESSION.pack(1, member.epoch, member.world, member.slots, member.elements)
-        self._write("sessions", member.session, head + workers.ljust(WORKERS * _WORKER.size, b"\0"))
+        for place in addresses:
+            host, port = cast(tuple[str, int], place)
+            _, mac = self._neighbour(socket.inet_aton(host))
+            head += _WORKER.pack(socket.inet_aton(host), struct.pack("!H", port), mac)
+        return head.ljust(_SESSION.size + WORKERS * _WORKER.size, b"\0")
+
+    def _begin(self, member: Membership, addresses: tuple[Address, ...], head: bytes) -> None:
+        for worker, place in enumerate(addresses):
+            interface, _ = self._neighbour(socket.inet_aton(cast(tuple[str, int], place)[0]))
+            self._update(self._ports[member.session], worker, struct.pack("=Ii", interface, self._towards[worker]))
+        self._write("sessions", member.session, head)
         self._installed[member.session] = member
 
     def remove(self, session: int) -> None:
@@ -111,6 +126,10 @@ class KernelPlane:
             if epoch == member.epoch and 0 != seen != whole:
                 lowest = min(lowest, (chunk, seen ^ whole))
         return lowest[1]
+
+    def mismatched(self, session: int) -> int:
+        """Not known in the kernel: a bucket of another size is dropped as malformed."""
+        return 0
 
     def counters(self) -> dict[str, int]:
         """What has arrived and what became of it: the names of `COUNTED`."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import os
 import select
 import socket
@@ -15,9 +16,12 @@ from trainkit.switchml import _control as control
 from trainkit.switchml._at_exit import close_at_exit
 from trainkit.switchml._buffers import parse_address
 from trainkit.switchml._kernel import SESSIONS, SLOTS, KernelPlane
-from trainkit.switchml._session import Limits, Sessions
+from trainkit.switchml._limits import Limits
+from trainkit.switchml._session import Sessions
 from trainkit.switchml._shard import COUNTED
 from trainkit.switchml._software_switch import trusted
+
+_log = logging.getLogger(__name__)
 
 _SWEEP = 5.0
 # slots are in the kernel: what a socket would hold is no limit
@@ -46,7 +50,6 @@ class KernelSwitch:
         self, listen: str, interfaces: Sequence[str], *, token_file: str | None = None, insecure: bool = False
     ) -> None:
         token = trusted(listen, token_file, insecure)
-        self._key = control.control_key(token)
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
         try:
@@ -61,7 +64,6 @@ class KernelSwitch:
         self.address = "{}:{}".format(*self._socket.getsockname())
         limits = dataclasses.replace(Limits(), sessions=SESSIONS, slots=SLOTS)
         self._sessions = Sessions(self._plane, token, _UNBOUNDED, limits, core=True)
-        self._refused = 0
         self._lock = threading.Lock()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="switchml-kernel", daemon=True)
@@ -71,7 +73,7 @@ class KernelSwitch:
     def counters(self) -> dict[str, int]:
         """As `SoftwareSwitch.counters`; what the kernel does not count is 0."""
         with self._lock:
-            return {**dict.fromkeys(COUNTED, 0), **self._plane.counters(), "forged": self._refused}
+            return {**dict.fromkeys(COUNTED, 0), **self._plane.counters(), "forged": self._sessions.refused}
 
     def sessions(self) -> list[control.Message]:
         """As `SoftwareSwitch.sessions`."""
@@ -114,10 +116,11 @@ class KernelSwitch:
             return None
 
     def _hear(self, data: bytes, source: tuple[str, int]) -> None:
-        message = control.decode(data, self._key)
-        if message is None:
-            self._refused += 1
+        try:
+            answers = self._sessions.receive(data, source, time.monotonic())
+        except Exception:  # whatever a stranger found: it is his alone
+            _log.exception("a control packet of %s was dropped", source)
             return
-        for address, answer in self._sessions.receive(message, source, time.monotonic()):
+        for address, answer in answers:
             with contextlib.suppress(OSError):  # lost like any other packet
-                self._socket.sendto(control.encode(answer, self._key), cast(tuple[str, int], address))
+                self._socket.sendto(answer, cast(tuple[str, int], address))

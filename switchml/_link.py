@@ -1,7 +1,9 @@
-"""One worker's connection to its switch: a socket, a thread, the worker's state machine, and deadlines."""
+"""One worker's connection to its switch: a socket, a thread, the worker's state machine, and time limits."""
 
 import contextlib
+import logging
 import os
+import secrets
 import threading
 import time
 from collections import Counter, deque
@@ -13,13 +15,22 @@ from numpy.typing import NDArray
 
 from trainkit.switchml import _control as control
 from trainkit.switchml._at_exit import close_at_exit
+from trainkit.switchml._bounded import Bounded
 from trainkit.switchml._errors import SessionLost, SwitchMLError, SwitchUnreachable, WorkerMissing
 from trainkit.switchml._fixed_point import Floats
-from trainkit.switchml._join import join, open_socket
+from trainkit.switchml._join import join
 from trainkit.switchml._native import Port, Worker
 from trainkit.switchml._options import Options
+from trainkit.switchml._packet import FROM_SWITCH
+from trainkit.switchml._place import Place
+from trainkit.switchml._reach import reached
+from trainkit.switchml._text import shown
+
+_log = logging.getLogger(__name__)
 
 _PING = 0.25
+_GUESSES = 4096
+"""Buckets of a step whose exponents are remembered."""
 _NUMBERS = 2**32
 """Chunk numbers of an epoch."""
 COUNTED = (
@@ -41,29 +52,31 @@ class Link:
 
     Args:
         options: what the user asked for.
-        rank: this worker.
-        world: workers.
-        lane: which of the session's independent streams this is.
+        place: this worker's.
+        channel: which of the session's independent streams this is.
 
     Attributes:
         member: what the join agreed.
-        ports: the switch's port for each lane.
-        confirmed: buckets that are known to be finished on all workers.
+        ports: the switch's port for each channel.
+        acknowledged: buckets that are known to be finished on all workers.
         error: why the session failed; None while it works.
 
     Raises:
         SwitchMLError: the session could not be joined; the subclass tells why.
     """
 
-    def __init__(self, options: Options, rank: int, world: int, lane: int = 0) -> None:
-        self.options, self.rank, self.world, self.lane = options, rank, world, lane
+    def __init__(self, options: Options, place: Place, channel: int = 0) -> None:
+        self.options, self.place, self.rank, self.channel = options, place, place.rank, channel
         self._token = options.token()
         self._key = control.control_key(self._token)
-        self._socket, self._buffer = open_socket(options)
+        self._socket, self._buffer = reached(options, self._key)
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
         self._past: Counter[str] = Counter()
-        self._done = self._done_before = self._chunks = self.confirmed = 0
-        # chunk numbers after the buckets that are not confirmed
+        self._done = self._done_before = self._chunks = self.acknowledged = 0
+        self._joined_packets = True
+        # numbers of pings: none is ever used by another connection, so that no answer is another's
+        self._first_ping = self._ping = secrets.randbits(62)
+        # chunk numbers after the buckets that are not acknowledged
         self._ends: deque[int] = deque()
         try:
             self._join()
@@ -79,8 +92,8 @@ class Link:
         self._stopping = False
         self._status: control.Message = {}
         self._began = self._next_ping = 0.0
-        self._ponged = time.monotonic()
-        self._thread = threading.Thread(target=self._run, name=f"switchml-{rank}", daemon=True)
+        self._answered, self._ponged = self._ping, time.monotonic()
+        self._thread = threading.Thread(target=self._run, name=f"switchml-{self.rank}", daemon=True)
         self._thread.start()
         close_at_exit(self)
 
@@ -123,18 +136,16 @@ class Link:
         self._socket.close()
 
     def _join(self) -> None:
-        self.member, self.ports = join(
-            self._socket, self._buffer, self.options, self.rank, self.world, self._token, self.lane
-        )
+        self.member, self.ports = join(self._socket, self._buffer, self.options, self.place, self._token, self.channel)
         # exponents agreed at the last time by index and length: equal on all ranks, which all begin the epoch without
-        self._known: dict[tuple[int, int], NDArray[np.uint8]] = {}
+        self._known: Bounded[tuple[int, int], NDArray[np.uint8]] = Bounded(_GUESSES)
         self._worker = Worker(self.member)
         self._port = Port(self._socket.fileno(), self._wake, self._worker)
 
     def _renew(self) -> None:
-        """Gather anew before chunk numbers run out: a number of an epoch, and with it a tag's nonce, is never reused."""
+        """Meet anew before chunk numbers run out: a number of an epoch, and with it a tag's nonce, is never reused."""
         self._past += Counter(self._worker.counters)
-        self._done_before = self.confirmed = self._done
+        self._done_before = self.acknowledged = self._done
         self._ends.clear()
         self._join()
 
@@ -155,7 +166,9 @@ class Link:
         now = time.monotonic()
         if now >= self._next_ping:
             self._next_ping = now + _PING
-            self._tell({"op": "ping"})
+            self._ping += 1
+            # as long as lets the answer, which has every rank's silence, be no more than three times it
+            self._tell({"op": "ping", "n": self._ping}, 120 + 8 * self.member.world)
         heard = self._worker.drive(self._port, self._next_ping)
         now = time.monotonic()
         self._finish()
@@ -178,49 +191,83 @@ class Link:
             self._ends.append(self._worker.next_number)
         self._finish()
         for data, _ in heard:
-            self._hear(control.decode(data, self._key), now)
+            self._hear(data, now)
+        if self._joined_packets and not self._worker.joins:
+            self._joined_packets = False
+            _log.warning(
+                "the path to switch %s loses packets that segmentation offload joins: they are sent one by one from now on",
+                self.options.switch,
+            )
         chunks = self._worker.chunks
         if chunks != self._chunks:
             self._chunks, self._began = chunks, now
-        elif self._waiting and now - self._began > self.options.deadline_s:
+        elif self._waiting and now - self._began > self.options.timeout_s:
             raise self._stalled(now)
 
     def _guess(self, order: _Order) -> NDArray[np.uint8] | None:
         if order.bucket is None or self.options.wire != "int32":  # a narrow wire has no bit to spare for coarse units
             return None
         chunks = -(-order.values.size // self.member.elements)
-        return self._known.setdefault((order.bucket, order.values.size), np.zeros(chunks, np.uint8))
+        key = order.bucket, order.values.size
+        known = self._known.get(key)
+        if known is None:
+            known = self._known[key] = np.zeros(chunks, np.uint8)
+        return known
 
     def _finish(self) -> None:
         """Hand over the buckets that are done."""
         finished = self._worker.finished
         # whoever has a result has had what all workers needed to send it
-        proven = self._worker.settled - self.member.slots
+        proven = self._worker.low_water_mark - self.member.slots
         while self._ends and self._ends[0] <= proven:
             self._ends.popleft()
-            self.confirmed += 1
+            self.acknowledged += 1
         while self._done - self._done_before < finished:
             self._done += 1
             self._waiting.popleft().done.set_result(None)
 
-    def _hear(self, message: control.Message | None, now: float) -> None:
-        if message is None or message.get("epoch") != self.member.epoch:
+    def _hear(self, data: bytes, now: float) -> None:
+        of, member = control.place(data), self.member
+        if of == (member.session, member.epoch, FROM_SWITCH):
+            self._hear_of_epoch(control.decode(data, member.control), now)
+        elif of == control.SWITCH:
+            message = control.decode(data, self._key) or {}
+            # for this epoch, and in answer to a ping of this connection
+            if message.get("op") == "lost" and message.get("epoch") == member.epoch and self._is_ours(message.get("n")):
+                raise SessionLost(
+                    f"switch {self.options.switch} no longer knows this epoch of session {self.options.session!r}: it was "
+                    "restarted, or the session was joined anew by other processes"
+                )
+
+    def _hear_of_epoch(self, message: control.Message | None, now: float) -> None:
+        if message is None:
             return
-        if message["op"] == "pong":
-            self._status, self._ponged = message, now
-        elif message["op"] == "aborted":
-            raise WorkerMissing(str(message.get("why")), tuple(message.get("ranks", ())))
-        elif message["op"] == "lost" and message.get("number") == self.member.session:
-            raise SessionLost(
-                f"switch {self.options.switch} no longer knows this epoch of session {self.options.session!r}: it was "
-                "restarted, or the session was joined anew by other processes"
+        op = message["op"]
+        if op == "pong" and self._is_ours(message.get("n")) and message["n"] > self._answered:
+            self._status, self._ponged, self._answered = message, now, message["n"]
+            if message.get("mismatched"):
+                raise SwitchMLError(
+                    f"the bucket of rank {', '.join(map(str, message['mismatched']))} is not that of the other ranks: all "
+                    "must average buckets of the same sizes in the same order"
+                )
+        elif op == "moved" and self._is_ours(message.get("n")):
+            _log.warning(
+                "switch %s hears rank %d from another address: a NAT forgot it", self.options.switch, self.rank
             )
+            self._tell({"op": "move", "cookie": message.get("cookie")})
+        elif op in ("aborted", "refused"):
+            ranks = message.get("ranks")
+            named = tuple(rank for rank in ranks if type(rank) is int) if isinstance(ranks, list) else ()
+            raise WorkerMissing(shown(message.get("why"), 500), named)
+
+    def _is_ours(self, number: object) -> bool:
+        return type(number) is int and self._first_ping < number <= self._ping
 
     def _stalled(self, now: float) -> SwitchMLError:
-        deadline = f"{self.options.deadline_s:g} s"
-        if now - self._ponged > max(4 * _PING, self.options.deadline_s / 2):
+        limit = f"{self.options.timeout_s:g} s"
+        if now - self._ponged > max(4 * _PING, self.options.timeout_s / 2):
             return SwitchUnreachable(
-                f"switch {self.options.switch} has not answered for {now - self._ponged:.1f} s (deadline {deadline}): "
+                f"switch {self.options.switch} has not answered for {now - self._ponged:.1f} s (limit {limit}): "
                 "is it still running, is the network up?"
             )
         missing = [rank for rank in self._status.get("missing", []) if rank != self.rank]
@@ -228,20 +275,20 @@ class Link:
         if missing:
             states = ", ".join(f"rank {r} (last heard {silent[r]:.1f} s ago)" for r in missing if r < len(silent))
             return WorkerMissing(
-                f"no progress for {deadline}: {states} did not send this bucket; dead, paused or in another "
-                "step? A longer deadline_s waits longer",
+                f"no progress for {limit}: {states} did not send this bucket; dead, paused or in another "
+                "step? A longer timeout_s waits longer",
                 tuple(missing),
             )
         return SwitchMLError(
-            f"no progress for {deadline} though switch {self.options.switch} answers: do packets of "
+            f"no progress for {limit} though switch {self.options.switch} answers: do packets of "
             f"{self.member.elements} elements pass the path? Try elements=64"
         )
 
-    def _tell(self, message: control.Message) -> None:
+    def _tell(self, message: control.Message, size: int = 0) -> None:
         member = self.member
-        message |= {"number": member.session, "epoch": member.epoch, "rank": self.rank}
+        of = control.Place(member.session, member.epoch, self.rank)
         with contextlib.suppress(OSError):
-            self._socket.send(control.encode(message, self._key))
+            self._socket.send(control.encode(message, member.control, size, of))
 
     def _fail(self, error: SwitchMLError) -> None:
         with self._lock:

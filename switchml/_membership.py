@@ -1,10 +1,11 @@
 """What a join has agreed: all that the state machines of a worker and a switch need to know of a session."""
 
+import struct
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
 from trainkit.switchml._packet import PROFILES
-from trainkit.switchml._tag import session_key
+from trainkit.switchml._tag import derived
 
 Address = Hashable
 """Where a worker is reached: a socket address, or whatever the transport of a test calls one."""
@@ -19,7 +20,7 @@ class Membership:
     session: int
     """Number of the session, 16 bits."""
     epoch: int
-    """Number of this gathering, 32 bits; a fresh one for each."""
+    """Number of this rendezvous, 32 bits, not 0; a fresh one for each."""
     world: int
     """Workers in the sum."""
     worker: int = 0
@@ -32,19 +33,29 @@ class Membership:
     """Format of the integers."""
     profile: str = "full"
     """"core" or "full"."""
-    lane: int = 0
+    channel: int = 0
     """Which independent stream of the session."""
     key: bytes = b""
-    """Session key of the tags; empty without a token."""
+    """Key of the data packets' tags; empty without a token."""
+    control: bytes = b""
+    """Key of this epoch's control messages."""
 
-    def with_key(self, token: bytes, salt: str) -> "Membership":
-        """The same membership with the session key of `token`, a switch's `salt` and the epoch.
+    def keyed(self, token: bytes, salt: str, said: str) -> "Membership":
+        """The same membership with its keys.
 
-        Unchanged without a token, and where the profile has no tags: the token then guards the join alone.
+        Both come from the token, the switch's `salt` for this epoch, and `said`, the digest of the workers' nonces for
+        it. Data have none without a token, and where the profile has no tags: the token then guards the join alone.
         """
-        if not token or not PROFILES[self.profile].tagged:
-            return self
-        return replace(self, key=session_key(token, bytes.fromhex(salt), self.epoch))
+        agreed = (
+            struct.pack(">HIBIIB", self.session, self.epoch, self.world, self.slots, self.elements, self.channel)
+            + f"{self.wire} {self.profile}".encode()
+        )
+        of = token, bytes.fromhex(salt)
+        context = agreed + bytes.fromhex(said)
+        tagged = token and PROFILES[self.profile].tagged
+        return replace(
+            self, key=derived(*of, b"data", context) if tagged else b"", control=derived(*of, b"control", context)
+        )
 
     def as_worker(self, worker: int) -> "Membership":
         """The same membership for rank `worker`."""

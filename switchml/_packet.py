@@ -18,6 +18,8 @@ SLOT_MASK = 0x3FFF
 VERSION_BIT = 0x8000
 FROM_SWITCH = 0xFF
 NON_FINITE = 0xFF
+CHANNEL_MASK = 0x3F
+BUCKET_SHIFT = 6
 MAX_WORKERS = 64
 KERNEL_ELEMENTS = 352
 """Payload that a switch inside a kernel takes besides those of profile `core`: what an Ethernet frame carries."""
@@ -36,7 +38,7 @@ HEADER = (
     Field("magic", 8, "0xB1: this protocol, first version"),
     Field("kind", 8, "what the packet is: see Kind"),
     Field("session", 16, "number that the switch gave the session at its join"),
-    Field("epoch", 32, "number that the switch gave this gathering of workers; another epoch changes nothing"),
+    Field("epoch", 32, "number that the switch gave this rendezvous of workers; another epoch changes nothing"),
     Field("chunk", 32, "position in the stream of chunks of the epoch, from 0, never reused"),
     Field("slot", 16, "bit 15: version, chunk // slots % 2; bits 13 to 0: slot, chunk % slots"),
     Field("worker", 8, "rank of the sender; 0xFF from the switch"),
@@ -48,7 +50,7 @@ HEADER = (
     ),
     Field("elements", 16, "integers in the payload; 0: exponent only, or no payload"),
     Field("wire", 8, "width of the payload's integers in bytes: 4, 2 or 1"),
-    Field("lane", 8, "which independent stream of the session this chunk belongs to"),
+    Field("lane", 8, "channel: which independent stream of the session; in profile full, bits 7 and 6: bucket % 4"),
 )
 
 _STRUCT = struct.Struct(">" + "".join({8: "B", 16: "H", 32: "I"}[field.bits] for field in HEADER))
@@ -65,7 +67,7 @@ class Kind(IntEnum):
     PROGRESS = 3
     """Switch to a worker that is missing from an unfinished chunk: the bitmap of the workers seen."""
     QUERY = 4
-    """Worker to switch: a repeat without payload; answered with RESULT or PROGRESS."""
+    """Worker to switch: a retransmission without payload; answered with RESULT or PROGRESS."""
     CONTROL = 16
     """Join, leave, keep-alive and abort: a JSON object as payload."""
 
@@ -100,7 +102,13 @@ class Profile:
     tagged: bool
     """A tag may follow the payload."""
     queries: bool
-    """QUERY is known; without it a repeat is the DATA packet itself."""
+    """QUERY is known; without it a retransmission is the DATA packet itself."""
+
+    @property
+    def sizes(self) -> str:
+        """The allowed payload sizes in words."""
+        low, high = self.elements
+        return f"{low}, {high} or {KERNEL_ELEMENTS}" if self.name == "core" else f"{low} to {high}"
 
     def allows(self, elements: int) -> bool:
         """Whether a session of this profile may carry `elements` integers a packet."""
@@ -111,7 +119,9 @@ class Profile:
 
 CORE = Profile("core", (64, 256), 32, ("int32",), tagged=False, queries=False)
 """What P4 and XDP can do: int32, 64 or 256 elements, no tag; every DATA of a session has all its elements or none."""
-FULL = Profile("full", (64, 16384), MAX_WORKERS, ("int32", "int16", "int8"), tagged=True, queries=True)
+MAX_ELEMENTS = 16367
+"""What a UDP datagram carries beside header and tag."""
+FULL = Profile("full", (64, MAX_ELEMENTS), MAX_WORKERS, ("int32", "int16", "int8"), tagged=True, queries=True)
 """What the software switch does."""
 PROFILES = {profile.name: profile for profile in (CORE, FULL)}
 

@@ -1,4 +1,4 @@
-"""The software switch: one thread and one port a lane."""
+"""The software switch: one thread and one port a channel."""
 
 import dataclasses
 import socket
@@ -6,9 +6,9 @@ from types import TracebackType
 
 from trainkit.switchml import _control as control
 from trainkit.switchml._at_exit import close_at_exit
-from trainkit.switchml._buffers import enlarge, parse_address
-from trainkit.switchml._options import MAX_LANES, read_token
-from trainkit.switchml._session import Limits
+from trainkit.switchml._buffers import enlarge, is_loopback, joined_address, parse_address
+from trainkit.switchml._limits import Limits
+from trainkit.switchml._options import MAX_CHANNELS, read_token
 from trainkit.switchml._shard import COUNTED, Shard
 
 
@@ -16,11 +16,13 @@ class SoftwareSwitch:
     """Adds the gradients of all sessions that join it. A context manager; runs from construction to `close`.
 
     Args:
-        listen: "host:port"; port 0 takes a free one, see `address`. Further threads take the ports after it.
+        listen: "host:port", "[address]:port" for IPv6; "0.0.0.0:port" and "[::]:port" take all of the machine's addresses
+            and answer from the one that was asked. Port 0 takes a free one, see `address`. Further threads take the
+            ports after it.
         token_file: file with the secret that workers must share; needed beyond loopback.
         insecure: take workers without a token beyond loopback.
         limits: what is admitted.
-        threads: lanes, each with a thread and a port; a slot belongs to one lane.
+        threads: channels, each with a thread and a port; a slot belongs to one channel.
 
     Raises:
         ValueError: no token beyond loopback, or a malformed address.
@@ -40,18 +42,18 @@ class SoftwareSwitch:
         limits: Limits | None = None,
         threads: int = 1,
     ) -> None:
-        if not 1 <= threads <= MAX_LANES:
-            raise ValueError(f"threads are 1 to {MAX_LANES}, got {threads}")
+        if not 1 <= threads <= MAX_CHANNELS:
+            raise ValueError(f"threads are 1 to {MAX_CHANNELS}, got {threads}")
         token = trusted(listen, token_file, insecure)
         sockets = _bound(listen, threads)
         buffers = [enlarge(endpoint) for endpoint in sockets]
         limits = limits or Limits()
         limits = dataclasses.replace(limits, memory=limits.memory // threads)
         ports = tuple(int(endpoint.getsockname()[1]) for endpoint in sockets)
-        self.address = "{}:{}".format(*sockets[0].getsockname())
+        self.address = joined_address(*sockets[0].getsockname()[:2])
         self._shards = [
-            Shard(endpoint, buffer, token, limits, lane, ports)
-            for lane, (endpoint, buffer) in enumerate(zip(sockets, buffers, strict=True))
+            Shard(endpoint, buffer, token, limits, channel, ports)
+            for channel, (endpoint, buffer) in enumerate(zip(sockets, buffers, strict=True))
         ]
         close_at_exit(self)
 
@@ -86,10 +88,10 @@ def trusted(listen: str, token_file: str | None, insecure: bool) -> bytes:
     """
     host, _ = parse_address(listen, "listen")
     token = read_token(token_file)
-    if not token and not insecure and not host.startswith("127.") and host != "localhost":
+    if not token and not insecure and not is_loopback(host):
         raise ValueError(
             f"listening on {host} without a token would let anyone change gradients: give --token-file "
-            "(`openssl rand -hex 32 > FILE`), or --insecure on a network that only you use"
+            "(`(umask 077 && openssl rand -hex 32 > FILE)`), or --insecure on a network that only you use"
         )
     return token
 
@@ -98,15 +100,34 @@ def _bound(listen: str, count: int) -> list[socket.socket]:
     host, port = parse_address(listen, "listen")
     sockets: list[socket.socket] = []
     for number in range(count):
-        sockets.append(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
-        place = (host, port + number if port else 0)
+        wanted = port + number if port else 0
         try:
-            sockets[-1].bind(place)
-        except (OSError, OverflowError) as error:
+            sockets.append(bound(host, wanted))
+        except OSError:
             for endpoint in sockets:
                 endpoint.close()
-            why = error.strerror if isinstance(error, OSError) else "no such port"
-            raise OSError(
-                f"cannot listen on {host}:{place[1]}: {why}: take another port, or 0 for a free one"
-            ) from error
+            raise
     return sockets
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A UDP socket at an address of this machine; an IPv6 wildcard takes IPv4, too.
+
+    Raises:
+        OSError: it cannot be bound; the message says what to do.
+    """
+    endpoint: socket.socket | None = None
+    try:
+        family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM, flags=socket.AI_PASSIVE)[0]
+        endpoint = socket.socket(family, socket.SOCK_DGRAM)
+        if family == socket.AF_INET6:
+            endpoint.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        endpoint.bind(place)
+        return endpoint
+    except (OSError, OverflowError) as error:
+        if endpoint is not None:
+            endpoint.close()
+        why = error.strerror if isinstance(error, OSError) else "no such port"
+        raise OSError(
+            f"cannot listen on {joined_address(host, port)}: {why}: take another port, or 0 for a free one"
+        ) from error

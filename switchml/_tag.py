@@ -1,11 +1,13 @@
 """The tag behind a packet: that it comes from a holder of the token and was not changed.
 
 AES-256-GMAC of OpenSSL's libcrypto, 16 bytes. The nonce is all of the header (direction, worker, epoch, chunk and
-slot version are in it) and, where there is one, the bitmap: a repeat is the same bytes, and no two messages of an
-epoch share a nonce.
+slot version are in it) and, where there is one, the bitmap: a retransmission is the same bytes, and no two messages of
+an epoch share a nonce.
 """
 
-from trainkit.switchml._native import hkdf, seal, unseal
+import hmac
+
+from trainkit.switchml._native import seal, unseal
 
 
 def tagged(packet: bytes, key: bytes) -> bytes:
@@ -18,6 +20,14 @@ def open_tagged(packet: bytes, key: bytes) -> bytes | None:
     return unseal(packet, key) if key else packet
 
 
-def session_key(token: bytes, salt: bytes, epoch: int) -> bytes:
-    """Key of one epoch's tags: HKDF-SHA256 of the token (RFC 5869), 32 bytes."""
-    return bytes(hkdf(token, salt, b"trainkit switchml data" + epoch.to_bytes(4, "big"), 32))
+def derived(token: bytes, salt: bytes, what: bytes, context: bytes) -> bytes:
+    """A key of 32 bytes: HKDF-SHA256 (RFC 5869) of the token.
+
+    Args:
+        token: the shared secret; may be empty.
+        salt: what the switch drew for this epoch.
+        what: the key is for.
+        context: all that the epoch's two sides have said of it.
+    """
+    extracted = hmac.digest(salt, token, "sha256")
+    return hmac.digest(extracted, b"trainkit switchml " + what + b"\0" + context + b"\1", "sha256")

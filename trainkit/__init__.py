@@ -7,23 +7,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from trainkit.integrations._network import NetworkOptions as NetworkOptions
+    from trainkit.integrations._network import NetworkState as NetworkState
+    from trainkit.integrations._network import auto_network_hook as auto_network_hook
     from trainkit.integrations.lightning._callback import AutoLRS as AutoLRS
-    from trainkit.integrations.lightning._network import AutoNetworkStrategy as AutoNetworkStrategy
-    from trainkit.integrations.lightning._network import NetworkState as NetworkState
-    from trainkit.integrations.lightning._network import auto_network_hook as auto_network_hook
+    from trainkit.integrations.lightning._strategies import AutoNetworkStrategy as AutoNetworkStrategy
     from trainkit.integrations.lightning._strategies import ForestStrategy as ForestStrategy
     from trainkit.integrations.lightning._strategies import SwitchMLStrategy as SwitchMLStrategy
 
 __version__ = "0.1.0"
-__all__ = ["AutoLRS", "AutoNetworkStrategy", "ForestStrategy", "NetworkState", "SwitchMLStrategy", "auto_network_hook"]
+__all__ = [
+    "AutoLRS",
+    "AutoNetworkStrategy",
+    "ForestStrategy",
+    "NetworkOptions",
+    "NetworkState",
+    "SwitchMLStrategy",
+    "auto_network_hook",
+]
 
 _HOMES = {
     "AutoLRS": "trainkit.integrations.lightning._callback",
-    "AutoNetworkStrategy": "trainkit.integrations.lightning._network",
+    "AutoNetworkStrategy": "trainkit.integrations.lightning._strategies",
     "ForestStrategy": "trainkit.integrations.lightning._strategies",
-    "NetworkState": "trainkit.integrations.lightning._network",
+    "NetworkOptions": "trainkit.integrations._network",
+    "NetworkState": "trainkit.integrations._network",
     "SwitchMLStrategy": "trainkit.integrations.lightning._strategies",
-    "auto_network_hook": "trainkit.integrations.lightning._network",
+    "auto_network_hook": "trainkit.integrations._network",
 }
 
 

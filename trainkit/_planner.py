@@ -1,4 +1,4 @@
-"""The planner: what each way to all-reduce would cost on a measured network, and which to take.
+"""The planner: what each all-reduce algorithm would cost on a measured network, and which to take.
 
 A prediction is the sum over the model's gradient buckets of the time of one all-reduce: the busiest link's load over
 its capacity, plus what starting, passing on and ending the messages costs.
@@ -14,7 +14,8 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import dijkstra
 
 from trainkit.collectives import Forest, Schedule, Topology, allreduce_forest, forest, order_ranks
-from trainkit.collectives.schedule import bytes_per_second, compose, link_loads
+from trainkit.collectives._said import topology_of, topology_said
+from trainkit.collectives.schedule import bytes_per_second, compose, from_dict, link_loads, to_dict
 from trainkit.collectives.trees import busiest_link, double_binary_tree_schedule, route
 
 if TYPE_CHECKING:
@@ -39,8 +40,8 @@ full packet take what TCP's do, and the links' capacities are what TCP gets."""
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to all-reduce the gradients."""
+class Algorithm:
+    """One algorithm that all-reduces the gradients."""
 
     name: str
     """"ring", "reordered ring", "tree", "forest", "native" or "switchml"."""
@@ -61,7 +62,7 @@ class Way:
 
 @dataclass(frozen=True)
 class NetworkPlan:
-    """Every way that was considered, fastest first, and the one to take."""
+    """Every algorithm that was considered, fastest first, and the one to take."""
 
     topology: Topology
     """The network planned for."""
@@ -69,9 +70,9 @@ class NetworkPlan:
     """Bytes of each gradient bucket of a step."""
     bound_s: float
     """No all-reduce along trees is faster, latency apart."""
-    ways: tuple[Way, ...]
+    algorithms: tuple[Algorithm, ...]
     """Fastest first."""
-    chosen: Way
+    chosen: Algorithm
     """The fastest, or the ring where nothing beats it by more than 5 %."""
 
     def table(self) -> "Table":
@@ -80,32 +81,73 @@ class NetworkPlan:
 
         size = sum(self.buckets) / 2**20
         table = Table(title=f"{self.topology.name}: all-reduce of {size:.4g} MiB in {len(self.buckets)} buckets")
-        for heading in ("way", "s a step", "against ring", "over bound", "limited by"):
-            table.add_column(heading, justify="left" if heading in ("way", "limited by") else "right")
-        ring = next(way for way in self.ways if way.name == "ring")
-        for way in self.ways:
+        for heading in ("algorithm", "s a step", "against ring", "over bound", "limited by"):
+            table.add_column(heading, justify="left" if heading in ("algorithm", "limited by") else "right")
+        ring = next(algorithm for algorithm in self.algorithms if algorithm.name == "ring")
+        for algorithm in self.algorithms:
             table.add_row(
-                f"[bold]{way.name} (chosen)[/bold]" if way is self.chosen else way.name,
-                f"{way.step_s:.4g}",
-                f"{ring.step_s / way.step_s:.2f} x",
-                f"{way.step_s / self.bound_s:.2f}",
-                " -> ".join(way.busiest),
+                f"[bold]{algorithm.name} (chosen)[/bold]" if algorithm is self.chosen else algorithm.name,
+                f"{algorithm.step_s:.4g}",
+                f"{ring.step_s / algorithm.step_s:.2f} x",
+                f"{algorithm.step_s / self.bound_s:.2f}",
+                " -> ".join(algorithm.busiest),
             )
         return table
 
     def as_dict(self) -> dict[str, Any]:
         """The comparison for machines."""
-        ways = {
-            way.name: {"step_s": way.step_s, "bucket_s": way.seconds, "busiest": way.busiest, "order": way.order}
-            for way in self.ways
+        algorithms = {
+            algorithm.name: {
+                "step_s": algorithm.step_s,
+                "bucket_s": algorithm.seconds,
+                "busiest": algorithm.busiest,
+                "order": algorithm.order,
+            }
+            for algorithm in self.algorithms
         }
         return {
             "network": self.topology.name,
             "buckets": self.buckets,
             "bound_s": self.bound_s,
-            "ways": ways,
+            "algorithms": algorithms,
             "chosen": self.chosen.name,
         }
+
+
+def plan_said(plan: NetworkPlan) -> dict[str, Any]:
+    """A plan as plain JSON values, for other ranks; of the schedules only the chosen one, the others can be megabytes."""
+    rows = [
+        [one.name, one.seconds, one.busiest, one.order, to_dict(one.schedule) if one.schedule and chosen else None]
+        for one, chosen in ((one, one is plan.chosen) for one in plan.algorithms)
+    ]
+    chosen = next(at for at, one in enumerate(plan.algorithms) if one is plan.chosen)
+    return {
+        "topology": topology_said(plan.topology), "buckets": plan.buckets, "bound_s": plan.bound_s, "algorithms": rows,
+        "chosen": chosen,
+    }  # fmt: skip
+
+
+def plan_of(said: Any) -> NetworkPlan:
+    """The plan behind `plan_said`; its schedule is verified.
+
+    Raises:
+        ValueError: it makes no sense.
+    """
+    try:
+        algorithms = tuple(
+            Algorithm(
+                str(name), tuple(map(float, seconds)), (str(busiest[0]), str(busiest[1])),
+                None if order is None else tuple(map(str, order)), None if schedule is None else from_dict(schedule),
+            )
+            for name, seconds, busiest, order, schedule in said["algorithms"]
+        )  # fmt: skip
+        chosen = algorithms[int(said["chosen"])]
+        if chosen.schedule is not None:
+            chosen.schedule.verify()
+        buckets = tuple(map(int, said["buckets"]))
+        return NetworkPlan(topology_of(said["topology"]), buckets, float(said["bound_s"]), algorithms, chosen)
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(f"rank 0's network plan makes no sense: {type(error).__name__}: {error}") from None
 
 
 def plan_network(
@@ -118,7 +160,7 @@ def plan_network(
     overhead_s: float | None = None,
     order_seconds: float = 1.0,
 ) -> NetworkPlan:
-    """Predict every way to all-reduce `buckets` on `topology`, and choose.
+    """Predict every algorithm's all-reduce of `buckets` on `topology`, and choose.
 
     Args:
         topology: the network, with a unit; its compute nodes in the order of the ranks.
@@ -152,7 +194,7 @@ def plan_network(
     native = allreduce_forest(network)
     down, up = _fewest_trees(network, "allgather"), _fewest_trees(network, "reduce_scatter")
     flow = -1 if backend == "gloo" else 1
-    ways = [
+    algorithms = [
         _ring("ring", network, topology.compute_nodes, flow, buckets),
         *_reordered(network, flow, buckets, order_seconds),
         _scheduled("tree", lambda chunks: double_binary_tree_schedule(network, chunks), buckets, backend),
@@ -161,11 +203,14 @@ def plan_network(
         *([_through_switch(network, switch, buckets, widths)] if switch is not None else []),
     ]
     if backend == "nccl":
-        ways = [replace(way, seconds=tuple(taken + NCCL_CALL_S for taken in way.seconds)) for way in ways]
-    ring = ways[0]
-    ways.sort(key=lambda way: way.step_s)
-    chosen = ways[0] if ring.step_s >= MARGIN * ways[0].step_s else ring
-    return NetworkPlan(topology, tuple(buckets), float(native.seconds(sum(buckets))), tuple(ways), chosen)
+        algorithms = [
+            replace(algorithm, seconds=tuple(taken + NCCL_CALL_S for taken in algorithm.seconds))
+            for algorithm in algorithms
+        ]
+    ring = algorithms[0]
+    algorithms.sort(key=lambda algorithm: algorithm.step_s)
+    chosen = algorithms[0] if ring.step_s >= MARGIN * algorithms[0].step_s else ring
+    return NetworkPlan(topology, tuple(buckets), float(native.seconds(sum(buckets))), tuple(algorithms), chosen)
 
 
 def _with_overhead(topology: Topology, overhead_s: float) -> Topology:
@@ -175,7 +220,7 @@ def _with_overhead(topology: Topology, overhead_s: float) -> Topology:
     return replace(topology, latency=latency)
 
 
-def _ring(name: str, network: Topology, order: Sequence[str], flow: int, buckets: Sequence[int]) -> Way:
+def _ring(name: str, network: Topology, order: Sequence[str], flow: int, buckets: Sequence[int]) -> Algorithm:
     size = len(order)
     legs = list(zip(order, [*order[flow:], *order[:flow]], strict=True))
     busiest, time = busiest_link(network, ((u, v, Fraction(2 * (size - 1), size)) for u, v in legs))
@@ -183,10 +228,10 @@ def _ring(name: str, network: Topology, order: Sequence[str], flow: int, buckets
     slowest = max(sum(network.latency[link] for link in pairwise(path)) for path in paths)
     rate = float(bytes_per_second(network.unit) / time)
     seconds = tuple(nbytes / rate + 2 * (size - 1) * slowest for nbytes in buckets)
-    return Way(name, seconds, busiest, order=tuple(order))
+    return Algorithm(name, seconds, busiest, order=tuple(order))
 
 
-def _reordered(network: Topology, flow: int, buckets: Sequence[int], order_seconds: float) -> list[Way]:
+def _reordered(network: Topology, flow: int, buckets: Sequence[int], order_seconds: float) -> list[Algorithm]:
     """The ring in the best order found; none where the given order is as good."""
     # What a hop takes from all links on its way together: hops that share a thin link are then avoided like slow ones.
     tail, head, capacity = network.arcs
@@ -205,7 +250,7 @@ def _fewest_trees(network: Topology, collective: Literal["reduce_scatter", "allg
 
 def _scheduled(
     name: str, make: Callable[[int], Schedule], buckets: Sequence[int], backend: Literal["gloo", "nccl"]
-) -> Way:
+) -> Algorithm:
     """A schedule cut into as many pieces as are good for the largest bucket."""
     largest = max(buckets)
     first, *finer_chunks = _CHUNKS[backend]
@@ -222,7 +267,7 @@ def _scheduled(
     times = {largest: best_s} | {nbytes: _seconds(best, nbytes, backend) for nbytes in set(buckets) - {largest}}
     loads = link_loads(best)
     busiest = max(loads, key=lambda link: loads[link] / Fraction(best.links[link]))
-    return Way(name, tuple(times[nbytes] for nbytes in buckets), busiest, schedule=best)
+    return Algorithm(name, tuple(times[nbytes] for nbytes in buckets), busiest, schedule=best)
 
 
 def _seconds(schedule: Schedule, nbytes: int, backend: Literal["gloo", "nccl"]) -> float:
@@ -233,7 +278,7 @@ def _seconds(schedule: Schedule, nbytes: int, backend: Literal["gloo", "nccl"]) 
     return float(schedule.time(nbytes)) + NCCL_GROUP_S * len(set(waves_of(schedule)))
 
 
-def _through_switch(network: Topology, switch: str, buckets: Sequence[int], widths: Sequence[int]) -> Way:
+def _through_switch(network: Topology, switch: str, buckets: Sequence[int], widths: Sequence[int]) -> Algorithm:
     """Everybody sends its gradients to the switch and gets the sum back; both directions at once."""
     workers = [name for name in network.compute_nodes if name != switch]
     hops = [hop for name in workers for hop in ((name, switch, Fraction(1)), (switch, name, Fraction(1)))]
@@ -241,4 +286,4 @@ def _through_switch(network: Topology, switch: str, buckets: Sequence[int], widt
     trips = [sum(network.latency[link] for link in pairwise(route(network, u, v))) for u, v, _ in hops]
     rate = float(bytes_per_second(network.unit) / time)
     sent = [nbytes / width * _SWITCHML_BYTES for nbytes, width in zip(buckets, widths, strict=True)]
-    return Way("switchml", tuple(nbytes / rate + 2 * max(trips) for nbytes in sent), busiest)
+    return Algorithm("switchml", tuple(nbytes / rate + 2 * max(trips) for nbytes in sent), busiest)

@@ -23,7 +23,7 @@ dist.init_process_group("gloo", init_method=job["meet"], rank=rank, world_size=2
 torch.manual_seed(0)
 model = GPT(size, 256, rate=1e-3)
 ddp = DistributedDataParallel(model, find_unused_parameters=True)
-state = SwitchMLState(job["switch"], profile="core", elements=job["elements"], slots=16, deadline_s=60)
+state = SwitchMLState(job["switch"], profile="core", elements=job["elements"], slots=16, timeout_s=60)
 ddp.register_comm_hook(state, switchml_hook)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 data = torch.Generator().manual_seed(rank)

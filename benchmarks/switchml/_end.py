@@ -24,7 +24,7 @@ state = SwitchMLState(
     slots=plan.get("slots"),
     elements=plan.get("elements"),
     profile=plan.get("profile", "full"),
-    deadline_s=60,
+    timeout_s=60,
 )
 member = state.connect().member
 values = torch.randn(plan["bytes"] // 4, generator=torch.Generator().manual_seed(rank))

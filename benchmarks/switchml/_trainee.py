@@ -17,7 +17,7 @@ rank, world = int(sys.argv[2]), plan["workers"]
 torch.set_num_threads(1)
 os.environ["GLOO_SOCKET_IFNAME"] = "eth0"
 dist.init_process_group("gloo", init_method="tcp://10.77.0.1:29511", rank=rank, world_size=world)
-state = SwitchMLState(plan["switch"], token_file=plan["token_file"], deadline_s=60)
+state = SwitchMLState(plan["switch"], token_file=plan["token_file"], timeout_s=60)
 member = state.connect().member
 
 

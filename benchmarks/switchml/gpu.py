@@ -22,14 +22,14 @@ from trainkit.switchml import SoftwareSwitch, SwitchMLState, noop_hook, switchml
 
 _STEPS = 20
 _SETTINGS: dict[str, dict[str, Any]] = {
-    "8 lanes, 64 slots": {"lanes": 8, "slots": 64},
-    "1 lane": {"lanes": 1},
-    "4 lanes": {"lanes": 4},
-    "4 lanes, 64 slots": {"lanes": 4, "slots": 64},
-    "8 lanes": {"lanes": 8},
-    "12 lanes, 64 slots": {"lanes": 12, "slots": 64},
-    "8 lanes, 64 slots, int16": {"lanes": 8, "slots": 64, "wire": "int16"},
-    "8 lanes, 64 slots, int8": {"lanes": 8, "slots": 64, "wire": "int8"},
+    "8 channels, 64 slots": {"channels": 8, "slots": 64},
+    "1 lane": {"channels": 1},
+    "4 channels": {"channels": 4},
+    "4 channels, 64 slots": {"channels": 4, "slots": 64},
+    "8 channels": {"channels": 8},
+    "12 channels, 64 slots": {"channels": 12, "slots": 64},
+    "8 channels, 64 slots, int16": {"channels": 8, "slots": 64, "wire": "int16"},
+    "8 channels, 64 slots, int8": {"channels": 8, "slots": 64, "wire": "int8"},
 }
 """The first is the one that is compared and traced."""
 

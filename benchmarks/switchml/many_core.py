@@ -1,6 +1,6 @@
 """n workers and a switch in namespaces of one large machine, unshaped: `python benchmarks/switchml/many_core.py [n] [MB]`.
 
-Needs root and pyroute2, not `ip`. For each count of lanes and each MTU prints a row: medians and ranges of the goodput,
+Needs root and pyroute2, not `ip`. For each count of channels and each MTU prints a row: medians and ranges of the goodput,
 the multiple of gloo in the same run, and the packets a second that each thread of the switch took in and sent.
 """
 
@@ -100,7 +100,7 @@ if __name__ == "__main__":
     count, size = (int(sys.argv[1]) if len(sys.argv) > 1 else 8), (int(sys.argv[2]) if len(sys.argv) > 2 else 40)
     print(f"n = {count}, {size} MB, {os.cpu_count()} cores\n")
     print(
-        "| links | lanes | ours, Mbit/s a worker | gloo | ratio | thousand packets/s, switch | a thread "
+        "| links | channels | ours, Mbit/s a worker | gloo | ratio | thousand packets/s, switch | a thread "
         "| elements x slots | repeats |"
     )
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
@@ -108,4 +108,4 @@ if __name__ == "__main__":
         try:
             _row(count, size * 1_000_000, threads, mtu, token, 29511 + number)
         except Exception as error:
-            print(f"| MTU {mtu}, {threads} lanes | failed: {error!r} |", flush=True)
+            print(f"| MTU {mtu}, {threads} channels | failed: {error!r} |", flush=True)

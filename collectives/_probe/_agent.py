@@ -1,4 +1,4 @@
-"""What every host does in a probe: it obeys the conductor, and exchanges bytes with the others."""
+"""What every host does in a probe: it obeys the coordinator, and exchanges bytes with the others."""
 
 import socket
 import threading
@@ -7,10 +7,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from trainkit.collectives._address import endpoint
 from trainkit.collectives._probe._streams import Together, echo, hops, receive_rate, round_trips, send_until
-from trainkit.collectives._probe._wire import Gone, ProbeError, accept_channel, number, open_channel, shut, whole
+from trainkit.collectives._probe._wire import (
+    STRANGER_S,
+    Gone,
+    ProbeError,
+    Strangers,
+    accept_channel,
+    number,
+    open_channel,
+    shut,
+    whole,
+)
 
-_IDLE_S = 300.0  # longest silence of a conductor that thinks
+_IDLE_S = 300.0  # longest silence of a coordinator that thinks
 _MOST_FLOWS = 1024
 _MOST_WINDOW_S = 60.0
 
@@ -27,7 +38,7 @@ class Agent:
 
     def __init__(
         self,
-        conductor: tuple[str, int],
+        coordinator: tuple[str, int],
         key: bytes,
         about: Mapping[str, Any],
         timeout_s: float,
@@ -37,19 +48,19 @@ class Agent:
         """Join the probe.
 
         Args:
-            conductor: address of the conductor.
+            coordinator: address of the coordinator.
             key: secret of the probe.
-            about: what the conductor is told: "name", "rank" (or None), "devices".
+            about: what the coordinator is told: "name", "rank" (or None), "devices".
             timeout_s: longest wait for another host.
-            join_s: longest wait for the conductor to be there, and then for the other hosts to come.
-            source: own address to use; empty: the one that the route to the conductor has.
+            join_s: longest wait for the coordinator to be there, and then for the other hosts to come.
+            source: own address to use; empty: the one that the route to the coordinator has.
 
         Raises:
-            ProbeError: the conductor cannot be reached in time, or has another key.
+            ProbeError: the coordinator cannot be reached in time, or has another key.
         """
         self._timeout_s, self._join_s = timeout_s, join_s
         self._name = str(about.get("name"))
-        connection = _reach(conductor, join_s, source)
+        connection = _reach(coordinator, join_s, source)
         own = connection.getsockname()[0]
         self._listener = socket.create_server((own, 0), family=connection.family, backlog=256)
         hello = {**about, "port": self._listener.getsockname()[1]}
@@ -58,17 +69,18 @@ class Agent:
         except Gone as error:
             shut(self._listener)
             connection.close()
-            where = f"{conductor[0]}:{conductor[1]}"
-            raise ProbeError(f"the conductor at {where} did not admit host {self._name!r}: {error}") from None
+            where = endpoint(*coordinator)
+            raise ProbeError(f"the coordinator at {where} did not admit host {self._name!r}: {error}") from None
         self._session = b""
         self._hosts: list[_Host] = []
         self._you = -1
         self._arrived: dict[tuple[int, int, int], socket.socket] = {}
         self._news = threading.Condition()
         self._open = True
+        self._strangers = Strangers()
 
     def run(self) -> dict[str, Any]:
-        """Do what the conductor says until it has the result.
+        """Do what the coordinator says until it has the result.
 
         Returns:
             The network as a dictionary.
@@ -92,7 +104,7 @@ class Agent:
                     reply = {"failed": str(error)}
                 self._control.send(reply, self._timeout_s)
         except Gone as error:
-            raise ProbeError(f"the conductor left the probe: {error}") from None
+            raise ProbeError(f"the coordinator left the probe: {error}") from None
         finally:
             self.close()
 
@@ -127,7 +139,9 @@ class Agent:
 
     def _admit(self, connection: socket.socket) -> None:
         try:
-            _, hello = accept_channel(connection, self._session, {"hops": hops(connection)}, self._timeout_s)
+            with self._strangers.admitted(connection):
+                shy_s = min(STRANGER_S, self._timeout_s)
+                _, hello = accept_channel(connection, self._session, {"hops": hops(connection)}, shy_s)
             sender = whole(hello, "from", 0, len(self._hosts) - 1)
             turn, part = whole(hello, "round", 0, 1 << 30), whole(hello, "part", 0, _MOST_FLOWS)
         except (Gone, OSError):
@@ -150,7 +164,9 @@ class Agent:
             connection = socket.create_connection((host.address, host.port), self._timeout_s, bound)
             _, answer = open_channel(connection, self._session, {**hello, "from": self._you}, self._timeout_s)
         except (OSError, Gone) as error:
-            raise Gone(f"it could not reach host {host.name!r} at {host.address}:{host.port}: {error}") from None
+            raise Gone(
+                f"it could not reach host {host.name!r} at {endpoint(host.address, host.port)}: {error}"
+            ) from None
         return connection, answer
 
     def _ping(self, message: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,19 +228,19 @@ class Agent:
         raise Gone(f"it does not know how to {str(message.get('do'))[:40]!r}: do all hosts have the same version?")
 
 
-def _reach(conductor: tuple[str, int], join_s: float, source: str) -> socket.socket:
-    """Connect, again and again while the conductor is not there yet."""
+def _reach(coordinator: tuple[str, int], join_s: float, source: str) -> socket.socket:
+    """Connect, again and again while the coordinator is not there yet."""
     end = time.monotonic() + join_s
     while True:
         try:
             return socket.create_connection(
-                conductor, max(0.1, end - time.monotonic()), (source, 0) if source else None
+                coordinator, max(0.1, end - time.monotonic()), (source, 0) if source else None
             )
         except OSError as error:
             if time.monotonic() + 0.1 >= end:
-                where = f"{conductor[0]}:{conductor[1]}"
+                where = endpoint(*coordinator)
                 raise ProbeError(
-                    f"the conductor at {where} could not be reached within {join_s:g} s ({error}): "
+                    f"the coordinator at {where} could not be reached within {join_s:g} s ({error}): "
                     "is the first host started, and is that its address?"
                 ) from None
             time.sleep(0.1)

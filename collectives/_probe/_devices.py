@@ -1,5 +1,6 @@
 """What the driver says of a host's GPUs, and the links inside a host that follow from it."""
 
+import logging
 import re
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from typing import Any
 from trainkit.collectives._topology import TopologyError
 from trainkit.collectives.fabrics import from_nvidia_smi
 
+_log = logging.getLogger(__name__)
 Links = list[tuple[str, str, Fraction]]
 
 _PCIE_MBYTES = {1: 250, 2: 500, 3: 985, 4: 1969, 5: 3938, 6: 7563}
@@ -66,14 +68,18 @@ def inside(host: str, ranks: int, devices: Mapping[str, Any], loopback: float | 
     if isinstance(text, str):
         try:
             box = from_nvidia_smi(text, nvlink=int(nvlink * _NVLINK_GOODPUT), pcie=pcie)
-        except TopologyError:
+        except TopologyError as error:
+            _log.warning("%s: what nvidia-smi says of its GPUs cannot be used, the loopback is: %s", host, error)
             box = None
         if box is not None and len(box.compute_nodes) >= ranks:
             names = [f"{host}.{gpu}" for gpu in box.compute_nodes]
             unused = set(box.compute_nodes[ranks:])
             links = [(f"{host}.{u}", f"{host}.{v}", 8 * rate) for u, v, rate in box.links if not {u, v} & unused]
-            slots = [end for name in names[:ranks] for end in ((name, host), (host, name))]
-            return names[:ranks], links + [(u, v, Fraction(8 * pcie)) for u, v in slots]
+            hubs = [name for name in box.switches if not name.startswith("NVSwitch")]
+            # A PCIe tree has the GPUs' slots already: the host is where it ends.
+            ends = [f"{host}.{hubs[-1]}"] if hubs else names[:ranks]
+            rate = Fraction(8 * pcie * (ranks if hubs else 1))
+            return names[:ranks], links + [(u, v, rate) for end in ends for u, v in ((end, host), (host, end))]
     names = [f"{host}.{local}" for local in range(ranks)]
     rate = Fraction(max(1, round((loopback or 0.0) / 1e6)))
     return names, [(u, v, rate) for name in names for u, v in ((name, host), (host, name))]

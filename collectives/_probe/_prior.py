@@ -1,15 +1,13 @@
 """A topology that somebody declared: nested groups in YAML, Slurm's topology.conf, or placement labels of a cloud."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 from trainkit.collectives._probe._infer import Declared
-
-_MOST_HOSTS = 100_000
+from trainkit.collectives._topology import TopologyError
+from trainkit.collectives.fabrics._slurm import is_slurm, slurm_places
 
 
 class PriorError(ValueError):
@@ -45,7 +43,7 @@ class Prior:
 def read_prior(path: str | Path) -> Prior:
     """Read a declaration.
 
-    A file whose lines begin with `SwitchName=` is Slurm's topology.conf. Anything else is YAML (or JSON): either
+    Slurm's topology.conf and topology.yaml are told by their own words. Anything else is YAML (or JSON): either
     `labels: {host: [region, zone, rack]}`, as clouds label nodes, or a tree `{core: {rack1: [host1, host2], ...}}`
     whose leaves are lists of hosts.
 
@@ -53,8 +51,11 @@ def read_prior(path: str | Path) -> Prior:
         PriorError: it is neither, or names a host twice.
     """
     text = Path(path).read_text()
-    if re.search(r"(?im)^\s*SwitchName\s*=", text):
-        return _slurm(text)
+    if is_slurm(text):
+        try:
+            return Prior(slurm_places(text))
+        except TopologyError as error:
+            raise PriorError(str(error)) from None
     import yaml  # type: ignore[import-untyped]
 
     try:
@@ -93,50 +94,6 @@ def _walk(data: Any, above: tuple[str, ...], paths: dict[str, tuple[str, ...]]) 
 def _place(host: str, above: tuple[str, ...], paths: dict[str, tuple[str, ...]]) -> None:
     if paths.setdefault(host, above) != above:
         raise PriorError(f"host {host!r} is in {'/'.join(paths[host])} and in {'/'.join(above)}: a host has one place")
-
-
-def _slurm(text: str) -> Prior:
-    parent: dict[str, str] = {}
-    leaves: list[tuple[str, list[str]]] = []
-    for line in re.sub(r"\\\n", " ", text).splitlines():
-        fields = {key.lower(): value for key, value in re.findall(r"(\w+)\s*=\s*(\S+)", line.partition("#")[0])}
-        if "switchname" not in fields:
-            continue
-        parent |= dict.fromkeys(_expanded(fields.get("switches", "")), fields["switchname"])
-        leaves.append((fields["switchname"], _expanded(fields.get("nodes", ""))))
-    paths: dict[str, tuple[str, ...]] = {}
-    for switch, hosts in leaves:
-        above = [switch]
-        while above[0] in parent:
-            above.insert(0, parent[above[0]])
-            if len(above) > len(parent) + 1:
-                raise PriorError(f"switch {switch!r} is above itself")
-        for host in hosts:
-            _place(host, tuple(above), paths)
-    return Prior(paths)
-
-
-def _expanded(text: str) -> list[str]:
-    """Slurm's host lists: "a[0-2,7],b" is a0, a1, a2, a7, b; "n[01-03]" keeps the zeros."""
-    names: list[str] = []
-    for item in re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", text):
-        parts = [
-            _numbers(part[1:-1]) if part[0] == "[" else [part] for part in re.findall(r"\[[^\]]*\]|[^\[\]]+", item)
-        ]
-        names += ["".join(name) for name in product(*parts)]
-        if len(names) > _MOST_HOSTS:
-            raise PriorError(f"{text[:60]!r} stands for more than {_MOST_HOSTS} names")
-    return names
-
-
-def _numbers(text: str) -> list[str]:
-    found: list[str] = []
-    for part in text.split(","):
-        ends = part.split("-")
-        if len(ends) > 2 or not all(end.isdigit() for end in ends) or int(ends[-1]) - int(ends[0]) > _MOST_HOSTS:
-            raise PriorError(f"a range of a host list is like 0-7, got {part!r}")
-        found += [str(n).zfill(len(ends[0])) for n in range(int(ends[0]), int(ends[-1]) + 1)]
-    return found
 
 
 def _shortened(labels: list[str | None]) -> list[str | None]:

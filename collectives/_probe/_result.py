@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from trainkit.collectives._probe._conductor import RoundTrips
+from trainkit.collectives._probe._coordinator import RoundTrips
 from trainkit.collectives._probe._devices import inside
 from trainkit.collectives._probe._infer import Tree
 from trainkit.collectives._probe._tree import Floats
@@ -90,21 +90,21 @@ def topology(tree: Tree, trips: RoundTrips, hosts: Sequence[HostFacts], rounds: 
     )
 
 
-def seated(network: Topology, seats: Sequence[Mapping[str, str]]) -> Topology:
+def placed(network: Topology, placements: Sequence[Mapping[str, str]]) -> Topology:
     """The network with its compute nodes in the order of these ranks, where it knows their hosts.
 
     A plan of ranks, or another launcher, gives a job an order that is not the probe's.
 
     Args:
         network: with the addresses of its hosts, as the probe writes it.
-        seats: "address" and "name" of each rank's host.
+        placements: "address" and "name" of each rank's host.
 
     Raises:
         ValueError: a host has another number of ranks than in the network.
     """
     addresses = [str(about.get("address")) if isinstance(about, Mapping) else "" for about in network.devices.values()]
     known = {at: host for at, host in zip(addresses, network.devices, strict=True) if addresses.count(at) == 1}
-    hosts = [known.get(seat["address"], seat["name"]) for seat in seats]
+    hosts = [known.get(at["address"], at["name"]) for at in placements]
     nodes: dict[str, list[str]] = {}
     for node in network.compute_nodes:
         nodes.setdefault(node if node in network.devices else node.rpartition(".")[0], []).append(node)

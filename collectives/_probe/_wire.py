@@ -7,13 +7,22 @@ import json
 import secrets
 import socket
 import struct
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+from trainkit.collectives._exchange import read_json
 
 _MOST_BYTES = 8 << 20
 _OPENING_BYTES = 4096  # before the other side has proved that it has the key
 _LENGTH = struct.Struct(">I")
+
+
+_MOST_STRANGERS = 256
+"""Callers without a proof that are listened to at the same time."""
+STRANGER_S = 5.0
+"""Seconds that one may take for its proof."""
 
 
 class ProbeError(RuntimeError):
@@ -56,9 +65,9 @@ class Channel:
         if length > self._most:
             raise Gone(f"a message of {length} bytes was announced, {self._most} is the most")
         try:
-            message = json.loads(self._exactly(length, end))
-        except ValueError:
-            raise Gone("a message is not JSON") from None
+            message = read_json(self._exactly(length, end))
+        except ValueError as error:
+            raise Gone(f"a message makes no sense: {error}") from None
         if not isinstance(message, dict):
             raise Gone(f"a message must be an object, got {type(message).__name__}")
         return message
@@ -89,6 +98,29 @@ class Channel:
         """The same, for messages of full length."""
         self._most = _MOST_BYTES
         return self
+
+
+class Strangers:
+    """Connections whose other end has not proved anything yet; of too many, the longest silent goes."""
+
+    def __init__(self) -> None:
+        """None yet."""
+        self._guard = threading.Lock()
+        self._waiting: list[socket.socket] = []
+
+    @contextlib.contextmanager
+    def admitted(self, connection: socket.socket) -> Iterator[None]:
+        """While it proves itself; another one may end it."""
+        with self._guard:
+            self._waiting.append(connection)
+            oldest = self._waiting.pop(0) if len(self._waiting) > _MOST_STRANGERS else None
+        if oldest is not None:
+            shut(oldest)
+        try:
+            yield
+        finally:
+            with self._guard, contextlib.suppress(ValueError):
+                self._waiting.remove(connection)
 
 
 def shut(one: socket.socket) -> None:

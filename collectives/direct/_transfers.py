@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from trainkit.collectives.schedule import Schedule
-    from trainkit.collectives.schedule._form import Kind
+    from trainkit.collectives.schedule._op import Kind
 
 STEP, SENDER, RECEIVER, SOURCE, FIRST, LAST = range(6)
 

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
+from trainkit.collectives._exchange import Store
 from trainkit.collectives.execute._errors import ExecutionError, PeerLost
-from trainkit.collectives.execute._mesh import Store
 from trainkit.collectives.execute._program import COPY, OUT, REDUCE, Program
 from trainkit.collectives.execute._transport import Work
+from trainkit.collectives.execute._verdict import Verdict
 
-_TAG = 7 << 24  # above what people use
+_TAG, _CALL_TAG = 7 << 24, 6 << 24  # above what people use
 _WINDOW = 4  # receives posted ahead, each peer
 
 
@@ -27,20 +28,24 @@ class GlooTransport:
         group: a `torch.distributed` process group or backend with `send` and `recv`.
         rank: this rank in it.
         store: where the first rank that sees a failure tells the others.
-        deadline_s: seconds that one message may take.
+        timeout_s: seconds that one message may take.
     """
 
-    def __init__(self, group: Any, rank: int, store: Store, deadline_s: float) -> None:
-        self.group, self.rank, self.store, self.deadline_s = group, rank, store, deadline_s
+    def __init__(self, group: Any, rank: int, store: Store, timeout_s: float) -> None:
+        self.group, self.rank, self.store, self.timeout_s = group, rank, store, timeout_s
         self.broken = False
         self._moved = 0
 
     def prepare(self, peers: Iterable[int]) -> None:
         """Nothing to do: the group is connected."""
 
-    def start(self, program: Program, buffer: torch.Tensor) -> Work:
+    def start(self, program: Program, buffer: torch.Tensor, call: int = 0) -> Work:
         """A collective that runs when it is waited for."""
-        return _Run(self, program, buffer)
+        return _Run(self, program, buffer, call)
+
+    def awaited(self) -> int | None:
+        """Not known."""
+        return None
 
     def moved(self, size: int) -> None:
         """Count bytes that arrived."""
@@ -55,8 +60,9 @@ class GlooTransport:
 
 
 class _Run:
-    def __init__(self, transport: GlooTransport, program: Program, buffer: torch.Tensor) -> None:
+    def __init__(self, transport: GlooTransport, program: Program, buffer: torch.Tensor, call: int) -> None:
         self.transport, self.program, self.buffer = transport, program, buffer
+        self.call = torch.tensor([call >> 1])  # 63 of its 64 bits
         self.begin, self.end, self.source = (column.tolist() for column in program.slices(buffer.numel()))
         self.waits = [len(earlier) for earlier in program.waits]
         self.staged: dict[int, torch.Tensor] = {}
@@ -99,22 +105,21 @@ class _Run:
 
     def _diagnosis(self, peer: int, error: Exception) -> ExecutionError:
         """What the first rank that saw it wrote down, or this one's own view."""
-        seen = f"{peer} {self.transport.rank} {str(error).splitlines()[0][:200]}"
-        try:
-            told = self.transport.store.compare_set("failed", "", seen).decode() or seen
-        except RuntimeError:  # the store went with the rank that kept it
-            told = seen
-        culprit, reporter, words = told.split(" ", 2)
-        return PeerLost(f"rank {culprit} is lost, as rank {reporter} saw: {words}", int(culprit))
+        words = error if isinstance(error, PeerLost) else f"rank {peer} is lost: {str(error).splitlines()[0][:200]}"
+        return Verdict(self.transport.store, self.transport.rank).give(PeerLost(str(words), peer))
 
     def _receive(self, peer: int, mine: list[int]) -> None:
+        called = torch.empty_like(self.call)
+        self.transport.group.recv([called], peer, _CALL_TAG).wait(timedelta(seconds=self.transport.timeout_s))
+        if not torch.equal(called, self.call):
+            raise PeerLost(f"rank {peer} called another collective, or with another schedule, size or dtype", peer)
         posted: list[tuple[torch.Tensor, Any]] = []
         for place, at in enumerate(mine):
             for ahead in mine[place + len(posted) : place + _WINDOW]:
                 staged = self.buffer.new_empty(self.end[ahead] - self.begin[ahead])
                 posted.append((staged, self.transport.group.recv([staged], peer, self._tag(ahead))))
             staged, work = posted.pop(0)
-            work.wait(timedelta(seconds=self.transport.deadline_s))
+            work.wait(timedelta(seconds=self.transport.timeout_s))
             self.transport.moved(staged.nbytes)
             with self.moved:
                 self.staged[at] = staged
@@ -123,14 +128,16 @@ class _Run:
                 self._ready(at)
 
     def _send(self, peer: int, mine: list[int]) -> None:
+        self.transport.group.send([self.call], peer, _CALL_TAG).wait(timedelta(seconds=self.transport.timeout_s))
         for at in mine:
             with self.moved:
-                if not self.moved.wait_for(partial(self._may_go, at), self.transport.deadline_s):
-                    raise TimeoutError(f"nothing to send for {self.transport.deadline_s:g} s")
+                # longer than a receive may take: whoever does not send is to be named, not who would be sent to
+                if not self.moved.wait_for(partial(self._may_go, at), self.transport.timeout_s + 1):
+                    raise TimeoutError(f"nothing to send for {self.transport.timeout_s:g} s")
                 if self.error is not None:
                     return
             work = self.transport.group.send([self.buffer[self.begin[at] : self.end[at]]], peer, self._tag(at))
-            work.wait(timedelta(seconds=self.transport.deadline_s))
+            work.wait(timedelta(seconds=self.transport.timeout_s))
             self._complete(at)
 
     def _may_go(self, at: int) -> bool:

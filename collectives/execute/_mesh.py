@@ -1,42 +1,41 @@
 """One TCP connection per directed pair of ranks, each end sure whom it talks to."""
 
-import fcntl
 import hmac
 import secrets
+import selectors
 import socket
 import struct
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Protocol
 
-from trainkit.collectives.execute._errors import ExecutionError, PeerLost
+from trainkit.collectives._address import endpoint, family
+from trainkit.collectives._exchange import Store
+from trainkit.collectives.execute._errors import PeerLost
+from trainkit.collectives.execute._verdict import Verdict
 
 _HELLO = struct.Struct("<8s16sII")  # name and version of the protocol, session key, sender's rank, receiver's rank
-_NAME = b"trainkt1"
+_NAME = b"trainkt2"
 _KEY = 32
-_SHY = 2.0  # seconds that a stranger may take to say hello
-_SIOCGIFADDR = 0x8915
+_SHY_S = 2.0
+"""Seconds that a caller may take to say hello."""
+_MOST_CALLERS = 256
+"""Callers that are listened to at the same time; of more, who has been silent longest goes."""
+_LOOK_S = 0.5  # between looks at what another rank has written down
 _TCP_NOTSENT_LOWAT = 25
 UNSENT = 1 << 17
 """Bytes that a connection takes in before they are on their way; nothing more urgent overtakes them."""
 
 
-class Store(Protocol):
-    """What is used of `torch.distributed.Store`."""
+@dataclass
+class _Caller:
+    """Somebody who connected and has not said who he is."""
 
-    def set(self, key: str, value: str) -> None:
-        """Publish."""
-
-    def get(self, key: str) -> bytes:
-        """Wait for a value."""
-
-    def wait(self, keys: list[str], timeout: timedelta) -> None:
-        """Wait until the keys are there; a RuntimeError after `timeout`."""
-
-    def compare_set(self, key: str, expected: str, value: str) -> bytes:
-        """Set a key that has not been set (expected ""); what it then holds."""
+    socket: socket.socket
+    until: float
+    said: bytes = b""
 
 
 @dataclass
@@ -46,23 +45,26 @@ class Mesh:
     Args:
         store: shared by the ranks and by nobody else.
         rank: this rank.
-        address: IPv4 address that the others reach this rank at; only it is listened on.
-        deadline_s: seconds for the ranks to meet.
+        address: address that the others reach this rank at; only it is listened on.
+        timeout_s: seconds for the ranks to meet.
     """
 
     store: Store
     rank: int
     address: str
-    deadline_s: float
+    timeout_s: float
     connected: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         """Listen, and say where."""
         if self.rank == 0:
             self.store.set("key", secrets.token_hex(_KEY))
+        self._verdict = Verdict(self.store, self.rank)
         self._early: dict[int, socket.socket] = {}
-        self._listener = socket.create_server((self.address, 0), backlog=1024)
-        self.store.set(f"address/{self.rank}", f"{self.address}:{self._listener.getsockname()[1]}")
+        self._callers: dict[int, _Caller] = {}
+        self._listener = socket.create_server((self.address, 0), family=family(self.address), backlog=1024)
+        self._listener.setblocking(False)
+        self.store.set(f"address/{self.rank}", endpoint(self.address, self._listener.getsockname()[1]))
         self._key: bytes | None = None
 
     def connect(self, peers: Iterable[int]) -> list[tuple[int, int, int]]:
@@ -72,124 +74,166 @@ class Mesh:
             (rank, file descriptor that its data comes on, file descriptor that ours goes on), now the caller's.
 
         Raises:
-            PeerLost: a rank does not come within the deadline.
-            ExecutionError: a rank is there and does not know the session.
+            PeerLost: a rank does not come within the time-out.
         """
         wanted = sorted(set(peers) - self.connected)
-        until = time.monotonic() + self.deadline_s
+        until = time.monotonic() + self.timeout_s
         if self._key is None and wanted:
             self._key = bytes.fromhex(self._told("key", 0, until))
-        ways: dict[int, socket.socket] = {}
+        outgoing: dict[int, socket.socket] = {}
         comes: dict[int, socket.socket] = {}
         try:
             for peer in wanted:
-                ways[peer] = self._call(peer, until)
-            for peer in wanted:
-                comes[peer] = self._answer(peer, wanted, until)
-            for peer, way in ways.items():
-                self._check_answer(peer, way, until)
+                outgoing[peer] = self._call(peer, until)
+            self._meet(outgoing, comes, until)
         except BaseException:
-            for one in (*ways.values(), *comes.values()):
+            for one in (*outgoing.values(), *comes.values()):
                 one.close()
             raise
         self.connected.update(wanted)
-        return [(peer, _hand_over(comes[peer]), _hand_over(ways[peer])) for peer in wanted]
+        return [(peer, _hand_over(comes[peer]), _hand_over(outgoing[peer])) for peer in wanted]
 
     def close(self) -> None:
         """Stop listening."""
         self._listener.close()
-        for one in self._early.values():
+        for one in (*self._early.values(), *(caller.socket for caller in self._callers.values())):
             one.close()
 
     def _call(self, peer: int, until: float) -> socket.socket:
         assert self._key is not None
         host, port = self._told(f"address/{peer}", peer, until).rsplit(":", 1)
         try:
-            way = socket.create_connection((host, int(port)), _left(until), source_address=(self.address, 0))
+            made = socket.create_connection(
+                (host.strip("[]"), int(port)), _left(until), source_address=(self.address, 0)
+            )
         except TimeoutError as error:
-            raise _missing(peer, self.deadline_s) from error
+            raise self._missing(peer) from error
         except OSError as error:
             raise PeerLost(
                 f"rank {peer} cannot be reached at {host}:{port} from {self.address} ({error.strerror}): "
-                "check the route, or name the interface with interface=",
+                "check the route, or name the interface with interface= or GLOO_SOCKET_IFNAME",
                 peer,
             ) from error
-        way.sendall(_HELLO.pack(_NAME, self._key[:16], self.rank, peer))
-        return way
+        made.sendall(_HELLO.pack(_NAME, self._key[:16], self.rank, peer))
+        return made
 
     def _told(self, key: str, peer: int, until: float) -> str:
         """What `peer` has put into the store."""
-        try:
-            self.store.wait([key], timedelta(seconds=_left(until)))
-        except RuntimeError as error:
-            raise _missing(peer, self.deadline_s) from error
-        return self.store.get(key).decode()
+        while True:
+            self._heed()
+            try:
+                self.store.wait([key], timedelta(seconds=min(_left(until), _LOOK_S)))
+                return self.store.get(key).decode()
+            except RuntimeError as error:
+                if time.monotonic() >= until:
+                    raise self._missing(peer) from error
 
-    def _answer(self, peer: int, wanted: list[int], until: float) -> socket.socket:
-        """The connection that `peer` opened; others that come first are kept for their turn."""
+    def _heed(self) -> None:
+        """Another rank may have given up already."""
+        told = self._verdict.read()
+        if told is not None:
+            raise told
+
+    def _meet(self, outgoing: dict[int, socket.socket], comes: dict[int, socket.socket], until: float) -> None:
+        """Hear everybody at once: who calls, and the answers of those that were called.
+
+        A stranger, silent or noisy, costs nobody else any time.
+        """
+        answers = dict.fromkeys(outgoing, b"")
+        look = 0.0
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._listener, selectors.EVENT_READ)
+            for caller in self._callers.values():
+                selector.register(caller.socket, selectors.EVENT_READ, caller)
+            for peer, one in outgoing.items():
+                one.setblocking(False)
+                selector.register(one, selectors.EVENT_READ, peer)
+            while True:
+                for peer in [peer for peer in outgoing if peer not in comes and peer in self._early]:
+                    comes[peer] = self._early.pop(peer)
+                now = time.monotonic()
+                silent = [peer for peer in outgoing if peer not in comes or len(answers[peer]) < _KEY - 16]
+                if not silent:
+                    return
+                if now >= until:
+                    raise self._missing(silent[0])
+                if now >= look:
+                    self._heed()
+                    look = now + _LOOK_S
+                for caller in [caller for caller in self._callers.values() if caller.until < now]:
+                    self._dismiss(caller, selector)
+                for key, _ in selector.select(min(_left(until), _LOOK_S)):
+                    if key.fileobj is self._listener:
+                        self._accept(selector)
+                    elif isinstance(key.data, _Caller):
+                        self._listen_to(key.data, selector)
+                    else:
+                        self._hear_answer(key.data, outgoing[key.data], answers, selector)
+
+    def _accept(self, selector: selectors.BaseSelector) -> None:
+        with suppress(OSError):
+            one, _ = self._listener.accept()
+            one.setblocking(False)
+            if len(self._callers) >= _MOST_CALLERS:
+                self._dismiss(min(self._callers.values(), key=lambda caller: caller.until), selector)
+            caller = self._callers[one.fileno()] = _Caller(one, time.monotonic() + _SHY_S)
+            selector.register(one, selectors.EVENT_READ, caller)
+
+    def _listen_to(self, caller: _Caller, selector: selectors.BaseSelector) -> None:
         assert self._key is not None
-        while peer not in self._early:
-            self._listener.settimeout(_left(until))
-            try:
-                caller, _ = self._listener.accept()
-            except TimeoutError as error:
-                raise _missing(peer, self.deadline_s) from error
-            try:
-                caller.settimeout(min(_SHY, _left(until)))
-                name, key, source, target = _HELLO.unpack(_exactly(caller, _HELLO.size))
-                if name == _NAME and hmac.compare_digest(key, self._key[:16]) and target == self.rank:
-                    caller.sendall(self._key[16:])
-                    self._early[source] = caller
-                    continue
-            except OSError:
-                pass
-            caller.close()  # a stranger
-        return self._early.pop(peer)
+        try:
+            piece = caller.socket.recv(_HELLO.size - len(caller.said))
+        except OSError:
+            piece = b""
+        caller.said += piece
+        if piece and len(caller.said) < _HELLO.size:
+            return
+        known = False
+        if len(caller.said) == _HELLO.size:
+            name, key, source, target = _HELLO.unpack(caller.said)
+            known = name == _NAME and hmac.compare_digest(key, self._key[:16]) and target == self.rank
+        if not known:
+            self._dismiss(caller, selector)
+            return
+        selector.unregister(caller.socket)
+        del self._callers[caller.socket.fileno()]
+        with suppress(OSError):
+            caller.socket.sendall(self._key[16:])
+        if source in self._early:
+            self._early[source].close()
+        self._early[source] = caller.socket
 
-    def _check_answer(self, peer: int, way: socket.socket, until: float) -> None:
+    def _dismiss(self, caller: _Caller, selector: selectors.BaseSelector) -> None:
+        selector.unregister(caller.socket)
+        del self._callers[caller.socket.fileno()]
+        caller.socket.close()
+
+    def _hear_answer(
+        self, peer: int, one: socket.socket, answers: dict[int, bytes], selector: selectors.BaseSelector
+    ) -> None:
         assert self._key is not None
-        way.settimeout(_left(until))
         try:
-            told = _exactly(way, _KEY - 16)
-        except TimeoutError as error:
-            raise _missing(peer, self.deadline_s) from error
-        except OSError as error:
-            raise ExecutionError(f"rank {peer} does not take this session's key: another job listens there") from error
-        if not hmac.compare_digest(told, self._key[16:]):
-            raise ExecutionError(f"what listens at rank {peer}'s address does not know this session's key")
+            piece = one.recv(_KEY - 16 - len(answers[peer]))
+        except BlockingIOError:
+            return
+        except OSError:
+            piece = b""
+        if not piece:
+            raise PeerLost(
+                f"rank {peer} closed the connection before it had answered: was it killed, or does another job listen at "
+                "its address?",
+                peer,
+            )
+        answers[peer] += piece
+        if len(answers[peer]) == _KEY - 16:
+            selector.unregister(one)
+            if not hmac.compare_digest(answers[peer], self._key[16:]):
+                raise PeerLost(f"what listens at rank {peer}'s address does not know this session's key", peer)
 
-
-def local_address(interface: str | None, towards: str | None) -> str:
-    """The IPv4 address that other ranks reach this one at.
-
-    Args:
-        interface: name of a network interface, or an address of this machine; None takes the interface that leads to
-            `towards`.
-        towards: host name or address, usually torchrun's MASTER_ADDR.
-
-    Raises:
-        ValueError: there is no such interface, or it has no IPv4 address.
-    """
-    if interface is None:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            try:
-                probe.connect((towards or "127.0.0.1", 9))  # sends nothing: only the route is looked up
-                return str(probe.getsockname()[0])
-            except OSError:
-                return "127.0.0.1"
-    try:
-        socket.inet_aton(interface)
-        return interface
-    except OSError:
-        pass
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            row = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
-        except OSError as error:
-            raise ValueError(
-                f"interface must be a network interface with an IPv4 address, got {interface!r} ({error.strerror})"
-            ) from None
-    return socket.inet_ntoa(row[20:24])
+    def _missing(self, peer: int) -> PeerLost:
+        return PeerLost(
+            f"rank {peer} did not come to the collective within {self.timeout_s:g} s: is its process alive?", peer
+        )
 
 
 def _hand_over(one: socket.socket) -> int:
@@ -199,19 +243,5 @@ def _hand_over(one: socket.socket) -> int:
     return one.detach()
 
 
-def _exactly(one: socket.socket, count: int) -> bytes:
-    data = b""
-    while len(data) < count:
-        piece = one.recv(count - len(data))
-        if not piece:
-            raise ConnectionResetError("closed")
-        data += piece
-    return data
-
-
 def _left(until: float) -> float:
     return max(until - time.monotonic(), 0.01)
-
-
-def _missing(peer: int, deadline_s: float) -> PeerLost:
-    return PeerLost(f"rank {peer} did not come to the collective within {deadline_s:g} s: is its process alive?", peer)

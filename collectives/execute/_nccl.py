@@ -81,7 +81,7 @@ class NcclTransport:
         assert self._streams is not None
         return self._streams[1]
 
-    def start(self, program: Program, buffer: torch.Tensor) -> Work:
+    def start(self, program: Program, buffer: torch.Tensor, call: int = 0) -> Work:
         """Queue a collective behind what the current stream does; it runs beside what the current stream does next."""
         assert self._streams is not None
         plan = self._plan(program, buffer)
@@ -170,6 +170,10 @@ class NcclTransport:
             planned = plan_groups if pair else plan_waves
             self._plans[key] = (program, planned(program, elements, self._waves[id(schedule)], align))
         return self._plans[key][1]
+
+    def awaited(self) -> int | None:
+        """Not known."""
+        return None
 
     def counters(self) -> dict[str, int]:
         """Bytes so far."""

@@ -18,7 +18,7 @@ def run_reference(schedule: Schedule, buffers: Sequence[torch.Tensor]) -> None:
 
     Example:
         >>> from trainkit.collectives import Topology, ring_schedule
-        >>> pair = Topology("pair", "ab", "ab", [("a", "b", 1), ("b", "a", 1)])
+        >>> pair = Topology("pair", list("ab"), list("ab"), [("a", "b", 1), ("b", "a", 1)])
         >>> buffers = [torch.tensor([1, 2, 3]), torch.tensor([10, 20, 30])]
         >>> run_reference(ring_schedule(pair), buffers)
         >>> buffers[0].tolist(), buffers[1].tolist()

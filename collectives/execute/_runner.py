@@ -1,85 +1,43 @@
 """Running schedules on a process group: `Runner`."""
 
 import atexit
-import os
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from hashlib import blake2b
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from trainkit.collectives._address import reachable_address
+from trainkit.collectives._exchange import Exchange, Placement, RankMissing
+from trainkit.collectives.execute._errors import ExecutionError, PeerLost
 from trainkit.collectives.execute._gloo import GlooTransport
-from trainkit.collectives.execute._mesh import Mesh, Store, local_address
+from trainkit.collectives.execute._mesh import Mesh
 from trainkit.collectives.execute._nccl import NcclTransport
+from trainkit.collectives.execute._options import ForestOptions, Transports, options_of
 from trainkit.collectives.execute._program import Program, compile_rank, rank_order
 from trainkit.collectives.execute._tcp import TcpTransport
 from trainkit.collectives.execute._transport import Transport, Work
+from trainkit.collectives.execute._verdict import Verdict
 from trainkit.collectives.schedule import Schedule
 
-Way = Literal["auto", "tcp", "gloo", "nccl"]
-WAYS: tuple[Way, ...] = ("auto", "tcp", "gloo", "nccl")
-_runs: Counter[str] = Counter()  # runners made in each process group: the same number on all ranks
 _open: "weakref.WeakSet[Runner]" = weakref.WeakSet()
-
-
-class Group(Protocol):
-    """What is used of a process group or a backend."""
-
-    def rank(self) -> int:
-        """This process."""
-
-    def size(self) -> int:
-        """How many there are."""
-
-
-@dataclass(frozen=True)
-class Seat:
-    """This process's place among the ranks."""
-
-    group: Any
-    """Process group or backend: point-to-point messages of the ways "gloo" and "nccl"."""
-    store: Store
-    """Shared by the ranks of this runner and by nobody else."""
-    rank: int
-    size: int
-
-    @staticmethod
-    def of(process_group: "dist.ProcessGroup | None") -> "Seat":
-        """In a process group; None is the default one.
-
-        Raises:
-            ValueError: torch.distributed is not initialised, or this process is not in the group.
-        """
-        if not dist.is_initialized():
-            raise ValueError("schedules need ranks: call torch.distributed.init_process_group first")
-        group = dist.group.WORLD if process_group is None else process_group
-        if group is None or dist.get_rank(group) < 0:
-            raise ValueError("this process is not in the process group that the schedule is to run on")
-        name = str(group.group_name)
-        _runs[name] += 1
-        store = dist.distributed_c10d.PrefixStore(
-            f"trainkit/{name}/{_runs[name]}", dist.distributed_c10d._get_default_store()
-        )
-        return Seat(group, store, dist.get_rank(group), dist.get_world_size(group))
 
 
 class Runner:
     """Runs schedules in place on tensors; all ranks call it with the same schedules in the same order.
 
+    Once a collective has failed, no other runs: the ranks could no longer be sure that they mean the same one.
+
     Args:
-        process_group: the ranks; None is the default group. Or a `Seat`.
-        ranks: compute node -> rank; None takes the order of the schedule's compute nodes.
-        deadline_s: seconds without progress after which a collective fails with a named error on every rank.
-        transport: "tcp" (own connections, native), "gloo" or "nccl" (the process group's messages). "auto" takes
-            "nccl" for tensors on a GPU and "tcp" for those in host memory.
-        interface: network interface, or this machine's address, to be reached at; None takes the one that leads to
-            torchrun's MASTER_ADDR.
-        overlap: whether a collective may start before the one before it is complete here (way "tcp").
+        process_group: the ranks; None is the default group. Or a `Placement`.
+        options: see `ForestOptions`; `fallback` and `chunk_bytes` are not the runner's.
+        overlap: whether a collective may start before the one before it is complete here (transport "tcp").
+        **settings: single options.
 
     Raises:
         ValueError: an argument is outside its range.
@@ -91,21 +49,24 @@ class Runner:
 
     def __init__(
         self,
-        process_group: "dist.ProcessGroup | Seat | None" = None,
+        process_group: "dist.ProcessGroup | Placement | None" = None,
         *,
-        ranks: Mapping[str, int] | None = None,
-        deadline_s: float = 30.0,
-        transport: Way = "auto",
-        interface: str | None = None,
+        options: ForestOptions | None = None,
         overlap: bool = True,
+        **settings: Any,
     ) -> None:
-        check_options(deadline_s, transport)
-        self.seat = process_group if isinstance(process_group, Seat) else Seat.of(process_group)
-        self._ranks, self._deadline_s, self._way = ranks, deadline_s, transport
-        self._interface, self._overlap = interface, overlap
-        self._transports: dict[Way, Transport] = {}
+        self.options = options_of(ForestOptions, options, settings, "Runner")
+        self.placement: Placement = (
+            process_group if isinstance(process_group, Placement) else Placement.of(process_group)
+        )
+        self.failure: ExecutionError | None = None
+        """Why nothing runs any more."""
+        self._overlap = overlap
+        self._address: str | None = None
+        self._verdict = Verdict(self.placement.store, self.placement.rank)
+        self._transports: dict[Transports, Transport] = {}
         self._programs: dict[int, tuple[Schedule, Program]] = {}
-        self._prepared: set[tuple[Way, int]] = set()
+        self._prepared: set[tuple[Transports, int]] = set()
         self._line = ThreadPoolExecutor(1, "trainkit-schedules")  # what waits, in the order of the calls
         close_at_exit(self)
 
@@ -114,35 +75,52 @@ class Runner:
 
         Raises:
             ValueError: the schedule is for another number of ranks.
-            PeerLost: a rank does not come within the deadline.
+            PeerLost: a rank does not come within the time-out.
         """
+        if self.failure is not None:
+            raise self.failure
         if id(schedule) not in self._programs:
-            order = rank_order(schedule, self._ranks, self.seat.size)
-            self._programs[id(schedule)] = schedule, compile_rank(schedule, order.index(self.seat.rank), order)
+            order = rank_order(schedule, self.options.ranks, self.placement.size)
+            program = compile_rank(schedule, order.index(self.placement.rank), order)
+            self._programs[id(schedule)] = schedule, program
         program = self._programs[id(schedule)][1]
-        way = self._way_of(torch.device(device))
-        if (way, id(schedule)) not in self._prepared:
-            self.transport(way).prepare(program.peers)
-            self._prepared.add((way, id(schedule)))
+        transport = self._transport_of(torch.device(device))
+        if (transport, id(schedule)) not in self._prepared:
+            try:
+                self.transport(transport).prepare(program.peers)
+            except ExecutionError as error:
+                raise self.failed(error) from error
+            self._prepared.add((transport, id(schedule)))
         return program
 
-    def start(self, schedule: Schedule, tensor: torch.Tensor) -> Work:
+    def start(self, schedule: Schedule, tensor: torch.Tensor, what: str = "") -> Work:
         """Start a collective, in place; `wait()` of what is returned must follow, in the order of the calls.
+
+        Args:
+            schedule: what to run.
+            tensor: contiguous; the whole message.
+            what: anything else that must be equal on all ranks, in words.
 
         Raises:
             ValueError: the tensor is not contiguous, or its dtype cannot be carried.
+            ExecutionError: an earlier collective failed, or a rank did not come.
         """
         if not tensor.is_contiguous():
             raise ValueError("a schedule runs in place and needs a contiguous tensor: call contiguous() first")
         program = self.prepare(schedule, tensor.device)
-        return self.transport(self._way_of(tensor.device)).start(program, tensor.detach().view(-1))
+        transport = self.transport(self._transport_of(tensor.device))
+        return transport.start(program, tensor.detach().view(-1), _call_of(schedule, tensor, what))
 
-    def submit(self, schedule: Schedule, tensor: torch.Tensor) -> "Future[None]":
+    def submit(
+        self, schedule: Schedule, tensor: torch.Tensor, what: str = "", finish: Callable[[], object] | None = None
+    ) -> "Future[None]":
         """Start a collective, in place.
 
         Args:
             schedule: what to run.
             tensor: contiguous; the whole message M of the schedule, as this rank holds it.
+            what: see `start`.
+            finish: called when the collective is complete here, before the future ends.
 
         Returns:
             A future that ends when this rank's part is complete, or with an `ExecutionError`. For a tensor on a GPU it
@@ -150,13 +128,53 @@ class Runner:
 
         Raises:
             ValueError: the tensor is not contiguous, or its dtype cannot be carried.
+            ExecutionError: an earlier collective failed, or a rank did not come.
         """
-        work = self.start(schedule, tensor)
+        work = self.start(schedule, tensor, what)
         if tensor.is_cuda:
             done: Future[None] = Future()
+            with self.behind(tensor.device):
+                if finish is not None:
+                    finish()
             done.set_result(None)
             return done
-        return self.later(work.wait)
+
+        def end() -> None:
+            self.wait(work)
+            if finish is not None:
+                finish()
+
+        return self.later(end)
+
+    def wait(self, work: Work) -> None:
+        """Wait for what `start` returned; what fails it fails this runner.
+
+        Raises:
+            ExecutionError: a rank is lost, or nothing moved for the time-out.
+        """
+        try:
+            work.wait()
+        except ExecutionError as error:
+            raise self.failed(error) from error
+
+    def heed(self) -> None:
+        """Raise what another rank has written down.
+
+        Raises:
+            ExecutionError: another rank has given up.
+        """
+        told = self.failure or self._verdict.read()
+        if told is not None:
+            raise self.failed(told)
+
+    def failed(self, error: ExecutionError) -> ExecutionError:
+        """Nothing runs from now on, here and where it has not been heard of yet; the error that all ranks report."""
+        if self.failure is None:
+            self.failure = self._verdict.give(error)
+            transport = self._transports.get("tcp")
+            if isinstance(transport, TcpTransport):
+                transport.abort(self.failure.rank if isinstance(self.failure, PeerLost) else None)
+        return self.failure
 
     def behind(self, device: torch.device) -> AbstractContextManager[object]:
         """A context in which work on a GPU is queued behind the collectives submitted so far."""
@@ -174,44 +192,74 @@ class Runner:
         """Run a collective in place and wait for it; on a GPU, the current stream does.
 
         Raises:
-            ExecutionError: a rank is lost, or the deadline passed.
+            ExecutionError: a rank is lost, or the time-out passed.
         """
         work = self.start(schedule, tensor)
         if tensor.is_cuda:
             work.wait()
         else:
-            self.later(work.wait).result()
+            self.later(lambda: self.wait(work)).result()
         return tensor
 
-    def _way_of(self, device: torch.device) -> Way:
+    def _transport_of(self, device: torch.device) -> Transports:
         if device.type not in ("cpu", "cuda"):
             raise ValueError(f"schedules run on tensors in host memory or on CUDA devices, got {device}")
-        way = self._way if self._way != "auto" else "nccl" if device.type == "cuda" else "tcp"
-        if (way == "nccl") != (device.type == "cuda"):
-            raise ValueError(f'transport={way!r} does not carry tensors on {device}: leave it at "auto"')
-        return way
+        named = self.options.transport
+        name: Transports = named if named != "auto" else "nccl" if device.type == "cuda" else "tcp"
+        if (name == "nccl") != (device.type == "cuda"):
+            raise ValueError(f'transport={name!r} does not carry tensors on {device}: leave it at "auto"')
+        return name
 
-    def transport(self, way: Way) -> Transport:
-        """The way of moving slices, made at its first use."""
-        if way not in self._transports:
-            seat = self.seat
-            if way == "tcp":
-                address = local_address(self._interface, os.environ.get("MASTER_ADDR"))
-                mesh = Mesh(seat.store, seat.rank, address, self._deadline_s)
-                self._transports[way] = TcpTransport(mesh, self._deadline_s, self._overlap)
-            elif way == "gloo":
-                self._transports[way] = GlooTransport(seat.group, seat.rank, seat.store, self._deadline_s)
+    def transport(self, name: Transports) -> Transport:
+        """What moves slices, made at its first use; then all ranks come.
+
+        Raises:
+            PeerLost: a rank did not come in time.
+            ValueError: a rank has no address that the others can reach.
+        """
+        if name not in self._transports:
+            placement, timeout_s = self.placement, self.options.patience_s
+            if name == "tcp":
+                mesh = Mesh(placement.store, placement.rank, self.address(), timeout_s)
+                self._transports[name] = TcpTransport(mesh, timeout_s, self._overlap)
+            elif name == "gloo":
+                self._transports[name] = GlooTransport(placement.group, placement.rank, placement.store, timeout_s)
             else:
-                self._transports[way] = NcclTransport(seat.group)
-        return self._transports[way]
+                self._transports[name] = NcclTransport(placement.group)
+        return self._transports[name]
+
+    def address(self) -> str:
+        """The address that the other ranks reach this one at; the first call is made by all ranks.
+
+        Raises:
+            PeerLost: a rank did not come in time.
+            ValueError: a rank has no address that the others can reach.
+        """
+        if self._address is None:
+            exchange = Exchange(self.placement.store, self.placement.rank, self.placement.size, self.options.patience_s)
+            try:
+                self._address = reachable_address(exchange, self.options.interface)
+            except RankMissing as error:
+                raise PeerLost(str(error), error.rank) from error
+        return self._address
 
     @property
     def broken(self) -> bool:
         """Whether a collective has failed; no other runs after it."""
         return any(transport.broken for transport in self._transports.values())
 
+    def awaited(self) -> int | None:
+        """A rank that a running collective waits for; None where none does or it is not known."""
+        ranks = (transport.awaited() for transport in self._transports.values())
+        return next((rank for rank in ranks if rank is not None), None)
+
+    def lost(self) -> PeerLost | None:
+        """A rank that is gone, as far as the connections in use tell; does not wait."""
+        transport = self._transports.get("tcp")
+        return transport.lost() if isinstance(transport, TcpTransport) else None
+
     def counters(self) -> dict[str, int]:
-        """Bytes that were sent and received so far, as far as the ways in use count them."""
+        """Bytes that were sent and received so far, as far as the transports in use count them."""
         total: Counter[str] = Counter()
         for transport in self._transports.values():
             total.update(transport.counters())
@@ -225,12 +273,10 @@ class Runner:
         self._line.shutdown(wait=False)
 
 
-def check_options(deadline_s: float, transport: Way) -> None:
-    """Refuse options outside their range."""
-    if not deadline_s > 0:
-        raise ValueError(f"deadline_s must be seconds above 0, got {deadline_s!r}")
-    if transport not in WAYS:
-        raise ValueError(f"transport must be one of {', '.join(WAYS)}, got {transport!r}")
+def _call_of(schedule: Schedule, tensor: torch.Tensor, what: str) -> int:
+    """What is called, as a number that two different calls do not share."""
+    said = (schedule.collective, schedule.name, schedule.root, len(schedule.ops), tensor.dtype, tensor.numel(), what)
+    return int.from_bytes(blake2b(repr(said).encode(), digest_size=8).digest())
 
 
 def close_at_exit(runner: Runner) -> None:

@@ -1,19 +1,19 @@
 """Which schedule carries a message: from a network, cut to the message's size, or given."""
 
-import pickle
-from datetime import timedelta
+from collections.abc import Callable
 from typing import Any
 
+from trainkit.collectives._exchange import Exchange, Placement, RankMissing
 from trainkit.collectives._topology import Topology
-from trainkit.collectives.execute._errors import PeerLost
-from trainkit.collectives.execute._mesh import Store
+from trainkit.collectives.execute._errors import ExecutionError, PeerLost
+from trainkit.collectives.execute._trees import trees_of, trees_said
 from trainkit.collectives.schedule import Schedule
 from trainkit.collectives.trees import allreduce_forest, forest
 
 _MOST_CHUNKS = 64
 _LEAST_CHUNK = {"cpu": 32 << 10, "cuda": 64 << 20}
 """Bytes of a message that cost as much as some ten starts of one: 0.1 ms by TCP, 50 us by NCCL over NVLink."""
-_PLANNING = timedelta(seconds=600)
+_PLANNING_S = 600.0
 
 
 class Schedules:
@@ -23,16 +23,24 @@ class Schedules:
         topology: the network.
         chunk_bytes: the least that is worth a message of its own; a tree's share is cut into at most 64. None: 32 KiB
             in host memory, 64 MiB on GPUs.
-        store: through which rank 0 hands its trees to the others, so that all have the same.
-        rank: this one.
+        placement: this process among the ranks; rank 0 hands its trees to the others, so that all have the same.
+        timeout_s: seconds that rank 0 may be late, beside the time that it plans for.
+        heed: see `Exchange`.
         group: the compute nodes that take part, in rank order; None: all.
     """
 
     def __init__(
-        self, topology: Topology, chunk_bytes: int | None, store: Store, rank: int, group: list[str] | None = None
+        self,
+        topology: Topology,
+        chunk_bytes: int | None,
+        placement: Placement,
+        timeout_s: float,
+        heed: Callable[[], None] = lambda: None,
+        group: list[str] | None = None,
     ) -> None:
-        self.group = group
-        self.topology, self._chunk_bytes, self._store, self._rank = topology, chunk_bytes, store, rank
+        self.group, self._heed = group, heed
+        self.topology, self._chunk_bytes, self._rank = topology, chunk_bytes, placement.rank
+        self._placement, self._timeout_s = placement, timeout_s
         self._trees: dict[str, Any] = {}
         self._kept: dict[tuple[str, int], Schedule] = {}
 
@@ -44,6 +52,10 @@ class Schedules:
             nbytes: of the whole message.
             root: rank that broadcasts.
             device: type of the device that holds the message.
+
+        Raises:
+            ValueError: the network has no trees for it.
+            PeerLost: rank 0 did not hand its trees over.
         """
         name = collective if root is None else f"{collective}/{root}"
         if name not in self._trees:
@@ -58,24 +70,30 @@ class Schedules:
 
     def _made(self, name: str, collective: str, root: int | None) -> tuple[Any, float]:
         """The trees, and the greatest part of the message that one carries."""
-        key = f"trees/{name}"
+        import torch.distributed as dist
+
+        place = self._placement
+        # under the collective's own name: a rank that has called another one waits in vain, and is told so
+        store = dist.distributed_c10d.PrefixStore(f"trees/{name}", place.store)  # type: ignore[arg-type]
+        exchange = Exchange(store, self._rank, place.size, self._timeout_s + _PLANNING_S, self._heed)
         if self._rank == 0:
             try:
                 trees = self._found(collective, root)
             except Exception as error:  # the others must not wait for trees that do not come
-                self._store.set(key, pickle.dumps(f"rank 0 found no trees for {collective}: {error}"))  # type: ignore[arg-type]
+                exchange.from_first({"refused": f"rank 0 found no trees for {collective}: {error}"})
                 raise
-            self._store.set(key, pickle.dumps(trees))  # type: ignore[arg-type]
+            exchange.from_first(trees_said(trees))
         else:
             try:
-                self._store.wait([key], _PLANNING)
-            except RuntimeError as error:
-                raise PeerLost(
-                    f"rank 0 did not hand over its trees within {_PLANNING}: is its process alive?", 0
-                ) from error
-            trees = pickle.loads(self._store.get(key))  # written by rank 0 of this job
-            if isinstance(trees, str):
-                raise ValueError(trees)
+                said = exchange.from_first()
+            except RankMissing as error:
+                raise PeerLost(f"rank 0 did not hand over its trees for {name}: {error}", 0) from error
+            if isinstance(said, dict) and "refused" in said:
+                raise ValueError(str(said["refused"]))
+            try:
+                trees = trees_of(said)
+            except ValueError as error:
+                raise ExecutionError(f"rank 0's trees for {name} make no sense: {error}") from error
         return trees, float(max((trees.reduce if collective == "allreduce" else trees).shares()))
 
     def _found(self, collective: str, root: int | None) -> Any:

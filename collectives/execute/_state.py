@@ -1,16 +1,20 @@
 """What a training process holds of its schedules: `ForestState` and its hook."""
 
-from collections.abc import Mapping
+from collections import Counter
 from concurrent.futures import Future
-from typing import Any, Literal
+from contextlib import suppress
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from trainkit.collectives._exchange import Placement
 from trainkit.collectives._topology import Topology
+from trainkit.collectives.execute._ddp import check_group
 from trainkit.collectives.execute._errors import ExecutionError
-from trainkit.collectives.execute._rescue import Rescue
-from trainkit.collectives.execute._runner import Runner, Way, check_options
+from trainkit.collectives.execute._failover import Failover
+from trainkit.collectives.execute._options import ForestOptions, options_of
+from trainkit.collectives.execute._runner import Runner
 from trainkit.collectives.execute._schedules import Schedules
 from trainkit.collectives.schedule import Schedule
 
@@ -20,25 +24,21 @@ TensorFuture = torch.futures.Future[torch.Tensor]
 class ForestState:
     """State of `forest_hook`: gradients are summed along a schedule.
 
-    The ranks meet at the first bucket, or by `connect()`. Pickling keeps the arguments and drops the connections.
+    The ranks meet at the first bucket, or by `connect()`. Pickling keeps the arguments and drops the connections. A job
+    of one rank has nothing to sum: its buckets stay as they are, whatever the network.
 
     Args:
         schedule: an all-reduce; it runs as it is, whatever a bucket's size.
         topology: the network; the best all-reduce along trees is found for it, and cut to each bucket's size.
-        ranks: compute node -> rank; None takes the order of the compute nodes.
-        process_group: the ranks; None is the default group.
-        deadline_s: seconds without progress after which a bucket fails with a named error on every rank.
-        fallback: "allreduce" goes on with the process group's all-reduce when the schedule's connections fail (buckets
-            in host memory); "error" raises.
-        transport: see `Runner`.
-        interface: see `Runner`.
-        chunk_bytes: with `topology`: the least that is worth a message of its own; None: 32 KiB in host memory, 64 MiB
-            on GPUs, where a message takes longer to start than to send.
+        process_group: the ranks, those of the DDP model; None is the default group.
+        options: see `ForestOptions`.
+        **settings: single options, such as `timeout_s=60`.
 
     Raises:
         ValueError: both or neither of `schedule` and `topology`, a schedule of another collective, or an argument
             outside its range.
         ScheduleError: the schedule is wrong.
+        TypeError: there is no such option.
 
     Example:
         >>> state = ForestState(topology=Topology.load("network.json"))
@@ -50,13 +50,9 @@ class ForestState:
         schedule: Schedule | None = None,
         topology: Topology | None = None,
         *,
-        ranks: Mapping[str, int] | None = None,
         process_group: "dist.ProcessGroup | None" = None,
-        deadline_s: float = 30.0,
-        fallback: Literal["error", "allreduce"] = "error",
-        transport: Way = "auto",
-        interface: str | None = None,
-        chunk_bytes: int | None = None,
+        options: ForestOptions | None = None,
+        **settings: Any,
     ) -> None:
         if (schedule is None) == (topology is None):
             raise ValueError("give either the schedule to run or the topology to find one for")
@@ -64,49 +60,46 @@ class ForestState:
             if schedule.collective != "allreduce":
                 raise ValueError(f"gradients need an allreduce schedule, got {schedule.collective}")
             schedule.verify()
-        if fallback not in ("error", "allreduce"):
-            raise ValueError(f'fallback must be "error" or "allreduce", got {fallback!r}')
-        if chunk_bytes is not None and chunk_bytes < 1:
-            raise ValueError(f"chunk_bytes must be at least 1, got {chunk_bytes}")
-        check_options(deadline_s, transport)
-        self.schedule, self.topology, self.fallback = schedule, topology, fallback
-        self._chunk_bytes, self._group = chunk_bytes, process_group
-        self._options: dict[str, Any] = {
-            "ranks": ranks,
-            "deadline_s": deadline_s,
-            "transport": transport,
-            "interface": interface,
-        }
+        self.schedule, self.topology, self.process_group = schedule, topology, process_group
+        self.options = options_of(ForestOptions, options, settings, "ForestState")
+        self._past: Counter[str] = Counter()
         self._reset()
 
     def _reset(self) -> None:
         self.runner: Runner | None = None
         self.error: ExecutionError | None = None
         self._schedules: Schedules | None = None
-        self._rescue: Rescue | None = None
+        self._failover: Failover | None = None
+        self._alone = False
+        self.checked = False
 
     def __getstate__(self) -> dict[str, Any]:
-        dropped = ("runner", "error", "_schedules", "_rescue", "_group")
+        dropped = ("runner", "error", "_schedules", "_failover", "process_group")
         return {key: value for key, value in self.__dict__.items() if key not in dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _group=None)
+        self.__dict__.update(state, process_group=None)
         self._reset()
 
-    def connect(self) -> Runner:
-        """Make the runner, unless that is done; all ranks do so at the same time.
+    def connect(self) -> None:
+        """Meet the other ranks, unless that is done; all do so at the same time.
 
         Raises:
             ValueError: torch.distributed is not initialised, or this process is not in the group.
+            PeerLost: a rank did not come.
         """
-        if self.runner is None:
-            self.runner = Runner(self._group, overlap=self.fallback == "error", **self._options)
-            seat = self.runner.seat
-            if self.topology is not None:
-                self._schedules = Schedules(self.topology, self._chunk_bytes, seat.store, seat.rank)
-            if self.fallback == "allreduce":
-                self._rescue = Rescue(self.runner, self._options["deadline_s"])
-        return self.runner
+        if self.runner is not None or self._alone:
+            return
+        placement = Placement.of(self.process_group, "schedules")
+        if placement.size == 1:
+            self._alone = True
+            return
+        self.runner = Runner(placement, options=self.options, overlap=self.options.fallback == "error")
+        if self.topology is not None:
+            timeout_s = self.options.patience_s
+            self._schedules = Schedules(self.topology, self.options.chunk_bytes, placement, timeout_s, self.runner.heed)
+        if self.options.fallback == "allreduce":
+            self._failover = Failover(self.runner)
 
     def schedule_for(self, nbytes: int, device: str = "cpu") -> Schedule:
         """The schedule that a bucket of `nbytes` runs on, in the memory of that type of device."""
@@ -124,19 +117,27 @@ class ForestState:
             average: divide by the number of ranks (before summing, as DDP does).
 
         Returns:
-            A future of `tensor`; it always ends, with an `ExecutionError` at the latest after the deadline.
+            A future of `tensor`; it always ends, with an `ExecutionError` at the latest after the time-out.
         """
-        runner = self.connect()
-        schedule = self.schedule_for(tensor.nbytes, tensor.device.type)
-        if average:
-            tensor.div_(runner.seat.size)
-        rescue = self._rescue
-        if rescue is None or tensor.is_cuda:
-            done = runner.submit(schedule, tensor)
-        else:
-            runner.prepare(schedule, tensor.device)
-            done = runner.later(lambda: rescue.all_reduce(schedule, tensor))
+        self.connect()
         future = TensorFuture(devices=[tensor.device] if tensor.is_cuda else None)
+        runner = self.runner
+        if runner is None:
+            future.set_result(tensor)
+            return future
+        if average:
+            tensor.div_(runner.placement.size)
+        failover = self._failover
+        try:
+            if failover is None or tensor.is_cuda:
+                schedule = self.schedule_for(tensor.nbytes, tensor.device.type)
+                done = runner.submit(schedule, tensor, "average" if average else "sum")
+            else:
+                ready = self._prepared(runner, tensor)
+                done = runner.later(lambda: failover.all_reduce(ready, tensor))
+        except ExecutionError as error:
+            self.error = self.error or error
+            raise
 
         def finish(done: "Future[None]") -> None:
             error = done.exception()
@@ -152,15 +153,25 @@ class ForestState:
         # through then(), the error's own words survive the way through C++
         return future.then(lambda finished: finished.value())
 
+    def _prepared(self, runner: Runner, tensor: torch.Tensor) -> Schedule | None:
+        """The schedule, its ranks connected; None where they can no longer be, which the fallback is for."""
+        if runner.failure is None:
+            with suppress(ExecutionError):
+                schedule = self.schedule_for(tensor.nbytes, tensor.device.type)
+                runner.prepare(schedule, tensor.device)
+                return schedule
+        return None
+
     def counters(self) -> dict[str, int]:
-        """Bytes that were sent and received so far."""
-        return self.runner.counters() if self.runner else {}
+        """Bytes that were sent and received so far, in closed connections too."""
+        return dict(self._past + Counter(self.runner.counters() if self.runner else {}))
 
     def close(self) -> None:
         """Let the connections go; the next bucket would make them anew."""
-        if self._rescue is not None:
-            self._rescue.close()
+        if self._failover is not None:
+            self._failover.close()
         if self.runner is not None:
+            self._past += Counter(self.runner.counters())
             self.runner.close()
         self._reset()
 
@@ -181,4 +192,7 @@ def forest_hook(
     Example:
         >>> ddp.register_comm_hook(ForestState(topology=network), forest_hook)
     """
+    if not state.checked:
+        check_group(bucket, state.process_group, "ForestState")
+        state.checked = True
     return state.all_reduce(bucket.buffer(), average=True)

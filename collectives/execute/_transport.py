@@ -1,4 +1,4 @@
-"""What every way of moving a schedule's slices offers."""
+"""What every transport of a schedule's slices offers."""
 
 from collections.abc import Iterable
 from typing import Protocol
@@ -15,18 +15,21 @@ class Work(Protocol):
         """Return when it is complete here.
 
         Raises:
-            ExecutionError: it failed, or the deadline passed.
+            ExecutionError: it failed, or nothing moved for the time-out.
         """
 
 
 class Transport(Protocol):
-    """A way of moving slices."""
+    """Moves slices."""
 
     def prepare(self, peers: Iterable[int]) -> None:
         """Meet the ranks of a schedule; all of them do so at the same time."""
 
-    def start(self, program: Program, buffer: torch.Tensor) -> Work:
-        """Begin a collective, in place on a contiguous buffer."""
+    def start(self, program: Program, buffer: torch.Tensor, call: int = 0) -> Work:
+        """Begin a collective, in place on a contiguous buffer; ranks with another `call` are refused."""
+
+    def awaited(self) -> int | None:
+        """A rank that a running collective waits for; None where none does or it is not known."""
 
     @property
     def broken(self) -> bool:

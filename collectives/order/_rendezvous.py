@@ -26,12 +26,15 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
 
+from trainkit.collectives._exchange import read_json
+from trainkit.collectives.order._check import OrderError
 from trainkit.collectives.order._plan import Arrival, RankPlan
 
 _log = logging.getLogger(__name__)
 
 BACKEND = "trainkit"
 _ATTEMPTS = 3
+_MOST_BYTES = 64 << 20
 
 
 def entry() -> Callable[[RendezvousParameters], RendezvousHandler]:
@@ -50,7 +53,13 @@ def planned_rendezvous(params: RendezvousParameters) -> RendezvousHandler:
         OrderError: the plan is none.
         OSError: it cannot be read.
     """
-    plan = RankPlan.load(Path(str(params.get("plan", "rank_order.json"))))
+    file = Path(str(params.get("plan", "rank_order.json")))
+    if not file.exists():
+        raise OrderError(
+            f"there is no plan of ranks {file}: name one with --rdzv-conf plan=FILE; "
+            "`trainkit order NETWORK --write torchrun --out FILE` writes it"
+        )
+    plan = RankPlan.load(file)
     address = params.local_addr or socket.getfqdn()
     names = (params.get("host"), params.local_addr, socket.getfqdn(), socket.gethostname())
     whole = [str(name) for name in names if name]
@@ -105,7 +114,7 @@ class _PlannedRendezvous(RendezvousHandler):
         if given == 0:
             keys = [f"host/{number}" for number in range(size)]
             store.wait(keys, self._timeout)
-            said = [json.loads(store.get(key)) for key in keys]
+            said = [read_json(store.get(key), _MOST_BYTES) for key in keys]
             # where copies of the plan differ, the one that most hosts have; of equally many the least digest
             digests = Counter(digest for _, _, digest in said)
             chosen = min(digests, key=lambda digest: (-digests[digest], digest))
@@ -119,7 +128,7 @@ class _PlannedRendezvous(RendezvousHandler):
                 _log.warning("these hosts are not in the plan of ranks: %s", ", ".join(strange))
             store.set("ranks", json.dumps(plan.place(arrived)))
         store.wait(["ranks"], 2 * self._timeout)
-        return int(json.loads(store.get("ranks"))[given])
+        return int(read_json(store.get("ranks"), _MOST_BYTES)[given])
 
     def _bootstrap(self, store: Store, rank: int) -> RendezvousStoreInfo:
         """Where the workers of this round meet: on the planned rank 0, in a store that no earlier round has written to."""
@@ -146,5 +155,5 @@ class _PlannedRendezvous(RendezvousHandler):
 
 
 def _read(text: bytes) -> RankPlan:
-    data = json.loads(text)
+    data = read_json(text, _MOST_BYTES)
     return RankPlan(**{key: value for key, value in data.items() if key != "version"})

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from fractions import Fraction
 from math import lcm
 
-from trainkit.collectives.schedule._form import Op, Schedule
+from trainkit.collectives.schedule._form import Schedule
+from trainkit.collectives.schedule._op import Op
 
 
 def compose(reduce_scatter: Schedule, allgather: Schedule, name: str | None = None) -> Schedule:

@@ -4,50 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, get_args
 
+from trainkit.collectives.schedule._op import KINDS, Collective, Kind, Mode, Op
 from trainkit.collectives.schedule._units import check_unit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-Kind = Literal["send", "reduce", "copy"]
-Mode = Literal["steps", "pipelined"]
-_KINDS = frozenset(get_args(Kind))
-Collective = Literal["allgather", "reduce_scatter", "allreduce", "broadcast", "reduce"]
-
-
-class Op(NamedTuple):
-    """One movement of one slice of the buffer.
-
-    Every rank holds a buffer of the whole message M, in place: slice `[start, stop)`, in fractions of M, means the same
-    bytes on every rank.
-    """
-
-    id: int
-    """Place in `Schedule.ops`."""
-    kind: Kind
-    """send: `dst` stores what `src` holds. reduce: `dst` adds it. copy: within one rank, from `source`."""
-    src: int
-    """Sending rank."""
-    dst: int
-    """Receiving rank; equal to `src` for a copy."""
-    start: Fraction
-    """First byte of the slice, as a fraction of M."""
-    stop: Fraction
-    """End of the slice, as a fraction of M."""
-    path: tuple[str, ...] = ()
-    """Physical nodes from sender to receiver, both included; empty for a copy."""
-    depends: tuple[int, ...] = ()
-    """Ids of the ops that must be complete before this one starts; always smaller than `id`."""
-    step: int = 0
-    """Mode "steps": the barrier interval that this op runs in. Mode "pipelined": the wave, for reading only."""
-    source: Fraction | None = None
-    """A copy's first source byte, as a fraction of M."""
-
-
-class ScheduleError(ValueError):
-    """A schedule that does not do what its collective promises."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +80,7 @@ class Schedule:
         size = len(self.ranks)
         if op.id != place:
             raise ValueError(f"op ids count from 0 in order: op at place {place} has id {op.id}")
-        if op.kind not in _KINDS:
+        if op.kind not in KINDS:
             raise ValueError(f"op {op.id}: kind must be one of {', '.join(get_args(Kind))}, got {op.kind!r}")
         if not (0 <= op.src < size and 0 <= op.dst < size):
             raise ValueError(f"op {op.id}: ranks must be below {size}, got {op.src} -> {op.dst}")

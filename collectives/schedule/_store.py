@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from trainkit._files import write_text_atomically
-from trainkit.collectives.schedule._form import Op, Schedule
+from trainkit.collectives.schedule._form import Schedule
+from trainkit.collectives.schedule._op import Op
 
 FORMAT = "trainkit.schedule"
 VERSION = 1

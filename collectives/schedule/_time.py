@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from trainkit.collectives.schedule._units import bytes_per_second
 
 if TYPE_CHECKING:
-    from trainkit.collectives.schedule._form import Op, Schedule
+    from trainkit.collectives.schedule._form import Schedule
+    from trainkit.collectives.schedule._op import Op
 
 Link = tuple[str, str]
 _LEFT, _COMPLETE = -1, -2  # events of an op beside the links of its way: it is on the last one, it has arrived

@@ -5,7 +5,7 @@ from collections import defaultdict
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
-from trainkit.collectives.schedule._form import Op, ScheduleError
+from trainkit.collectives.schedule._op import Op, ScheduleError
 
 if TYPE_CHECKING:
     from trainkit.collectives.schedule._form import Schedule

@@ -5,23 +5,31 @@ link is a bottleneck of both phases in turn. Here both run together and the spli
 shares of the roots. The optimum is that of all schedules that reduce along trees and then broadcast along trees.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import reduce
 from math import gcd, lcm
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from trainkit.collectives._topology import Ints, Topology
+from trainkit.collectives._topology import Ints, Topology, capacities
 from trainkit.collectives.schedule import Schedule
 from trainkit.collectives.schedule._units import bytes_per_second
-from trainkit.collectives.trees._capacity import Share
-from trainkit.collectives.trees._copying import choose_copying
+from trainkit.collectives.trees._capacity import Share, best_share
+from trainkit.collectives.trees._certificate import CertificateError, Lengths, proved_time
+from trainkit.collectives.trees._cut_program import CutProgram, Solution
 from trainkit.collectives.trees._flat import ForestError
 from trainkit.collectives.trees._forest import Forest, build, check_counts
+from trainkit.collectives.trees._grow import grow
+from trainkit.collectives.trees._multicast import choose_multicast
+from trainkit.collectives.trees._pack import effort
 from trainkit.collectives.trees._problem import Problem, Progress, problem
-from trainkit.collectives.trees._program import CutProgram, Solution
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -32,12 +40,19 @@ class AllreduceForest:
     """The network."""
     time_per_byte: Fraction
     """A message M takes M * time_per_byte, in the network's own unit of capacity: what the trees prove."""
-    exact: bool
-    """Whether an exact dual proves that no reduction and broadcast along trees is faster."""
+    bound: Fraction
+    """No reduction and broadcast along trees is faster: what the certificate proves; 0 where none was looked for."""
     reduce: Forest
     """Trees towards the roots."""
     broadcast: Forest
     """Trees away from the roots, with the same shares."""
+    certificate: Lengths | None = None
+    """The proof of `bound`, checked when the trees were made."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether no reduction and broadcast along trees is faster, proved."""
+        return self.time_per_byte == self.bound
 
     @property
     def height(self) -> int:
@@ -66,6 +81,12 @@ class AllreduceForest:
         """
         return nbytes * self.time_per_byte / bytes_per_second(self.topology.unit)
 
+    def draw(self, bottleneck: Collection[tuple[str, str]] = ()) -> "Figure":
+        """Trees of the reduction, then of the broadcast, at most six each; the links of a bottleneck are marked."""
+        from trainkit.collectives.trees._draw import draw_allreduce
+
+        return draw_allreduce(self, bottleneck)
+
     def schedule(self, chunks: int = 1) -> Schedule:
         """Both phases as one schedule; pieces of the second start as soon as the first has finished them."""
         from trainkit.collectives.trees._emit import emit_allreduce
@@ -79,6 +100,7 @@ def allreduce_forest(
     trees_per_root: int | None = None,
     group: Sequence[str] | None = None,
     max_height: int | None = None,
+    time_limit_s: float = 240.0,
     progress: Progress = None,
 ) -> AllreduceForest:
     """The best all-reduce along trees, verified on the physical links.
@@ -90,33 +112,89 @@ def allreduce_forest(
             both ways, each using half of every link: simpler, for runtimes with few channels.
         group: the compute nodes that take part; the others pass data on.
         max_height: as for `forest`, for each of the two phases.
+        time_limit_s: where packing the optimum's trees is expected to take longer, trees are grown on the part of the
+            network that is equally fast both ways, if they can be: `bound` then says how far from the optimum they are.
         progress: called with (phase, done, total) now and then.
 
     Raises:
         ValueError: as `forest`.
     """
     check_counts(trees_per_root=trees_per_root, max_height=max_height)
-    down = choose_copying(problem(topology, group=group, progress=progress))
-    up = choose_copying(problem(topology, "reduce_scatter", group=group, progress=progress))
+    down = choose_multicast(problem(topology, group=group, progress=progress))
+    up = choose_multicast(problem(topology, "reduce_scatter", group=group, progress=progress))
     if trees_per_root is not None:
         return _mirrored(topology, trees_per_root, group, max_height, progress)
-    free = CutProgram([down, up], free_roots=True).solve()
+    members = tuple(topology.compute_nodes if group is None else group)
     # Equal shares mostly do as well, and need far fewer trees.
-    even = CutProgram([down, up], free_roots=False).solve()
-    chosen = even if even.value >= free.value else free
+    even = CutProgram([down, up], free_roots=False)
+    chosen = even.solve()
+    bound, certificate = _proof(topology, members, chosen, refine=False)
+    if bound * chosen.value < topology.scale:
+        free = CutProgram([down, up], free_roots=True, pool=even.pool).solve()
+        bound, certificate = max((bound, certificate), _proof(topology, members, free), key=lambda proof: proof[0])
+        chosen = max(chosen, free, key=lambda solution: solution.value)
     scale = _whole(chosen)
     weight = np.array([int(x * scale) for x in chosen.roots], dtype=np.int64)
     unit = scale * topology.scale
-    halves, members = [], tuple(topology.compute_nodes if group is None else group)
-    for half, capacity in ((down, chosen.sides[0]), (up, chosen.sides[1])):
-        part = _part(half, capacity, scale, weight)
-        flat = build(Share(part, 1, Fraction(scale), True), max_height)
+    parts = [_part(half, side, scale, weight) for half, side in zip((down, up), chosen.sides, strict=True)]
+    if max_height is None and sum(effort(part, part.weight).seconds for part in parts) > time_limit_s:
+        grown = _grown(topology, members, group, bound, certificate, progress)
+        if grown is not None:
+            return grown
+    halves = []
+    for half, part in ((down, parts[0]), (up, parts[1])):
+        flat = build(Share(part, 1, Fraction(scale), ()), max_height)
         kind = "allgather" if half is down else "reduce_scatter"
-        halves.append(Forest(topology, kind, 1, Fraction(unit), True, members, weight, flat))  # type: ignore[arg-type]
-    total = int(weight.sum())
+        halves.append(Forest(topology, kind, 1, Fraction(unit), False, members, weight, flat))  # type: ignore[arg-type]
     result = AllreduceForest(
-        topology, Fraction(unit, total), Fraction(total, scale) == free.bound, halves[1], halves[0]
+        topology, Fraction(unit, int(weight.sum())), bound, halves[1], halves[0], certificate=certificate
     )
+    result.verify()
+    return result
+
+
+def _proof(
+    topology: Topology, members: Sequence[str], solution: Solution, *, refine: bool = True
+) -> tuple[Fraction, Lengths | None]:
+    """What the solver's lengths prove, and the lengths; `refine` takes more pains where that is not all."""
+    best: tuple[Fraction, Lengths | None] = Fraction(0), None
+    for by_elimination in (False, True) if refine else (False,):
+        certificate = Lengths(solution.lengths(by_elimination))
+        with suppress(CertificateError):
+            best = max(best, (proved_time(topology, members, certificate), certificate), key=lambda proof: proof[0])
+        if best[0] * solution.value == topology.scale:
+            break
+    return best
+
+
+def _grown(
+    topology: Topology,
+    members: tuple[str, ...],
+    group: Sequence[str] | None,
+    bound: Fraction,
+    certificate: Lengths | None,
+    progress: Progress,
+) -> AllreduceForest | None:
+    """Trees by growth alone, on links that are taken to be as fast as their slower direction; None where it fails."""
+    capacity = capacities(topology)
+    slower = {(u, v): capacity[v, u] for u, v, c in topology.links if (v, u) in capacity and capacity[v, u] < c}
+    lower = topology.with_links(slower)
+    halves = []
+    for collective in ("allgather", "reduce_scatter"):
+        share = best_share(problem(lower, collective, group=group, progress=progress))  # type: ignore[arg-type]
+        flat = grow(share.problem, share.problem.weight * share.k)
+        if flat is None:
+            return None
+        halves.append((collective, share, flat))
+    (_, down, _), (_, up, _) = halves
+    if down.k != up.k:
+        return None
+    unit = (down.unit + up.unit) * lower.scale
+    made = [
+        Forest(topology, collective, share.k, unit, False, members, share.problem.weight, flat)  # type: ignore[arg-type]
+        for collective, share, flat in halves
+    ]
+    result = AllreduceForest(topology, unit / down.k / len(members), bound, made[1], made[0], certificate=certificate)
     result.verify()
     return result
 
@@ -144,6 +222,6 @@ def _mirrored(
     halves = [
         Forest(topology, half.collective, k, unit, False, half.members, half.weight, half.flat) for half in (down, up)
     ]
-    result = AllreduceForest(topology, unit / k / len(down.members), False, halves[1], halves[0])
+    result = AllreduceForest(topology, unit / k / len(down.members), Fraction(0), halves[1], halves[0])
     result.verify()
     return result

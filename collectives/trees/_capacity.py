@@ -1,6 +1,6 @@
 """Which integer capacities the trees are cut from: all of them, a balanced part of them, or their whole multiples."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import reduce
 from math import gcd, lcm
@@ -8,9 +8,10 @@ from math import gcd, lcm
 import numpy as np
 
 import trainkit.collectives._native as _native
-from trainkit.collectives._topology import Ints
+from trainkit.collectives._topology import Ints, names
+from trainkit.collectives.trees._certificate import Certificate, Cut, Lengths, proved_rate
+from trainkit.collectives.trees._cut_program import CutProgram
 from trainkit.collectives.trees._problem import Problem
-from trainkit.collectives.trees._program import CutProgram
 from trainkit.collectives.trees._rounding import round_balanced
 
 
@@ -19,41 +20,49 @@ class Share:
     """A problem whose capacities count trees."""
 
     problem: Problem
-    """Balanced at every passing vertex; link e carries `problem.cap[e]` trees."""
+    """Balanced at every relay; link e carries `problem.cap[e]` trees."""
     k: int
     """Trees per unit of root weight."""
     unit: Fraction
     """Trees per unit of integer capacity: `problem.cap <= floor(unit * capacity)`."""
-    exact: bool
-    """Whether no schedule without switch multicast (or with no other k, if k was given) is faster."""
+    certificates: tuple[Certificate, ...]
+    """For `_certificate` to check: what may prove that no trees (with this k, if k was given) are faster."""
 
 
-def achievable(problem: Problem) -> tuple[Fraction, Problem, bool]:
-    """The best rate when passing vertices cannot copy.
+def achievable(problem: Problem) -> tuple[Fraction, Problem, Certificate]:
+    """The best rate when relays cannot copy.
 
     Returns:
         (max over cuts of weight / capacity, in integer capacities, of the best balanced part of the capacities; that
-        part as a problem of its own, its capacities scaled up to integers; whether an exact bound proves it the best).
+        part as a problem of its own, its capacities scaled up to integers; what may prove it the best).
     """
-    rate, _ = problem.search()
+    rate, cut = problem.search()
+    worst = problem.cut(cut)
     if problem.balanced():
-        return rate, problem, True
-    trimmed = problem.within(_native.balanced(*problem.graph, problem.passing, problem.progress))
+        return rate, problem, worst
+    trimmed = problem.within(_native.balanced(*problem.graph, problem.relays, problem.progress))
     if _rate(trimmed) == rate:
-        return rate, trimmed, True
+        return rate, trimmed, worst
     solution = CutProgram([problem], free_roots=False).solve()
     scale = lcm(*(capacity.denominator for capacity in solution.sides[0]))
     part = problem.within(np.array([int(capacity * scale) for capacity in solution.sides[0]], dtype=np.int64))
     if not part.balanced():
         # Floats did not tell which constraints are tight: keep what passes on, and let the bound say what that cost.
-        part = part.within(_native.balanced(*part.graph, problem.passing, problem.progress))
+        part = part.within(_native.balanced(*part.graph, problem.relays, problem.progress))
     own = _rate(part)
     if own is None:
         raise RuntimeError(
             "capacities differ too much for the linear program: give the large ones no more than they can use"
         )
-    reached = own * scale
-    return reached, part, solution.bound * reached == int(problem.weight.sum())
+    reached, network = own * scale, replace(problem.topology, multicast=frozenset())
+    weight = {name: int(problem.weight[network.index[name]]) for name in names(network, problem.members)}
+    certificate = Lengths(solution.lengths(False))
+    if (
+        not any(certificate.lengths)
+        or proved_rate(network, list(weight), weight, certificate) < reached * network.scale
+    ):
+        certificate = Lengths(solution.lengths(True))
+    return reached, part, certificate
 
 
 def _rate(problem: Problem) -> Fraction | None:
@@ -64,23 +73,27 @@ def _rate(problem: Problem) -> Fraction | None:
 
 def best_share(problem: Problem) -> Share:
     """The optimum: as few trees as reach it."""
-    rate, part, proved = achievable(problem)
+    rate, part, certificate = achievable(problem)
     own = part.search()[0]
     common = reduce(gcd, (int(c) for c in part.cap), own.denominator)
     scale = own / rate  # the part's capacities are at most this multiple's share of the problem's
     cap = part.cap // common * own.numerator
-    return Share(part.within(cap), own.denominator // common, Fraction(own.numerator, common) / scale, proved)
+    return Share(part.within(cap), own.denominator // common, Fraction(own.numerator, common) / scale, (certificate,))
 
 
 def fixed_share(problem: Problem, k: int) -> Share:
     """The best rate with k trees per unit of root weight.
 
-    Exact where rounding down keeps every passing vertex balanced (equal capacities both ways, or no switches).
+    The least unit where rounding down keeps every relay balanced (equal capacities both ways, or no switches).
     """
-    rate, part, proved = achievable(problem)
+    rate, part, certificate = achievable(problem)
+
+    def share(cap: Ints, unit: Fraction) -> Share:
+        return Share(problem.within(cap), k, unit, (certificate, *_too_small(problem, k, unit)))
+
     if _two_way(problem):
         unit = _smallest_unit(problem, k, rate)
-        return Share(problem.within(_floors(problem.cap, unit)), k, unit, True)
+        return share(_floors(problem.cap, unit), unit)
     # Rounded capacities must be balanced anew: the least unit of a ladder at which k trees still fit.
     least = k * rate
     scale = part.search()[0] / rate  # the part's capacities are scaled up by its inverse
@@ -88,26 +101,33 @@ def fixed_share(problem: Problem, k: int) -> Share:
     for unit in ladder:
         limit, target = _floors(problem.cap, unit), [int(c) * unit * scale for c in part.cap]
         above = np.array([-(-t // 1) for t in target], dtype=np.int64)
-        trimmed = _native.balanced(*problem.within(np.minimum(limit, above)).graph, problem.passing, problem.progress)
+        trimmed = _native.balanced(*problem.within(np.minimum(limit, above)).graph, problem.relays, problem.progress)
         for cap in (round_balanced(problem, target, limit), trimmed):
             rounded = problem if cap is None else problem.within(cap)
             reached = None if cap is None else _rate(rounded)
             if reached is not None and reached * k <= 1:
                 used = max(Fraction(int(r), int(c)) for r, c in zip(rounded.cap, problem.cap, strict=True))
-                return Share(rounded, k, used, proved and used == least)
+                return share(rounded.cap, used)
     raise ValueError(
         f"no balanced rounding of the capacities for {k} trees per root was found: take another trees_per_root"
     )
 
 
+def _too_small(problem: Problem, k: int, unit: Fraction) -> list[Cut]:
+    """A cut with too little room for k trees at every unit below this one, if there is one."""
+    below = problem.within(-_floors(-problem.cap, unit) - 1)
+    weight = problem.weight * k
+    need = int(weight.sum())
+    found = _native.violated_cuts(*below.graph, weight, problem.members, need, False, problem.progress)
+    return [problem.cut(inside) for inside in found]
+
+
 def _two_way(problem: Problem) -> bool:
     _, tail, head, cap = problem.graph
     back = {(int(v), int(u)): int(c) for u, v, c in zip(tail, head, cap, strict=True)}
-    passing = problem.passing
+    relays = problem.relays
     return all(
-        back.get((int(u), int(v))) == int(c)
-        for u, v, c in zip(tail, head, cap, strict=True)
-        if passing[u] or passing[v]
+        back.get((int(u), int(v))) == int(c) for u, v, c in zip(tail, head, cap, strict=True) if relays[u] or relays[v]
     )
 
 

@@ -7,28 +7,32 @@ from typing import Literal
 
 from trainkit.collectives._topology import Topology
 from trainkit.collectives.schedule import Schedule
-from trainkit.collectives.schedule.export import ExportError, msccl_xml, mscclpp_json
+from trainkit.collectives.schedule.export import PARSERS, ExportError, msccl_xml, mscclpp_json
 from trainkit.collectives.trees._allreduce import allreduce_forest
 from trainkit.collectives.trees._capacity import fixed_share
-from trainkit.collectives.trees._copying import choose_copying
 from trainkit.collectives.trees._forest import forest
+from trainkit.collectives.trees._multicast import choose_multicast
 from trainkit.collectives.trees._problem import problem
 
-Runtime = Literal["msccl", "mscclpp"]
+Runtime = Literal["msccl", "azure", "rccl", "mscclpp"]
 
 
-def _msccl(schedule: Schedule) -> str:
+def _msccl(runtime: str) -> Callable[[Schedule], str]:
     """On as few channels as its thread blocks' steps fit."""
-    for channels in (1, 2):
-        try:
-            return msccl_xml(schedule, channels=channels)
-        except ExportError as error:
-            if "steps per thread block" not in str(error):
-                raise
-    return msccl_xml(schedule, channels=4)
+
+    def export(schedule: Schedule) -> str:
+        for channels in (1, 2, 4):
+            try:
+                return msccl_xml(schedule, runtime=runtime, channels=channels)
+            except ExportError as error:
+                if "steps per thread block" not in str(error):
+                    raise
+        return msccl_xml(schedule, runtime=runtime, channels=8)
+
+    return export
 
 
-RUNTIMES: dict[str, Callable[[Schedule], str]] = {"msccl": _msccl, "mscclpp": mscclpp_json}
+RUNTIMES: dict[str, Callable[[Schedule], str]] = {name: _msccl(name) for name in PARSERS} | {"mscclpp": mscclpp_json}
 _MOST_TREES = 16  # trees per root tried: more do not fit, or gain next to nothing
 
 
@@ -52,7 +56,7 @@ def fit(topology: Topology, collective: str, runtime: Runtime) -> Fit:
     Args:
         topology: the network.
         collective: "allgather", "reduce_scatter" or "allreduce".
-        runtime: "msccl" or "mscclpp".
+        runtime: "msccl", "azure", "rccl" or "mscclpp".
 
     Raises:
         ExportError: not even one tree per root fits; the message names the limit.
@@ -88,5 +92,5 @@ def _candidates(topology: Topology, collective: str) -> Iterator[tuple[int | Non
 def _time(topology: Topology, collective: str, k: int) -> Fraction:
     """Time per byte with k trees per root, without building them."""
     halves = ("allgather", "reduce_scatter") if collective == "allreduce" else (collective,)
-    shares = [fixed_share(choose_copying(problem(topology, half)), k) for half in halves]  # type: ignore[arg-type]
+    shares = [fixed_share(choose_multicast(problem(topology, half)), k) for half in halves]  # type: ignore[arg-type]
     return sum((share.unit for share in shares), Fraction(0)) / k

@@ -71,14 +71,14 @@ class Flat:
         return np.maximum.reduceat(self.depth, self.edge_start[:-1])
 
 
-def check(flat: Flat, topology: Topology, members: Ints, copying: Ints, quota: Ints, limit: Ints) -> Ints:
+def check(flat: Flat, topology: Topology, members: Ints, multicast: Ints, quota: Ints, limit: Ints) -> Ints:
     """Verify trees on the physical network; independent of how they were made.
 
     Args:
         flat: out-trees in the direction of `topology`.
         topology: the physical network.
         members: vertices that each tree must span.
-        copying: switches that may send on more than they take in.
+        multicast: switches that may send on more than they take in.
         quota: [vertices] how many trees each root must have.
         limit: [links] how many trees each link may carry.
 
@@ -144,8 +144,8 @@ def check(flat: Flat, topology: Topology, members: Ints, copying: Ints, quota: I
     refuse(edge_of[at[keys[link] != wanted]], "uses a link that does not exist")
 
     times = flat.multiplicity[tree[edge_of[at]]]
-    if len(copying):
-        times = np.where(_copies(flat, edge_of, at, link, copying, len(keys)), 0, times)
+    if len(multicast):
+        times = np.where(_copies(flat, edge_of, at, link, multicast, len(keys)), 0, times)
     load = np.zeros(len(keys), dtype=np.int64)
     np.add.at(load, link, times)
     over = np.flatnonzero(load > limit)
@@ -155,9 +155,9 @@ def check(flat: Flat, topology: Topology, members: Ints, copying: Ints, quota: I
     return load
 
 
-def _copies(flat: Flat, edge_of: Ints, at: Ints, link: Ints, copying: Ints, links: int) -> Ints:
-    """[crossings] whether a copying switch further down makes this crossing the same as an earlier one of its tree."""
-    copies = np.isin(flat.path, copying)
+def _copies(flat: Flat, edge_of: Ints, at: Ints, link: Ints, multicast: Ints, links: int) -> Ints:
+    """[crossings] whether a multicast-capable switch further down makes this crossing the same as an earlier one of its tree."""
+    copies = np.isin(flat.path, multicast)
     copies[flat.path_start[:-1]] = False
     last_copy = np.full(len(flat.path_start) - 1, -1, dtype=np.int64)
     where = np.flatnonzero(copies)

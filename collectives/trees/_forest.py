@@ -4,7 +4,8 @@ ForestColl (arXiv:2402.06787) and the bandwidth-optimal pipeline schedule (arXiv
 whole trees, split the switches off, pack spanning out-trees, map them back to physical paths.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -16,10 +17,17 @@ from trainkit.collectives._topology import Ints, Topology
 from trainkit.collectives.schedule import Schedule
 from trainkit.collectives.schedule._units import bytes_per_second
 from trainkit.collectives.trees._capacity import Share, best_share, fixed_share
-from trainkit.collectives.trees._copying import choose_copying, without_copying_vertices
+from trainkit.collectives.trees._certificate import (
+    Certificate,
+    CertificateError,
+    Cut,
+    proved_rate,
+    proves_unit,
+)
 from trainkit.collectives.trees._flat import Flat, check, share_of
+from trainkit.collectives.trees._multicast import choose_multicast, without_multicast_vertices
 from trainkit.collectives.trees._pack import pack
-from trainkit.collectives.trees._problem import Collective, Progress, problem
+from trainkit.collectives.trees._problem import Collective, Problem, Progress, problem
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -84,13 +92,15 @@ class Forest:
     unit: Fraction
     """Trees per unit of capacity: link e carries at most floor(unit * capacity) trees."""
     exact: bool
-    """Whether no forest (with this k, if k was given) is faster."""
+    """Whether `certificate` proves that no forest (with this k, if k was given) is faster."""
     members: tuple[str, ...]
     """The compute nodes that take part, in rank order."""
     weight: Ints
     """[vertices] shares rooted at each."""
     flat: Flat
     """The trees, in flat form and growing away from their roots."""
+    certificate: Certificate | None = None
+    """The proof, on the network in the trees' direction, checked when the forest was made."""
 
     @property
     def inv_rate(self) -> Fraction:
@@ -136,8 +146,8 @@ class Forest:
     def _loads(self) -> Ints:
         network = self._network
         members = np.array([network.index[name] for name in self.members], dtype=np.int64)
-        copying = np.array([network.index[name] for name in network.multicast], dtype=np.int64)
-        return check(self.flat, network, members, copying, self.weight * self.k, self._limit)
+        multicast = np.array([network.index[name] for name in network.multicast], dtype=np.int64)
+        return check(self.flat, network, members, multicast, self.weight * self.k, self._limit)
 
     def loads(self) -> dict[tuple[str, str], int]:
         """Physical link -> trees that cross it."""
@@ -161,11 +171,11 @@ class Forest:
         """[trees] the part of the message that each tree carries."""
         return share_of(self.flat, self.weight * self.k, self.weight)
 
-    def draw(self) -> "Figure":
-        """One panel per tree, at most twelve."""
-        from trainkit.collectives._draw import draw_forest
+    def draw(self, bottleneck: Collection[tuple[str, str]] = ()) -> "Figure":
+        """One panel per tree, at most twelve; the links of a bottleneck are marked."""
+        from trainkit.collectives.trees._draw import draw_forest
 
-        return draw_forest(self)
+        return draw_forest(self, bottleneck)
 
 
 def forest(
@@ -206,16 +216,35 @@ def forest(
         (Fraction(1, 2), 1, 1)
     """
     check_counts(trees_per_root=trees_per_root, max_height=max_height)
-    asked = problem(topology, collective, root=root, weights=weights, group=group, progress=progress)
-    asked = choose_copying(asked)
+    plain = problem(topology, collective, root=root, weights=weights, group=group, progress=progress)
+    asked = choose_multicast(plain)
     share = best_share(asked) if trees_per_root is None else fixed_share(asked, trees_per_root)
     grown = build(share, max_height)
-    members = topology.compute_nodes if group is None else tuple(group)
+    members = tuple(topology.compute_nodes if group is None else group)
+    unit = share.unit * topology.scale
+    proof = _proof(share, plain, members, unit, trees_per_root is not None)
     result = Forest(
-        topology, collective, share.k, share.unit * topology.scale, share.exact, tuple(members), asked.weight, grown
+        topology, collective, share.k, unit, proof is not None, members, asked.weight, grown, certificate=proof
     )
     result.verify()
     return result
+
+
+def _proof(share: Share, plain: Problem, members: Sequence[str], unit: Fraction, fixed: bool) -> Certificate | None:
+    """The first certificate that proves the trees' rate, or that no smaller unit has room for this k."""
+    network = plain.topology
+    weight = {name: int(plain.weight[network.index[name]]) for name in members}
+    candidates = [*share.certificates]
+    if len(share.problem.spanned) > len(members):
+        # A cut that only a switch is outside of proves nothing: no tree has to reach a switch.
+        candidates.append(plain.cut(plain.search()[1]))
+    for candidate in candidates:
+        with suppress(CertificateError):
+            if proved_rate(network, members, weight, candidate) >= unit / share.k:
+                return candidate
+            if fixed and isinstance(candidate, Cut) and proves_unit(network, members, weight, share.k, unit, candidate):
+                return candidate
+    return None
 
 
 def check_counts(**counts: int | None) -> None:
@@ -226,7 +255,7 @@ def check_counts(**counts: int | None) -> None:
 
 
 def build(share: Share, max_height: int | None) -> Flat:
-    """Trees between members: packed over the spanned vertices, then copying switches folded into the paths."""
+    """Trees between members: packed over the spanned vertices, then multicast-capable switches folded into the paths."""
     asked = share.problem
     packed = pack(asked, asked.weight * share.k, max_height)
-    return packed if len(asked.spanned) == len(asked.members) else without_copying_vertices(packed, asked.members)
+    return packed if len(asked.spanned) == len(asked.members) else without_multicast_vertices(packed, asked.members)

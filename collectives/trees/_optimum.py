@@ -6,12 +6,15 @@ violated cut raises the bound to its own exact ratio, so there is no bisection, 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+
+import numpy as np
 
 from trainkit.collectives._topology import Topology, names
 from trainkit.collectives.schedule._units import bytes_per_second
 from trainkit.collectives.trees._capacity import achievable
+from trainkit.collectives.trees._certificate import Certificate, proved_rate
 from trainkit.collectives.trees._problem import Collective, Progress, problem
 
 
@@ -30,6 +33,8 @@ class Optimum:
     """Sum of the root weights: the number of compute nodes, or 1 for broadcast and reduce."""
     unit: str | None = None
     """Unit of capacity."""
+    exact: bool = True
+    """Whether a checked certificate proves `achievable`."""
 
     def seconds(self, nbytes: int) -> Fraction:
         """Least time for a message of `nbytes`, without latency and without switch multicast.
@@ -75,8 +80,12 @@ def optimum(
     asked = problem(topology, collective, root=root, weights=weights, group=group, progress=progress)
     rate, cut = asked.search()
     scale = topology.scale
-    reached = rate if asked.balanced() else achievable(asked)[0]
-    inside = [v for v in range(asked.size) if cut[v]]
-    return Optimum(
-        rate * scale, reached * scale, frozenset(names(topology, inside)), int(asked.weight.sum()), topology.unit
-    )
+    inside = frozenset(names(topology, np.flatnonzero(cut).tolist()))
+    reached = rate
+    certificate: Certificate = asked.cut(cut)
+    if not asked.balanced():
+        reached, _, certificate = achievable(asked)
+    weight = {name: int(asked.weight[topology.index[name]]) for name in names(topology, asked.members)}
+    plain = replace(asked.topology, multicast=frozenset())
+    exact = proved_rate(plain, list(weight), weight, certificate) == reached * scale
+    return Optimum(rate * scale, reached * scale, inside, int(asked.weight.sum()), topology.unit, exact)

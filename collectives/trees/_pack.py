@@ -39,16 +39,16 @@ class Effort:
 def effort(problem: Problem, quota: Ints) -> Effort:
     """What splitting and packing this problem will take."""
     size, tail, head, cap = problem.graph
-    passing = problem.passing.astype(bool)
+    relays = problem.relays.astype(bool)
     used = cap > 0
     into = np.bincount(head[used], minlength=size)
     out = np.bincount(tail[used], minlength=size)
-    pairs = int((into * out)[passing].sum())
+    pairs = int((into * out)[relays].sum())
     spanned = len(problem.spanned)
     roots = int((quota > 0).sum())
-    arcs = min(spanned * spanned, pairs + int((used & ~passing[tail] & ~passing[head]).sum())) + int(used.sum())
+    arcs = min(spanned * spanned, pairs + int((used & ~relays[tail] & ~relays[head]).sum())) + int(used.sum())
     trees = roots * min(8, max(1, int(quota.max())))
-    split = 3e-8 * pairs * spanned if passing.any() else 0.0
+    split = 3e-8 * pairs * spanned if relays.any() else 0.0
     return Effort(split + 6e-9 * trees * spanned * arcs, 8 * spanned * arcs * (2 if pairs else 1))
 
 
@@ -62,7 +62,7 @@ def pack(problem: Problem, quota: Ints, max_height: int | None) -> Flat:
     """Trees that fill `problem.cap`, `quota[v]` at each root, as short as is cheap to find.
 
     Args:
-        problem: balanced at every passing vertex, with room for the quota.
+        problem: balanced at every relay, with room for the quota.
         quota: [vertices] trees per root.
         max_height: height to reach; all ways are tried until one does.
 
@@ -73,12 +73,13 @@ def pack(problem: Problem, quota: Ints, max_height: int | None) -> Flat:
     least = _least_height(problem, quota) if max_height is None else max_height
     best = grow(problem, quota)
     small = len(problem.members) <= _FEW_ROOTS
-    if best is not None and (best.height <= max(least, 2) or (max_height is None and not small)):
+    short = max(least, 2) if max_height is None else max_height
+    if best is not None and (best.height <= short or (max_height is None and not small)):
         return best
     expected = effort(problem, quota)
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if expected.memory > 0.8 * machine:
-        if best is not None:
+        if best is not None and max_height is None:
             return best
         raise MemoryError(
             f"packing {int(quota.sum())} trees over {len(problem.members)} nodes will take {expected}, this machine has "
@@ -88,7 +89,7 @@ def pack(problem: Problem, quota: Ints, max_height: int | None) -> Flat:
         _log.warning("packing %d trees over %d nodes will take %s", quota.sum(), len(problem.members), expected)
     several = max_height is not None or (small and int(quota.max()) <= _FEW_TREES)
     for deal in (_PLAIN, _PROPORTIONAL, _ROUND_ROBIN) if several else (_PLAIN,):
-        if deal != _PLAIN and not problem.passing.any():
+        if deal != _PLAIN and not problem.relays.any():
             break  # no switches, nothing to deal
         packed = Flat(*_native.pack_trees(*problem.graph, quota, problem.spanned, deal, problem.progress))
         if best is None or (packed.height, len(packed)) < (best.height, len(best)):
@@ -107,7 +108,7 @@ def pack(problem: Problem, quota: Ints, max_height: int | None) -> Flat:
 def _least_height(problem: Problem, quota: Ints) -> int:
     """Hops between spanned vertices that no tree can do without."""
     size, tail, head, cap = problem.graph
-    passing = problem.passing.astype(bool)
+    relays = problem.relays.astype(bool)
     near: list[list[int]] = [[] for _ in range(size)]
     for u, v, c in zip(tail.tolist(), head.tolist(), cap.tolist(), strict=True):
         if c:
@@ -121,7 +122,7 @@ def _least_height(problem: Problem, quota: Ints) -> int:
             for v in near[stack.pop()]:
                 if v not in seen:
                     seen.add(v)
-                    (stack if passing[v] else reached).append(v)
+                    (stack if relays[v] else reached).append(v)
         if not reached:
             return hops
         layer, hops = reached, hops + 1

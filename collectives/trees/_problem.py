@@ -12,7 +12,8 @@ from typing import Literal
 import numpy as np
 
 import trainkit.collectives._native as _native
-from trainkit.collectives._topology import Ints, Topology
+from trainkit.collectives._topology import Ints, Topology, names
+from trainkit.collectives.trees._certificate import Cut
 
 Collective = Literal["allgather", "reduce_scatter", "broadcast", "reduce"]
 COLLECTIVES = ("allgather", "reduce_scatter", "broadcast", "reduce")
@@ -47,7 +48,7 @@ class Problem:
         return self.size, tail, head, self.cap
 
     @property
-    def passing(self) -> Ints:
+    def relays(self) -> Ints:
         """[vertices] 1 where what comes in must go out: switches that do not copy, and relays."""
         mask = np.ones(self.size, dtype=np.int64)
         mask[self.spanned] = 0
@@ -62,21 +63,25 @@ class Problem:
         return colour
 
     def balanced(self) -> bool:
-        """Whether every passing vertex can give out all it takes in."""
+        """Whether every relay can give out all it takes in."""
         _, tail, head, cap = self.graph
         surplus = np.zeros(self.size, dtype=np.int64)
         np.add.at(surplus, head, cap)
         np.subtract.at(surplus, tail, cap)
-        return not (surplus * self.passing).any()
+        return not (surplus * self.relays).any()
 
     def within(self, cap: Ints) -> "Problem":
         """The same with other capacities."""
         return Problem(self.topology, self.members, self.weight, self.spanned, cap, self.progress)
 
-    def spanning(self, copying: Sequence[int]) -> "Problem":
+    def spanning(self, multicast: Sequence[int]) -> "Problem":
         """The same with these switches spanned by every tree."""
-        spanned = np.concatenate([self.members, np.array(copying, dtype=np.int64)])
+        spanned = np.concatenate([self.members, np.array(multicast, dtype=np.int64)])
         return Problem(self.topology, self.members, self.weight, spanned, self.cap, self.progress)
+
+    def cut(self, inside: Ints) -> Cut:
+        """The named vertices of a cut."""
+        return Cut(frozenset(names(self.topology, np.flatnonzero(inside).tolist())))
 
     def search(self) -> tuple[Fraction, Ints]:
         """(max over cuts of weight inside / capacity out, in integer capacities; [vertices] 1 inside that cut)."""
@@ -113,6 +118,8 @@ def problem(
         )
     if rooted and weights is not None:
         raise ValueError(f"weights are shard sizes: {collective} has no shards")
+    if isinstance(group, str):
+        raise ValueError(f"group is a list of compute nodes, got the text {group!r}")
     members = list(topology.compute_nodes) if group is None else list(group)
     for what, given in (("group", members), ("root", [root] if root is not None else []), ("weights", weights or ())):
         for name in given:

@@ -11,7 +11,7 @@ from trainkit.collectives.trees._problem import Problem
 
 
 def round_balanced(problem: Problem, target: list[Fraction], limit: Ints) -> Ints | None:
-    """Whole capacities, each the target rounded down or up and within the limit, balanced at every passing vertex.
+    """Whole capacities, each the target rounded down or up and within the limit, balanced at every relay.
 
     Args:
         problem: tells which vertices pass on what they take in.
@@ -26,7 +26,7 @@ def round_balanced(problem: Problem, target: list[Fraction], limit: Ints) -> Int
     room = np.minimum(np.array([int(-(-t // 1)) for t in target], dtype=np.int64), limit) - low
     # Rounded down, a vertex keeps some of what it takes in; links rounded up must carry that away. All other vertices
     # are one, which makes up for the rest.
-    place = np.where(problem.passing.astype(bool), np.arange(size), size)
+    place = np.where(problem.relays.astype(bool), np.arange(size), size)
     surplus = np.zeros(size + 1, dtype=np.int64)
     np.add.at(surplus, place[head], low)
     np.subtract.at(surplus, place[tail], low)

@@ -9,10 +9,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from trainkit.kernels._attention import _hooks, _hopper, _triton
+from trainkit.kernels._attention._call import Call
+from trainkit.kernels._attention._delta import row_delta, sink_gradient
 from trainkit.kernels._attention._reference import reference
 from trainkit.kernels._attention._spec import Packed, Spec
-from trainkit.kernels._attention._triton import Call
 from trainkit.kernels._attention._variant import build
+from trainkit.kernels._once import only_once
 
 
 def run_forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
@@ -35,27 +37,29 @@ def run_backward(
         with torch.cuda.device(q.device):
             return run_backward(q, k, v, sinks, out, lse, grad, grad_lse, call)
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-    delta = _triton.row_delta(out, grad, grad_lse)
+    delta = row_delta(out, grad, grad_lse)
     tables: list[Tensor] = []
     if call.hopper and not call.variant.learned:
         dq, dk, dv = _hopper.backward(q, k, v, lse, grad, delta, call)
     else:
         dq, dk, dv, tables = _triton.backward(q, k, v, lse, grad, delta, call)
-    return dq, dk, dv, None if sinks is None else _triton.sink_gradient(sinks, lse, delta), tables
+    return dq, dk, dv, None if sinks is None else sink_gradient(sinks, lse, delta), tables
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *learned: Tensor) -> Any:
         out, lse = run_forward(q, k, v, sinks, call)
-        ctx.save_for_backward(q, k, v, sinks, out, lse)
+        # What functions captured is read again in backward: PyTorch then says if it has changed.
+        ctx.save_for_backward(q, k, v, sinks, out, lse, *call.variant.score_tables, *call.variant.mask_tables)
         ctx.call = call
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
+    @only_once("attention")
     def backward(ctx: Any, *grads: Any) -> Any:
-        q, k, v, sinks, out, lse = ctx.saved_tensors
+        q, k, v, sinks, out, lse = ctx.saved_tensors[:6]
         grad = torch.zeros_like(out) if grads[0] is None else grads[0]
         call = ctx.call
         turned = q if call.rope is None else _hooks.turn_queries(q, k, call.rope, call.packed)
@@ -78,8 +82,8 @@ def attend(
         Untraceable: a score_mod or mask_mod that no kernel can be made of.
         ValueError: gradients of captured tensors asked for in deterministic mode.
     """
-    variant = build(spec, q.device)
-    learned = [variant.score.tables[i] for i in variant.learned] if variant.score is not None else []
+    variant = build(spec, q.device, max(*q.shape[:3], k.shape[1], 1 if packed is None else len(packed.bounds_q)))
+    learned = [variant.score_tables[i] for i in variant.learned]
     if learned and spec.deterministic and torch.is_grad_enabled():
         raise ValueError(
             f"captured tensors get their gradients by atomics, whose order varies: {len(learned)} require gradients"

@@ -4,12 +4,16 @@ import hashlib
 import importlib.util
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 
+from torch import Tensor
+
 from trainkit.kernels._attention._program import SPELLING, Program, TableGradient, Value
+from trainkit.kernels._cache import Cache
 
 HEADER = {
     "triton": "import triton\nimport triton.language as tl\n\njit = triton.jit\n",
@@ -18,7 +22,9 @@ HEADER = {
     ),
 }
 FUNCTIONS = ("score", "score_t", "score_grad", "score_grad_t", "mask", "mask_t", "hook", "by_x", "by_pair")
-HELPERS = "from trainkit.kernels._attention._elementwise_{dialect} import floor_divide, floor_mod, sigmoid, tanh\n\n"
+HELPERS = (
+    "from trainkit.kernels._attention._elementwise_{dialect} import floor_divide, floor_mod, log1p, sigmoid, tanh\n\n"
+)
 
 
 def layout(program: Program) -> list[int]:
@@ -26,33 +32,37 @@ def layout(program: Program) -> list[int]:
     starts, at = [], 0
     for table in program.tables:
         starts.append(at)
-        at += 1 + 2 * table.dim()
+        at += 1 + 2 * len(table.shape)
     return starts
 
 
-def arguments(program: Program) -> tuple[object, ...]:
+def arguments(tables: Sequence[Tensor]) -> tuple[object, ...]:
     """The captured tensors as the flat tuple that the printed functions read."""
     flat: list[object] = []
-    for table in program.tables:
+    for table in tables:
         flat.append(table)
         for size, stride in zip(table.shape, table.stride(), strict=True):
             flat += [size, stride]
     return tuple(flat)
 
 
-def _address(start: int, indices: tuple[Value, ...], lines: list[str], tag: str) -> tuple[str, str]:
-    """Append the lines that compute an element's offset; returns (offset, in-range condition)."""
+def _address(start: int, wide: bool, indices: tuple[Value, ...], lines: list[str], tag: str) -> tuple[str, str]:
+    """Append the lines that compute an element's offset; returns (offset, in-range condition).
+
+    Args:
+        wide: whether the table's elements need 64 bits to be numbered.
+    """
     offsets, ranges = [], []
     for d, index in enumerate(indices):
         size, stride = f"args[{start + 1 + 2 * d}]", f"args[{start + 2 + 2 * d}]"
         if index.literal is not None:
-            offsets.append(
-                f"{int(index.literal)} * {stride}" if index.literal >= 0 else f"({size} + {index.name}) * {stride}"
-            )
+            at = f"{int(index.literal)}" if index.literal >= 0 else f"({size} + {index.name})"
+            # A number that the compiler cannot fold: as one it would have 32 bits.
+            offsets.append(f"(b * 0 + {at}).to(tl.int64) * {stride}" if wide else f"{at} * {stride}")
             continue
         # Python's rule: a negative index counts from the end.
         lines.append(f"{tag}i{d} = tl.where({index.name} < 0, {index.name} + {size}, {index.name})")
-        offsets.append(f"{tag}i{d} * {stride}")
+        offsets.append(f"{tag}i{d}{'.to(tl.int64)' if wide else ''} * {stride}")
         ranges.append(f"({tag}i{d} >= 0) & ({tag}i{d} < {size})")
     return " + ".join(offsets) or "0", " & ".join(ranges)
 
@@ -98,13 +108,13 @@ def _body(program: Program, form: _Form) -> list[str]:
             continue
         start = starts[op.table]
         indices = tuple(replace(a, name=name) for a, name in zip(op.args, args, strict=True))
-        offset, inside = _address(start, indices, lines, f"{op.out.name}_")
+        offset, inside = _address(start, program.tables[op.table].wide, indices, lines, f"{op.out.name}_")
         # An index outside its table gives NaN (0 for integers), never a neighbour's number.
-        other = 'float("nan")' if op.out.kind == "f" else "0"
+        other = 'float("nan")' if op.out.kind in "fd" else "0"
         guard = f", mask={inside}, other={other}" if inside else ""
         read = f"tl.load(args[{start}] + {offset}{guard})"
-        convert = {"f": f"{read}.to(tl.float32)", "b": f"{read} != 0", "i": read}
-        lines.append(f"{op.out.name} = {convert[op.out.kind]}")
+        convert = {"f": f"{read}.to(tl.float32)", "b": f"{read} != 0"}
+        lines.append(f"{op.out.name} = {convert.get(op.out.kind, read)}")
     return lines
 
 
@@ -113,15 +123,16 @@ def _whole(out: Value, form: _Form) -> str:
     return out.name if "s" in out.deps else f"tl.where(s == s, {form.result(out)}, {form.result(out)})"
 
 
-def _scatter(n: int, grad: TableGradient, starts: list[int]) -> list[str]:
+def _scatter(n: int, grad: TableGradient, program: Program) -> list[str]:
     """Lines that add a captured tensor's gradient; the tile is summed over what its index does not vary with."""
     deps = frozenset().union(*(i.deps for i in grad.indices))
     g = f"g{n}"
-    lines = [f"{g} = tl.where(seen, {grad.value.name}, 0.0)"]
+    start, wide = layout(program)[grad.table], program.tables[grad.table].wide
+    lines = [f"{g} = tl.where(seen, {grad.value.name}, 0.0){'.to(tl.float32)' if grad.value.kind == 'd' else ''}"]
     varies = (("q" in deps) or ("s" in deps), ("k" in deps) or ("s" in deps))
-    offset, inside = _address(starts[grad.table], grad.indices, lines, f"{g}_")
+    offset, inside = _address(start, wide, grad.indices, lines, f"{g}_")
     for d in range(len(grad.indices)):
-        offset = offset.replace(f"args[{starts[grad.table] + 2 + 2 * d}]", f"gargs[{starts[grad.table] + 2 + 2 * d}]")
+        offset = offset.replace(f"args[{start + 2 + 2 * d}]", f"gargs[{start + 2 + 2 * d}]")
     mask = f", mask={inside}" if inside else ""
     match varies:
         case (True, True):
@@ -132,7 +143,7 @@ def _scatter(n: int, grad: TableGradient, starts: list[int]) -> list[str]:
             lines.append(f"{g} = tl.sum({g}, 0)[None, :]")
         case (False, False):
             lines.append(f"{g} = tl.sum(tl.sum({g}, 1), 0)")
-    lines.append(f'tl.atomic_add(gargs[{starts[grad.table]}] + {offset}, {g}{mask}, sem="relaxed")')
+    lines.append(f'tl.atomic_add(gargs[{start}] + {offset}, {g}{mask}, sem="relaxed")')
     return lines
 
 
@@ -164,7 +175,7 @@ def source(
             ds, tables = gradient
             # Only the Triton kernels collect gradients of captured tensors.
             found = tables if dialect == "triton" else []
-            scatters = [line for n, grad in enumerate(found) for line in _scatter(n, grad, layout(score))]
+            scatters = [line for n, grad in enumerate(found) for line in _scatter(n, grad, score)]
             if scatters:
                 scatters = ["if TABLES:", *("    " + line for line in scatters)]
             text += _function(
@@ -190,29 +201,42 @@ def hook_source(programs: list[tuple[str, Program]]) -> str:
     return text
 
 
-def _folder() -> Path:
-    folder = Path.home() / ".cache" / "trainkit" / "variants"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
+@cache
+def _temporary() -> Path:
     return Path(tempfile.mkdtemp(prefix="trainkit-variants-"))
 
 
-@cache
+def _folder() -> Path:
+    try:
+        folder = Path.home() / ".cache" / "trainkit" / "variants"
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except (OSError, RuntimeError):
+        # No such folder can be made, or nobody knows where home is.
+        pass
+    return _temporary()
+
+
+_MODULES: Cache[ModuleType] = Cache(512)
+
+
 def load(text: str) -> ModuleType:
     """Import printed functions from a file named by their content (Triton reads sources back from disk)."""
+    return _MODULES.get(text, lambda: _load(text))
+
+
+def _load(text: str) -> ModuleType:
     name = "variant_" + hashlib.sha256(text.encode()).hexdigest()[:20]
     # Triton's own cache knows a function argument by its name alone: the name must say the content.
     for function in FUNCTIONS:
         text = text.replace(f"def {function}(", f"def {name}_{function}(")
     path = _folder() / f"{name}.py"
     if not path.exists() or path.read_text() != text:
-        partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_text(text)
-        partial.replace(path)
+        # A name that nobody else has: threads, and processes of other machines with the same number, share the folder.
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=name, suffix=".partial", delete=False) as partial:
+            partial.write(text)
+        Path(partial.name).replace(path)
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

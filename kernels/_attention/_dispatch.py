@@ -126,6 +126,7 @@ def attention(
         raise ValueError("dropout in a compiled graph needs its seed as an argument, got seed=None")
     spec = make_spec(
         q,
+        tokens=max(q.shape[1], k.shape[1]),
         sequences=sequences,
         causal=causal,
         window=window,

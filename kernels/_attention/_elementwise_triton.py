@@ -30,3 +30,11 @@ def floor_divide(a, b):
 def floor_mod(a, b):
     """Python's % of integers: the result has the divisor's sign."""
     return a - floor_divide(a, b) * b
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x), exact for small x too (Kahan): the rounding of 1 + x cancels."""
+    u = 1.0 + x
+    exact = u == 1.0
+    return tl.where(exact, x, tl.where(u == float("inf"), u, tl.log(u) * (x / tl.where(exact, 1.0, u - 1.0))))

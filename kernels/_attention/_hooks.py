@@ -6,17 +6,18 @@ Loading a tile of keys happens once for each tile of queries: a key's hook runs 
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from trainkit.kernels._attention import _codegen, _triton
-from trainkit.kernels._attention._program import Program, Value, differentiate
+from trainkit.kernels._attention._captures import remembered
+from trainkit.kernels._attention._program import LARGEST, Program, Table, Value, differentiate
 from trainkit.kernels._attention._scalars import ScalarIndex
 from trainkit.kernels._attention._spec import Packed
 from trainkit.kernels._attention._trace import Untraceable, append
-from trainkit.kernels._attention._variant import remembered
+from trainkit.kernels._once import only_once
 from trainkit.kernels.fused._rope import reference as rotate
 from trainkit.kernels.fused._rope import rope as fused_rope
 from trainkit.kernels.fused._rope import rotated
@@ -117,22 +118,40 @@ class Compiled:
     """A traced hook: its program, the derivatives by the element and by its partner, and the printed functions."""
 
     program: Program
+    text: str
     module: Any
 
+    @property
+    def tables(self) -> list[Table]:
+        return self.program.tables
 
-def trace(hook: Hook, device: torch.device) -> Compiled:
+
+class Captured(NamedTuple):
+    """A hook of one call: traced, and the tensors that it captured."""
+
+    compiled: Compiled
+    tables: tuple[Tensor, ...]
+
+
+def trace(hook: Hook, device: torch.device) -> Captured:
     """Trace and differentiate a hook, once as long as what it captures stays.
 
     Raises:
         Untraceable: an operation without a kernel, or a captured tensor that requires gradients.
     """
     compiled: Compiled = remembered(device, [hook], (), lambda: _trace(hook, device))
-    return compiled
+    tables = compiled.program.tensors()
+    if tables is None:
+        # The hook made one itself, which has ended.
+        compiled = _trace(hook, device)
+        tables = compiled.program.tensors()
+    assert tables is not None
+    return Captured(compiled, tables)
 
 
 def _trace(hook: Hook, device: torch.device) -> Compiled:
     x, pair, g = (Value(n, "f", frozenset("s")) for n in ("x", "pair", "g"))
-    ints = [Value(n, "i", frozenset({n})) for n in ("b", "h", "q", "k")]
+    ints = [Value(n, "i", frozenset({n}), None, (0, LARGEST)) for n in ("b", "h", "q", "k")]
     texts = []
     # One program for the value, one for each derivative: what differentiate appends serves one input.
     for name, by in (("hook", None), ("by_x", x), ("by_pair", pair)):
@@ -147,10 +166,11 @@ def _trace(hook: Hook, device: torch.device) -> Compiled:
         if by is not None:
             program.result, _ = differentiate(program, by, g)
         texts.append((name, program))
-    return Compiled(texts[0][1], _codegen.load(_codegen.hook_source(texts)))
+    text = _codegen.hook_source(texts)
+    return Compiled(texts[0][1], text, _codegen.load(text))
 
 
-def _run(compiled: Compiled, x: Tensor, g: Tensor | None, cu: Tensor | None) -> Tensor:
+def _run(hook: Captured, x: Tensor, g: Tensor | None, cu: Tensor | None) -> Tensor:
     import triton
 
     from trainkit.kernels._attention import _triton_hooks
@@ -162,9 +182,9 @@ def _run(compiled: Compiled, x: Tensor, g: Tensor | None, cu: Tensor | None) -> 
     if y.numel():
         sequence, index = (None, None) if cu is None else rows_of(x, cu)
         other = x if g is None else g
-        module = compiled.module
+        module = hook.compiled.module
         _triton_hooks.transform[(B * S,)](
-            x, other, y, sequence, index, *x.stride()[:3], *other.stride()[:3], S, H, _codegen.arguments(compiled.program),
+            x, other, y, sequence, index, *x.stride()[:3], *other.stride()[:3], S, H, _codegen.arguments(hook.tables),
             D=D, BD=triton.next_power_of_2(D), BH=min(triton.next_power_of_2(H), 16), BACKWARD=g is not None,
             PACKED=cu is not None, HOOK=module.hook, BY_X=module.by_x, BY_PAIR=module.by_pair,
         )  # fmt: skip
@@ -173,15 +193,16 @@ def _run(compiled: Compiled, x: Tensor, g: Tensor | None, cu: Tensor | None) -> 
 
 class _Transform(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, compiled: Compiled, cu: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, cu)
-        ctx.compiled = compiled
-        return _run(compiled, x, None, cu)
+    def forward(ctx: Any, x: Tensor, hook: Captured, cu: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, cu, *hook.tables)
+        ctx.compiled = hook.compiled
+        return _run(hook, x, None, cu)
 
     @staticmethod
+    @only_once("a hook of attention")
     def backward(ctx: Any, *grads: Any) -> Any:
-        x, cu = ctx.saved_tensors
-        return _run(ctx.compiled, x, grads[0], cu), None, None
+        x, cu, *tables = ctx.saved_tensors
+        return _run(Captured(ctx.compiled, tuple(tables)), x, grads[0], cu), None, None
 
 
 def turn_queries(q: Tensor, k: Tensor, rope: Rope, packed: Packed | None, grad: Tensor | None = None) -> Tensor:

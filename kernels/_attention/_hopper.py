@@ -3,17 +3,17 @@
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from trainkit.kernels import _gluon
-from trainkit.kernels._attention import _triton
+from trainkit.kernels._attention import _block_lists, _triton
+from trainkit.kernels._attention._call import Call, Tiling, layout
 from trainkit.kernels._attention._codegen import arguments
-from trainkit.kernels._attention._launch import Box, Launch, counter, form, kept
 from trainkit.kernels._attention._spec import Spec
-from trainkit.kernels._attention._triton import Call, Tiling
+from trainkit.kernels._launch import PLANS, Box, Launch, Slot, Template, counter, form
 
 HEADS = (64, 128, 256)
 ROWS = 128
@@ -89,38 +89,6 @@ def aligned(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format) if x.data_ptr() % 16 else x
 
 
-class Template:
-    """What a kernel is compiled for: attributes that its code reads as constants. One object for equal constants."""
-
-    _made: ClassVar[dict[Any, "Template"]] = {}
-    _known: tuple[tuple[str, Any], ...]
-
-    def __new__(cls, **constants: Any) -> "Template":
-        known = tuple(constants.items())
-        made = cls._made.get(known)
-        if made is None:
-            import triton.experimental.gluon.language as gl
-
-            made = super().__new__(cls)
-            made._known = known
-            for name, value in known:
-                setattr(made, name, gl.constexpr(value))
-            if len(cls._made) >= 256:
-                cls._made.pop(next(iter(cls._made)), None)
-            cls._made[known] = made
-        return made
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Template) and self._known == other._known
-
-    def __hash__(self) -> int:
-        return hash(self._known)
-
-    def __repr__(self) -> str:
-        # Part of the name under which Triton keeps the compiled kernel.
-        return f"Template{self._known}"
-
-
 def _forward_tile(d: int, dv: int, seen: float, causal: bool) -> dict[str, Any]:
     """Queries and keys a block, buffers in the ring and of queries: what 227 KB of shared memory and the registers hold.
 
@@ -181,25 +149,27 @@ def _planned(what: str, call: Call, make: Callable[[], Plan], *tensors: Tensor) 
         return make()
     key = (what, forms, spec.causal, spec.window, spec.softcap, spec.scale, spec.deterministic)
     if variant.mask is None and (variant.score is None or _cap(spec) is not None):
-        return kept(key, make)
-    from trainkit.kernels._attention import _blocks
-
-    return _blocks.kept(variant, tensors[0].device, key, make)  # type: ignore[no-any-return, no-untyped-call]
+        return PLANS.get(key, make)  # type: ignore[no-any-return]
+    return _block_lists.kept(variant, tensors[0].device, key, make)
 
 
-def _captured(call: Call, masked: bool = True) -> tuple[Any, ...]:
-    score, mask = call.variant.score, call.variant.mask if masked else None
-    return tuple(() if x is None else arguments(x) for x in (score, mask))
+def _captured(call: Call, first: int, masked: bool = True) -> tuple[Any, ...]:
+    """Score's and mask's tensors as their functions read them, each a slot: from number `first` on the call brings them."""
+    slots: list[tuple[Any, ...]] = []
+    for tables, wanted in ((call.variant.score_tables, True), (call.variant.mask_tables, masked)):
+        numbers = iter(range(first, first + len(tables)))
+        flat = arguments(tables) if wanted else ()
+        slots.append(tuple(Slot(next(numbers)) if isinstance(x, Tensor) else x for x in flat))
+        first += len(tables)
+    return tuple(slots)
 
 
-def _bits(call: Call, q: Tensor, k: Tensor, bm: int, bn: int, by_keys: bool) -> tuple[Tensor, Tensor] | None:
-    """The mask's bits in blocks of bm queries and bn keys, where it need not be evaluated: `_blocks.bits`."""
+def _bits(call: Call, q: Tensor, k: Tensor, bm: int, bn: int, by_keys: bool) -> _block_lists.Bits | None:
+    """The mask's bits in blocks of bm queries and bn keys, where it need not be evaluated: `_block_lists.bits`."""
     if call.variant.mask is None or call.packed is not None:
         return None
-    from trainkit.kernels._attention import _blocks
-
     shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
-    return _blocks.bits(call.variant, call.spec, *shape, bm, bn, q.device, by_keys)  # type: ignore[no-any-return, no-untyped-call]
+    return _block_lists.bits(_block_lists.Blocks(call.variant, call.spec, *shape, bm, bn, q.device, by_keys))
 
 
 def forward(
@@ -216,7 +186,8 @@ def forward(
     # None, one, two or three: how many tells which.
     tables = (*(() if sinks is None else (sinks,)), *(call.rope or ()))
     plan = _planned("forward", call, lambda: _forward_plan(q, k, v, sinks, call), q, k, v, *tables)
-    tensors = (*plan.inputs(q, k, v), out, lse, counter(q.device), *tables)
+    captured = (*call.variant.score_tables, *call.variant.mask_tables)
+    tensors = (*plan.inputs(q, k, v), out, lse, counter(q.device), *tables, *captured)
     for run in plan.launches:
         run(tensors, launch)
     return out, lse
@@ -230,7 +201,7 @@ def _forward_plan(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: C
     irregular = call.variant.mask is not None or call.packed is not None
     tile = _forward_tile(D, DV, _seen(k, spec, irregular), spec.causal)
     bm, bn = tile["BM"], tile["BN"]
-    grid, lists, strides, listed = _triton.layout(call, q, k, Tiling(bm, bn, 4, tile["ST"]), False)
+    grid, lists, strides, listed = layout(call, q, k, Tiling(bm, bn, 4, tile["ST"]), False)
     qp, kp, vp, op = plane(q), plane(k), plane(v), dense(q.shape[0], q.shape[1], q.shape[2], DV)
     copied = (qp.copied, kp.copied, vp.copied)
     total = math.prod(grid)
@@ -248,7 +219,8 @@ def _forward_plan(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: C
     )  # fmt: skip
     constants = (
         *strides, *qp.steps, *kp.steps, *vp.steps, q.shape[2] * DV, q.shape[2], q.shape[1], k.shape[1], spec.window or 0,
-        spec.scale, cap or 1.0, *_captured(call, bits is None), grid[0], total, template,
+        spec.scale, cap or 1.0, *_captured(call, 6 + (sinks is not None) + len(call.rope or ()), bits is None), grid[0], total,
+        template,
     )  # fmt: skip
     boxes = qp.box(0, 64, D), kp.box(1, bn, D), vp.box(2, bn, DV), op.box(3, 64, min(DV, 128))
     first = 6 if sinks is None else 7
@@ -331,12 +303,13 @@ def backward(
     call: Call,
     launch: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, contiguous; `delta` as `_triton.row_delta` gives it, `launch` as `Launch` takes it."""
+    """Gradients of q, k and v, contiguous; `delta` as `row_delta` gives it, `launch` as `Launch` takes it."""
     q, k, v, grad = aligned(q), aligned(k), aligned(v), aligned(grad)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     plan = _planned("backward", call, lambda: _backward_plan(q, k, v, grad, call), q, k, v, grad, lse, delta)
     room = () if plan.ring is None else plan.ring.room(q.device)
-    tensors = (*plan.inputs(q, k, v, grad), dq, dk, dv, lse, delta, counter(q.device), *room)
+    captured = (*call.variant.score_tables, *call.variant.mask_tables)
+    tensors = (*plan.inputs(q, k, v, grad), dq, dk, dv, lse, delta, counter(q.device), *room, *captured)
     for run in plan.launches:
         run(tensors, launch)
     return dq, dk, dv
@@ -370,7 +343,7 @@ def _backward_plan(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, call: Call) ->
     launches = []
     ring = None
     for want_dk, want_dv, bm, q_ring, grad_ring in _passes(D, DV, traced):
-        grid, lists, strides, listed = _triton.layout(call, q, k, Tiling(bm, ROWS, 4, q_ring), True)
+        grid, lists, strides, listed = layout(call, q, k, Tiling(bm, ROWS, 4, q_ring), True)
         total = math.prod(grid)
         if total == 0:
             continue
@@ -400,7 +373,7 @@ def _backward_plan(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, call: Call) ->
                 (4, *room, 5, 6, 7, 8, 9, *(8 if p is None else p for p in (*lists, *(bits or (None, None))))),
                 (
                     *turn, *strides, *steps, k.shape[2] * D, k.shape[2] * DV, q.shape[2], k.shape[2], *scalars,
-                    *_captured(call, bits is None), grid[0], total, template,
+                    *_captured(call, 12 if fused else 10, bits is None), grid[0], total, template,
                 ),
             )
         )  # fmt: skip
@@ -408,7 +381,7 @@ def _backward_plan(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, call: Call) ->
         return Plan(copied, tuple(launches), ring)
 
     bn, key_ring, value_ring = _key_tile(D, DV, traced)
-    grid, lists, strides, listed = _triton.layout(call, q, k, Tiling(ROWS, bn, 4, key_ring), False)
+    grid, lists, strides, listed = layout(call, q, k, Tiling(ROWS, bn, 4, key_ring), False)
     if math.prod(grid):
         bits = _bits(call, q, k, ROWS, bn, False)
         template = Template(
@@ -420,7 +393,9 @@ def _backward_plan(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, call: Call) ->
             Launch(
                 _hopper_backward_queries.backward_queries, (math.prod(grid), 1, 1), sides,
                 (4, 7, 8, *(8 if p is None else p for p in (*lists, *(bits or (None, None))))),
-                (*strides, *steps, q.shape[2] * D, q.shape[2], *scalars, *_captured(call, bits is None), grid[0], template),
+                (
+                    *strides, *steps, q.shape[2] * D, q.shape[2], *scalars, *_captured(call, 10, bits is None), grid[0], template,
+                ),
             )
         )  # fmt: skip
     return Plan(copied, tuple(launches))

@@ -6,8 +6,14 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from trainkit.kernels._attention._ranges import ITEM as _ITEM
+from trainkit.kernels._attention._ranges import ranges
+
+ITEM = gl.constexpr(_ITEM)
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
+
+key_range, query_range, visible = ranges(gluon.jit, gl)
 
 
 @gluon.jit
@@ -55,8 +61,8 @@ def locate(t, tables, sizes, LAST_FIRST: gl.constexpr, PACKED: gl.constexpr):
     tile = t % tiles
     h = t // tiles
     if PACKED:
-        b = gl.load(TILES + 2 * tile)
-        tile = gl.load(TILES + 2 * tile + 1)
+        b = gl.load(TILES + ITEM * tile)
+        tile = gl.load(TILES + ITEM * tile + 1)
         zb = 0
         q0 = gl.load(CU_Q + b)
         k0 = gl.load(CU_K + b)
@@ -78,56 +84,26 @@ def locate(t, tables, sizes, LAST_FIRST: gl.constexpr, PACKED: gl.constexpr):
 @gluon.jit
 def key_blocks(m0, BM: gl.constexpr, BN: gl.constexpr, Sk, off, w, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
                ALL_MASKED: gl.constexpr):  # fmt: skip
-    """Key blocks of queries [m0, m0 + BM), visited from the last: (last, masked, masked or whole, count).
+    """Key blocks of queries [m0, m0 + BM), visited from the last: (last, masked, masked or full, count).
 
-    The first `masked` are seen in part, then come whole ones, then from `masked or whole` on those in part again.
+    The first `masked` are partial, then come full ones, then from `masked or full` on partial ones again.
     """
-    lo = 0
-    hi = Sk
-    whole_lo = 0
-    whole_hi = Sk // BN
-    if CAUSAL:
-        hi = gl.minimum(hi, gl.maximum(m0 + BM + off, 0))
-        whole_hi = gl.minimum(whole_hi, gl.maximum(m0 + off + 1, 0) // BN)
-    if WINDOW:
-        lo = gl.maximum(m0 + off - w + 1, 0) // BN
-        whole_lo = gl.cdiv(gl.maximum(m0 + BM + off - w, 0), BN)
-        if not CAUSAL:
-            hi = gl.minimum(hi, gl.maximum(m0 + BM - 1 + off + w, 0))
-            whole_hi = gl.minimum(whole_hi, gl.maximum(m0 + off + w, 0) // BN)
-    hi = gl.maximum(gl.cdiv(hi, BN), lo)
-    whole_lo = gl.minimum(gl.maximum(whole_lo, lo), hi)
-    whole_hi = gl.minimum(gl.maximum(whole_hi, whole_lo), hi)
+    lo, full_lo, full_hi, hi = key_range(m0, BM, BN, Sk, off, w, CAUSAL, WINDOW)
     if ALL_MASKED:
-        whole_lo = lo
-        whole_hi = lo
-    return hi - 1, hi - whole_hi, hi - whole_lo, hi - lo
+        full_lo = lo
+        full_hi = lo
+    return hi - 1, hi - full_hi, hi - full_lo, hi - lo
 
 
 @gluon.jit
 def query_blocks(n0, BN: gl.constexpr, BM: gl.constexpr, Sq, off, w, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
                  ALL_MASKED: gl.constexpr):  # fmt: skip
-    """Query blocks of keys [n0, n0 + BN), visited from the first: (first, masked, masked or whole, count)."""
-    lo = 0
-    hi = Sq
-    whole_lo = 0
-    whole_hi = Sq // BM
-    if CAUSAL:
-        lo = gl.maximum(n0 - off, 0) // BM
-        whole_lo = gl.cdiv(gl.maximum(n0 + BN - 1 - off, 0), BM)
-    if WINDOW:
-        hi = gl.minimum(hi, gl.maximum(n0 + BN - 1 + w - off, 0))
-        whole_hi = gl.minimum(whole_hi, gl.maximum(n0 + w - off, 0) // BM)
-        if not CAUSAL:
-            lo = gl.maximum(n0 - w - off + 1, 0) // BM
-            whole_lo = gl.cdiv(gl.maximum(n0 + BN - w - off, 0), BM)
-    hi = gl.maximum(gl.cdiv(hi, BM), lo)
-    whole_lo = gl.minimum(gl.maximum(whole_lo, lo), hi)
-    whole_hi = gl.minimum(gl.maximum(whole_hi, whole_lo), hi)
+    """Query blocks of keys [n0, n0 + BN), visited from the first: (first, masked, masked or full, count)."""
+    lo, full_lo, full_hi, hi = query_range(n0, BN, BM, Sq, off, w, CAUSAL, WINDOW)
     if ALL_MASKED:
-        whole_lo = hi
-        whole_hi = hi
-    return lo, whole_lo - lo, whole_hi - lo, hi - lo
+        full_lo = hi
+        full_hi = hi
+    return lo, full_lo - lo, full_hi - lo, hi - lo
 
 
 @gluon.jit
@@ -143,12 +119,7 @@ def block_at(BLOCKS, start, n, STEP: gl.constexpr, LISTED: gl.constexpr):
 def masked(S, q, k, qv, kv, problem, c: gl.constexpr):
     """Scores with -inf where query q does not see key k; `qv` and `kv` are those vectors, kept inside."""
     b, h, _, Sk, off, w, _, _, _, args = problem
-    gap = q + off - k
-    seen = (k < Sk) & (gap == gap)
-    if c.CAUSAL:
-        seen = seen & (gap >= 0)
-    if c.WINDOW:
-        seen = seen & (gap < w) & (gap > -w)
+    seen = visible(q, k, Sk, off, w, c.CAUSAL, c.WINDOW)
     if c.MASK is not None:
         seen = seen & c.MASK(b, h, qv, kv, off, args)
     return gl.where(seen, S, -float("inf"))

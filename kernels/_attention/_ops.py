@@ -10,9 +10,9 @@ from torch import Tensor
 
 from trainkit.kernels._attention import _hopper, _triton
 from trainkit.kernels._attention._autograd import run_backward, run_forward
+from trainkit.kernels._attention._call import Call
 from trainkit.kernels._attention._packed import make_packed
 from trainkit.kernels._attention._spec import Spec
-from trainkit.kernels._attention._triton import Call
 from trainkit.kernels._attention._variant import build
 
 OPTIONS = ("causal", "window", "softcap", "scale", "sigmoid", "dropout_p", "seed", "deterministic")
@@ -28,7 +28,8 @@ def make_call(
     if lack:
         raise ValueError(f"the compiled operator needs a kernel: {lack}; take backend='reference'")
     packed = None if cu_q is None or cu_k is None else make_packed((cu_q, cu_k), q, k)
-    return Call(spec, packed, build(spec, q.device), _hopper.why_not(q, k, v, spec) is None)
+    variant = build(spec, q.device, max(*q.shape[:3], k.shape[1], 1 if packed is None else len(packed.bounds_q)))
+    return Call(spec, packed, variant, _hopper.why_not(q, k, v, spec) is None)
 
 
 @torch.library.custom_op("trainkit::attention", mutates_args=())

@@ -1,25 +1,20 @@
 """Cumulative lengths of packed sequences: checked on the host, once a tensor."""
 
-import weakref
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from trainkit.kernels._attention._spec import Packed
+from trainkit.kernels._cache import Cache, contents
 
 # Reading a CUDA tensor waits for the device: one pair of lengths serves every layer of a step, so it is read once.
-_SEEN: dict[int, tuple["weakref.ref[Tensor]", int, tuple[int, ...]]] = {}
+_SEEN: Cache[tuple[int, ...]] = Cache(64)
 
 
 def _host(cu: Tensor) -> tuple[int, ...]:
-    seen = _SEEN.get(id(cu))
-    if seen is not None and seen[0]() is cu and seen[1] == cu._version:
-        return seen[2]
-    values = tuple(int(x) for x in cu.tolist())
-    key = id(cu)
-    _SEEN[key] = (weakref.ref(cu, lambda _: _SEEN.pop(key, None) and None), cu._version, values)
-    return values
+    key = None if cu.device.type == "cpu" else contents(cu)
+    return _SEEN.get(key, lambda: tuple(int(x) for x in cu.tolist()), (cu,))
 
 
 def _check(name: str, cu: Tensor, tokens: int) -> tuple[int, ...]:

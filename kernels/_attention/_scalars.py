@@ -26,7 +26,7 @@ class ScalarIndex(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def over_grid(function: Callable[..., Tensor], score: Tensor | None, indices: tuple[Tensor, ...]) -> Tensor:
+def over_grid(scalar: Callable[..., Tensor], score: Tensor | None, indices: tuple[Tensor, ...]) -> Tensor:
     """Call a score_mod (or, with `score=None`, a mask_mod) at every (b, h, q_idx, kv_idx).
 
     Args:
@@ -37,7 +37,15 @@ def over_grid(function: Callable[..., Tensor], score: Tensor | None, indices: tu
         `[B, H, Sq, Sk]`, and more dimensions if the function returns no scalar.
     """
     lead = () if score is None else (0,)
+    device = indices[0].device
+
+    def function(*args: Tensor) -> Tensor:
+        # A constant is a result too.
+        x = scalar(*args)
+        return torch.full((), x, device=device) if isinstance(x, bool | int | float) else x
+
+    over: Callable[..., Tensor] = function
     for axis in (3, 2, 1, 0):
-        function = torch.vmap(function, in_dims=(*lead, *(0 if i == axis else None for i in range(4))))
+        over = torch.vmap(over, in_dims=(*lead, *(0 if i == axis else None for i in range(4))))
     with ScalarIndex():
-        return function(*indices) if score is None else function(score, *indices)
+        return over(*indices) if score is None else over(score, *indices)

@@ -1,6 +1,5 @@
 """What an attention call asks for, checked once: every path reads the same frozen description."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,6 +11,7 @@ from torch import Tensor
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
+FP32 = torch.finfo(torch.float32)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -94,9 +94,23 @@ def _heads_vector(name: str, x: Tensor, q: Tensor, shapes: tuple[tuple[int, ...]
         raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
 
 
+def _number(name: str, x: float | Tensor | None) -> float | None:
+    if isinstance(x, Tensor):
+        if x.numel() != 1 or (x.requires_grad and torch.is_grad_enabled()):
+            raise ValueError(
+                f"{name} must be a number, got a tensor of {list(x.shape)}{' that requires gradients' * x.requires_grad}:"
+                " learn it in a score_mod that captures it"
+            )
+        x = x.item()
+    if x is not None and (isinstance(x, bool) or not isinstance(x, int | float)):
+        raise ValueError(f"{name} must be a number, got {x!r}")
+    return x
+
+
 def make_spec(
     q: Tensor,
     *,
+    tokens: int,
     sequences: int,
     causal: bool,
     window: int | None,
@@ -115,18 +129,21 @@ def make_spec(
     """Check the arguments of `attention` that are not q, k, v, and freeze them.
 
     Args:
+        tokens: queries or keys of a sequence at most: a window as wide as that hides nothing.
         sequences: how many `b` a `[B, Hq]` slope table must serve: the batch, or the packed sequences.
 
     Raises:
-        ValueError: with the rule, the value got and the mend.
+        ValueError: with the rule, the value got and what to do.
     """
     heads = q.shape[2]
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
         raise ValueError(f"window counts visible keys and must be an int of at least 1, got {window!r}")
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
-        raise ValueError(f"softcap must be positive and finite, got {softcap!r}; None turns it off")
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale!r}; None takes head_dim ** -0.5")
+    scale, softcap = _number("scale", scale), _number("softcap", softcap)
+    dropout_p = _number("dropout_p", dropout_p) or 0.0
+    if softcap is not None and not FP32.tiny <= softcap <= FP32.max:
+        raise ValueError(f"softcap must be positive and finite in fp32, got {softcap!r}; None turns it off")
+    if scale is not None and not abs(scale) <= FP32.max:
+        raise ValueError(f"scale must be finite in fp32, got {scale!r}; None takes head_dim ** -0.5")
     if softmax not in ("softmax", "sigmoid"):
         raise ValueError(f"softmax must be 'softmax' or 'sigmoid', got {softmax!r}")
     if softmax == "sigmoid" and (sinks is not None or return_lse):
@@ -151,7 +168,7 @@ def make_spec(
     return Spec(
         scale=q.shape[3] ** -0.5 if scale is None else float(scale),
         causal=bool(causal),
-        window=window,
+        window=None if window is not None and window >= tokens else window,
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         sinks=sinks,

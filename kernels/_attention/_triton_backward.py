@@ -6,18 +6,33 @@ import triton
 import triton.language as tl
 
 from trainkit.kernels._attention._triton_forward import LOG2E
-from trainkit.kernels._attention._triton_tiles import keep, key_range, load_rows, locate, query_range, visible
+from trainkit.kernels._attention._triton_tiles import (
+    Problem,
+    block_at,
+    block_spans,
+    keep,
+    key_rows,
+    load_rows,
+    output_rows,
+    query_range,
+    rows_of,
+    store_rows,
+    take,
+    visible,
+)
 
 
 @triton.jit
-def delta(OUT, DO, DLSE, DELTA, sob, sos, soh, sdb, sds, sdh, Hq, Sq, DV: tl.constexpr, BDV: tl.constexpr,
+def delta(OUT, DO, DLSE, DELTA, sob, sos, soh, sdb, sds, sdh, Hq, Sq, tiles, DV: tl.constexpr, BDV: tl.constexpr,
           BM: tl.constexpr, GRAD_LSE: tl.constexpr):  # fmt: skip
     """DELTA = rowsum(OUT * dO) - dLSE, fp32 `[B, H, Sq]`."""
-    m0 = tl.program_id(0) * BM
-    h = tl.program_id(1).to(tl.int64)
-    b = tl.program_id(2).to(tl.int64)
-    o = load_rows(OUT + b * sob + h * soh, m0, Sq, sos, BM, DV, BDV, True).to(tl.float32)
-    do = load_rows(DO + b * sdb + h * sdh, m0, Sq, sds, BM, DV, BDV, True).to(tl.float32)
+    m0 = tl.program_id(0) % tiles * BM
+    z = tl.program_id(0) // tiles
+    h = z % Hq
+    b = (z // Hq).to(tl.int64)
+    first = tl.zeros([], tl.int64)
+    o = load_rows(rows_of((OUT, sob, sos, soh), b, first, h), m0, Sq, BM, DV, BDV, 0, True).to(tl.float32)
+    do = load_rows(rows_of((DO, sdb, sds, sdh), b, first, h), m0, Sq, BM, DV, BDV, 0, True).to(tl.float32)
     rows = m0 + tl.arange(0, BM)
     at = (b * Hq + h) * Sq + rows
     total = tl.sum(o * do, 1)
@@ -34,279 +49,187 @@ def load_lse(LSE, rows, Sq):
 
 
 @triton.jit
-def weights(s, lse, SIGMOID: tl.constexpr):
-    """Probabilities from base-2 scores."""
-    if SIGMOID:
-        return 1.0 / (1.0 + tl.exp2(-s))
+def score_of(raw, qi, kj, problem, c: tl.constexpr):
+    """Scores in base 2 from products, scaled."""
+    if c.SCORE is not None:
+        return c.SCORE(raw, problem.b, problem.h, qi, kj, problem.off, problem.score_args) * LOG2E
     else:
-        return tl.exp2(s - lse)
+        return raw * LOG2E
 
 
 @triton.jit
-def key_span(
-    dk, dv, k, v, Q, DO, LSE, DELTA, start, stop, BLOCKS, b, h, bh, cols, Sq, Sk, off, w, scale, seed, threshold,
-    keep_scale, sqs, sds, score_args, mask_args,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SIGMOID: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr,
-    LISTED: tl.constexpr, PRECISION: tl.constexpr, SCORE: tl.constexpr, GRAD: tl.constexpr, MASK: tl.constexpr,
-):  # fmt: skip
-    """Add to (dk, dv) of one tile of keys what the queries [start, stop), or listed blocks of them, bring."""
-    step: tl.constexpr = 1 if LISTED else BM
-    for at in range(start, stop, step):
-        m0 = at
-        if LISTED:
-            m0 = tl.load(BLOCKS + at) * BM
-        rows = m0 + tl.arange(0, BM)
-        q = load_rows(Q, m0, Sq, sqs, BM, D, BD, MASKED)
-        do = load_rows(DO, m0, Sq, sds, BM, DV, BDV, MASKED)
-        lse = load_lse(LSE, rows, Sq)
-        total = tl.load(DELTA + rows, mask=rows < Sq, other=0.0)
-        qi = tl.minimum(rows, Sq - 1)[None, :]
-        kj = tl.minimum(cols, Sk - 1)[:, None]
-        raw = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
-        s = raw
-        if SCORE is not None:
-            s = SCORE(raw, b, h, qi, kj, off, score_args)
-        s = s * LOG2E
+def seen_of(qi, k, kj, problem, c: tl.constexpr):
+    """Which queries see which keys k, of which kj are those kept inside."""
+    seen = visible(qi, k, problem.Sk, problem.off, problem.w, c.CAUSAL, c.WINDOW)
+    if c.MASK is not None:
+        seen = seen & c.MASK(problem.b, problem.h, qi, kj, problem.off, problem.mask_args)
+    return seen
+
+
+@triton.jit
+def gradient_of(s, dp, lse, total, c: tl.constexpr):
+    """Weights from base-2 scores, and the scores' gradient before the score's own derivative."""
+    if c.SIGMOID:
+        p = 1.0 / (1.0 + tl.exp2(-s))
+        return p, p * (1.0 - p) * dp
+    else:
+        p = tl.exp2(s - lse)
+        return p, p * (dp - total)
+
+
+@triton.jit
+def key_span(dk, dv, k, v, queries, grads, LSE, DELTA, start, stop, blocks, cols, problem, MASKED: tl.constexpr,
+             c: tl.constexpr):  # fmt: skip
+    """Add to (dk, dv) of one tile of keys what the query blocks number [start, stop) bring."""
+    for i in range(start, stop):
+        m0 = block_at(blocks, i, c) * c.BM
+        rows = m0 + tl.arange(0, c.BM)
+        q = load_rows(queries, m0, problem.Sq, c.BM, c.D, c.BD, 0, MASKED)
+        do = load_rows(grads, m0, problem.Sq, c.BM, c.DV, c.BDV, 0, MASKED)
+        lse = load_lse(LSE, rows, problem.Sq)
+        total = tl.load(DELTA + rows, mask=rows < problem.Sq, other=0.0)
+        qi = tl.minimum(rows, problem.Sq - 1)[None, :]
+        kj = tl.minimum(cols, problem.Sk - 1)[:, None]
+        raw = tl.dot(k, tl.trans(q), input_precision=c.PRECISION) * problem.scale
+        s = score_of(raw, qi, kj, problem, c)
         if MASKED:
-            seen = visible(qi, cols[:, None], Sk, off, w, CAUSAL, WINDOW) & (rows < Sq)[None, :]
-            if MASK is not None:
-                seen = seen & MASK(b, h, qi, kj, off, mask_args)
+            seen = seen_of(qi, cols[:, None], kj, problem, c) & (rows < problem.Sq)[None, :]
             s = tl.where(seen, s, float("-inf"))
-        p = weights(s, lse[None, :], SIGMOID)
-        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-        dropped = p
-        if DROPOUT:
-            stays = keep(seed, threshold, bh, qi, kj)
-            dropped = tl.where(stays, p * keep_scale, 0.0)
-            dp = tl.where(stays, dp * keep_scale, 0.0)
-        dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision=PRECISION)
-        if SIGMOID:
-            ds = p * (1.0 - p) * dp
-        else:
-            ds = p * (dp - total[None, :])
-        if GRAD is not None:
-            ds = GRAD(raw, ds, b, h, qi, kj, off, p > 0.0, score_args, score_args, False)
+        dp = tl.dot(v, tl.trans(do), input_precision=c.PRECISION)
+        stays = 1.0
+        if c.DROPOUT:
+            stays = tl.where(keep(problem, qi, kj), problem.keep_scale, 0.0)
+        p, ds = gradient_of(s, dp * stays, lse[None, :], total[None, :], c)
+        dv = tl.dot((p * stays).to(do.dtype), do, dv, input_precision=c.PRECISION)
+        if c.GRAD is not None:
+            ds = c.GRAD(raw, ds, problem.b, problem.h, qi, kj, problem.off, p > 0.0, problem.score_args, problem.score_args,
+                        False)  # fmt: skip
             if MASKED:
                 ds = tl.where(seen, ds, 0.0)
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=c.PRECISION)
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["Sq", "Sk", "w", "seed", "threshold"])
+@triton.jit(do_not_specialize=["Sq", "Sk", "w", "seed", "threshold", "tiles"])
 def backward_keys(
-    Q, K, V, DO, LSE, DELTA, DK, DV_OUT, TILES, CU_Q, CU_K, BLOCKS, COUNTS, FULL,
-    sqb, sqs, sqh, skb, sks, skh, svb, svs, svh, sdb, sds, sdh, sgb, sgs, sgh, swb, sws, swh, sbb, sbh, NB,
-    Hq, Sq, Sk, w, scale, seed, threshold, keep_scale, score_args, mask_args,
-    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SIGMOID: tl.constexpr,
-    DROPOUT: tl.constexpr, PACKED: tl.constexpr, LISTED: tl.constexpr, PRECISION: tl.constexpr,
-    SCORE: tl.constexpr, GRAD: tl.constexpr, MASK: tl.constexpr,
+    q, k, v, do, LSE, DELTA, dk_out, dv_out, ITEMS, CU_Q, CU_K, lists, paging, Hq, Sq, Sk, w, scale, seed, threshold,
+    keep_scale, score_args, mask_args, tiles, c: tl.constexpr,
 ):  # fmt: skip
     """Compute dK and dV of BN keys of one key head: over the query heads of its group, and over the queries that see them.
 
-    BLOCKS lists a key tile's query blocks, as in `forward`; DELTA and LSE are `[B, Hq, Sq]`.
+    Arguments as in `forward`; `lists` has the query blocks of a tile of keys; DELTA and LSE are `[B, Hq, Sq]`.
     """
-    total_q = Sq
-    tile, b, kv_head, zb, q0, k0, LSE, Sq, Sk = locate(TILES, CU_Q, CU_K, LSE, 0, Sq, Sk, PACKED)
-    # `locate` counted rows by the key head; statistics are by query head.
-    if PACKED:
-        stats = q0
-        LSE -= kv_head.to(tl.int64) * total_q + q0
-    else:
-        tile = tl.program_id(0)
-        stats = zb * Hq * Sq
-        LSE -= kv_head.to(tl.int64) * Sq
-    n0 = tile * BN
-    off = Sk - Sq
-    cols = n0 + tl.arange(0, BN)
-    K += zb * skb + kv_head.to(tl.int64) * skh + k0 * sks
-    V += zb * svb + kv_head.to(tl.int64) * svh + k0 * svs
-    k = load_rows(K, n0, Sk, sks, BN, D, BD, True)
-    v = load_rows(V, n0, Sk, svs, BN, DV, BDV, True)
-    dk = tl.zeros([BN, BD], tl.float32)
-    dv = tl.zeros([BN, BDV], tl.float32)
-    for g in range(GROUP):
-        h = kv_head * GROUP + g
-        bh = b * Hq + h
-        h64 = h.to(tl.int64)
-        q = Q + zb * sqb + h64 * sqh + q0 * sqs
-        do = DO + zb * sdb + h64 * sdh + q0 * sds
-        lse = LSE + stats + h64 * total_q
-        total = DELTA + stats + h64 * total_q
-        if LISTED:
-            row = (b * sbb + h * sbh) + tile
+    work = take(ITEMS, CU_Q, CU_K, Hq // c.GROUP, Sq, Sk, tiles, False, c)
+    BLOCKS, COUNTS, FULL, sbb, sbh, NB = lists
+    n0 = work.tile * c.BN
+    off = work.Sk - work.Sq
+    cols = n0 + tl.arange(0, c.BN)
+    keys = load_rows(key_rows(k, paging, work, work.head, c), n0, work.Sk, c.BN, c.D, c.BD, c.PAGE, True)
+    values = load_rows(key_rows(v, paging, work, work.head, c), n0, work.Sk, c.BN, c.DV, c.BDV, c.PAGE, True)
+    dk = tl.zeros([c.BN, c.BD], tl.float32)
+    dv = tl.zeros([c.BN, c.BDV], tl.float32)
+    for g in range(c.GROUP):
+        h = work.head * c.GROUP + g
+        queries = rows_of(q, work.entry, work.q0, h)
+        grads = rows_of(do, work.entry, work.q0, h)
+        stats = (work.entry * Hq + h) * Sq + work.q0
+        problem = Problem(
+            work.request, h, work.request * Hq + h, work.Sq, work.Sk, off, w, scale, seed, threshold, keep_scale, score_args,
+            mask_args,
+        )  # fmt: skip
+        if c.BLOCK_SPARSE:
+            row = work.request * sbb + h * sbh + work.tile
             blocks = BLOCKS + row.to(tl.int64) * NB
             full = tl.load(FULL + row)
             count = tl.load(COUNTS + row)
-            dk, dv = key_span(
-                dk, dv, k, v, q, do, lse, total, 0, full, blocks, b, h, bh, cols, Sq, Sk, off, w, scale, seed,
-                threshold,
-                keep_scale, sqs, sds, score_args, mask_args, D, DV, BD, BDV, BM, CAUSAL, WINDOW, SIGMOID, DROPOUT,
-                False,
-                True, PRECISION, SCORE, GRAD, MASK,
-            )  # fmt: skip
-            dk, dv = key_span(
-                dk, dv, k, v, q, do, lse, total, full, count, blocks, b, h, bh, cols, Sq, Sk, off, w, scale, seed,
-                threshold,
-                keep_scale, sqs, sds, score_args, mask_args, D, DV, BD, BDV, BM, CAUSAL, WINDOW, SIGMOID, DROPOUT, True,
-                True, PRECISION, SCORE, GRAD, MASK,
-            )  # fmt: skip
+            dk, dv = key_span(dk, dv, keys, values, queries, grads, LSE + stats, DELTA + stats, 0, full, blocks, cols, problem,
+                              False, c)  # fmt: skip
+            dk, dv = key_span(dk, dv, keys, values, queries, grads, LSE + stats, DELTA + stats, full, count, blocks, cols,
+                              problem, True, c)  # fmt: skip
         else:
-            lo, full_lo, full_hi, hi = query_range(n0, BN, BM, Sq, off, w, CAUSAL, WINDOW)
-            if MASK is not None:
+            lo, full_lo, full_hi, hi = query_range(n0, c.BN, c.BM, work.Sq, off, w, c.CAUSAL, c.WINDOW)
+            if c.MASK is not None:
                 full_lo = lo
                 full_hi = lo
-            if CAUSAL or WINDOW:
-                dk, dv = key_span(
-                    dk, dv, k, v, q, do, lse, total, lo, full_lo, BLOCKS, b, h, bh, cols, Sq, Sk, off, w, scale, seed,
-                    threshold, keep_scale, sqs, sds, score_args, mask_args, D, DV, BD, BDV, BM, CAUSAL, WINDOW, SIGMOID,
-                    DROPOUT, True, False, PRECISION, SCORE, GRAD, MASK,
-                )  # fmt: skip
-            if MASK is None:
-                dk, dv = key_span(
-                    dk, dv, k, v, q, do, lse, total, full_lo, full_hi, BLOCKS, b, h, bh, cols, Sq, Sk, off, w, scale,
-                    seed,
-                    threshold, keep_scale, sqs, sds, score_args, mask_args, D, DV, BD, BDV, BM, CAUSAL, WINDOW, SIGMOID,
-                    DROPOUT, False, False, PRECISION, SCORE, GRAD, MASK,
-                )  # fmt: skip
-            dk, dv = key_span(
-                dk, dv, k, v, q, do, lse, total, tl.maximum(full_lo, full_hi), hi, BLOCKS, b, h, bh, cols, Sq, Sk,
-                off, w,
-                scale, seed, threshold, keep_scale, sqs, sds, score_args, mask_args, D, DV, BD, BDV, BM, CAUSAL, WINDOW,
-                SIGMOID, DROPOUT, True, False, PRECISION, SCORE, GRAD, MASK,
-            )  # fmt: skip
-    inside = (cols < Sk)[:, None]
-    d = tl.arange(0, BD)[None, :]
-    at = zb * sgb + kv_head.to(tl.int64) * sgh + (k0 + cols[:, None]) * sgs + d
-    tl.store(DK + at, (dk * scale).to(DK.dtype.element_ty), mask=inside & (d < D))
-    e = tl.arange(0, BDV)[None, :]
-    at = zb * swb + kv_head.to(tl.int64) * swh + (k0 + cols[:, None]) * sws + e
-    tl.store(DV_OUT + at, dv.to(DV_OUT.dtype.element_ty), mask=inside & (e < DV))
+            if c.CAUSAL or c.WINDOW:
+                dk, dv = key_span(dk, dv, keys, values, queries, grads, LSE + stats, DELTA + stats, lo, full_lo, n0, cols,
+                                  problem, True, c)  # fmt: skip
+            if c.MASK is None:
+                dk, dv = key_span(dk, dv, keys, values, queries, grads, LSE + stats, DELTA + stats, full_lo, full_hi, n0, cols,
+                                  problem, False, c)  # fmt: skip
+            dk, dv = key_span(dk, dv, keys, values, queries, grads, LSE + stats, DELTA + stats, full_hi, hi, n0, cols,
+                              problem, True, c)  # fmt: skip
+    store_rows(key_rows(dk_out, paging, work, work.head, c), dk * scale, n0, work.Sk, c.BN, c.D, c.BD, c.PAGE)
+    store_rows(key_rows(dv_out, paging, work, work.head, c), dv, n0, work.Sk, c.BN, c.DV, c.BDV, c.PAGE)
 
 
 @triton.jit
-def query_span(
-    dq, q, do, lse, total, K, V, start, stop, BLOCKS, b, h, bh, rows, inside, Sk, off, w, scale, seed, threshold,
-    keep_scale, sks, svs, score_args, mask_args, table_grads,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SIGMOID: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr,
-    LISTED: tl.constexpr, TABLES: tl.constexpr, PRECISION: tl.constexpr, SCORE: tl.constexpr, GRAD: tl.constexpr,
-    MASK: tl.constexpr,
-):  # fmt: skip
-    """Add to dq of one tile of queries what the keys [start, stop), or listed blocks of them, bring."""
-    step: tl.constexpr = 1 if LISTED else BN
-    for at in range(start, stop, step):
-        n0 = at
-        if LISTED:
-            n0 = tl.load(BLOCKS + at) * BN
-        cols = n0 + tl.arange(0, BN)
-        k = load_rows(K, n0, Sk, sks, BN, D, BD, MASKED)
-        v = load_rows(V, n0, Sk, svs, BN, DV, BDV, MASKED)
+def query_span(dq, q, do, lse, total, keys, values, start, stop, blocks, rows, inside, problem, table_grads,
+               MASKED: tl.constexpr, c: tl.constexpr):  # fmt: skip
+    """Add to dq of one tile of queries what the key blocks number [start, stop) bring."""
+    for i in range(start, stop):
+        n0 = block_at(blocks, i, c) * c.BN
+        cols = n0 + tl.arange(0, c.BN)
+        k = load_rows(keys, n0, problem.Sk, c.BN, c.D, c.BD, c.PAGE, MASKED)
+        v = load_rows(values, n0, problem.Sk, c.BN, c.DV, c.BDV, c.PAGE, MASKED)
         qi = rows[:, None]
-        kj = tl.minimum(cols, Sk - 1)[None, :]
-        raw = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        s = raw
-        if SCORE is not None:
-            s = SCORE(raw, b, h, qi, kj, off, score_args)
-        s = s * LOG2E
+        kj = tl.minimum(cols, problem.Sk - 1)[None, :]
+        raw = tl.dot(q, tl.trans(k), input_precision=c.PRECISION) * problem.scale
+        s = score_of(raw, qi, kj, problem, c)
         if MASKED:
-            seen = visible(qi, cols[None, :], Sk, off, w, CAUSAL, WINDOW)
-            if MASK is not None:
-                seen = seen & MASK(b, h, qi, kj, off, mask_args)
+            seen = seen_of(qi, cols[None, :], kj, problem, c)
             s = tl.where(seen, s, float("-inf"))
-        p = weights(s, lse[:, None], SIGMOID)
-        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        if DROPOUT:
-            dp = tl.where(keep(seed, threshold, bh, qi, kj), dp * keep_scale, 0.0)
-        if SIGMOID:
-            ds = p * (1.0 - p) * dp
-        else:
-            ds = p * (dp - total[:, None])
-        if GRAD is not None:
-            valid = inside & (cols < Sk)[None, :]
+        dp = tl.dot(do, tl.trans(v), input_precision=c.PRECISION)
+        if c.DROPOUT:
+            dp = tl.where(keep(problem, qi, kj), dp * problem.keep_scale, 0.0)
+        _, ds = gradient_of(s, dp, lse[:, None], total[:, None], c)
+        if c.GRAD is not None:
+            valid = inside & (cols < problem.Sk)[None, :]
             if MASKED:
                 valid = valid & seen
-            ds = GRAD(raw, ds, b, h, qi, kj, off, valid, score_args, table_grads, TABLES)
+            ds = c.GRAD(
+                raw, ds, problem.b, problem.h, qi, kj, problem.off, valid, problem.score_args, table_grads, c.TABLES
+            )
             if MASKED:
                 ds = tl.where(seen, ds, 0.0)
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=c.PRECISION)
     return dq
 
 
-@triton.jit(do_not_specialize=["Sq", "Sk", "w", "seed", "threshold"])
+@triton.jit(do_not_specialize=["Sq", "Sk", "w", "seed", "threshold", "tiles", "dq_part"])
 def backward_queries(
-    Q, K, V, DO, LSE, DELTA, DQ, TILES, CU_Q, CU_K, BLOCKS, COUNTS, FULL,
-    sqb, sqs, sqh, skb, sks, skh, svb, svs, svh, sdb, sds, sdh, sgb, sgs, sgh, sbb, sbh, NB,
-    Hq, Sq, Sk, w, scale, seed, threshold, keep_scale, score_args, mask_args, table_grads,
-    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SIGMOID: tl.constexpr,
-    DROPOUT: tl.constexpr, PACKED: tl.constexpr, LISTED: tl.constexpr, TABLES: tl.constexpr, PRECISION: tl.constexpr,
-    SCORE: tl.constexpr, GRAD: tl.constexpr, MASK: tl.constexpr,
+    q, k, v, do, LSE, DELTA, dq_out, ITEMS, CU_Q, CU_K, lists, paging, dq_part, Hq, Sq, Sk, w, scale, seed, threshold,
+    keep_scale, score_args, mask_args, table_grads, tiles, c: tl.constexpr,
 ):  # fmt: skip
-    """Compute dQ of BM queries of one head, and with TABLES the gradients of the score's captured tensors."""
-    total_q = Sq
-    tile, b, h, zb, q0, k0, LSE, Sq, Sk = locate(TILES, CU_Q, CU_K, LSE, Hq, Sq, Sk, PACKED)
-    if PACKED:
-        DELTA += h.to(tl.int64) * total_q + q0
-    else:
-        DELTA += (zb * Hq + h) * Sq
-    m0 = tile * BM
-    off = Sk - Sq
-    bh = b * Hq + h
-    offsets = m0 + tl.arange(0, BM)
-    K += zb * skb + (h // GROUP).to(tl.int64) * skh + k0 * sks
-    V += zb * svb + (h // GROUP).to(tl.int64) * svh + k0 * svs
-    q = load_rows(Q + zb * sqb + h.to(tl.int64) * sqh + q0 * sqs, m0, Sq, sqs, BM, D, BD, True)
-    do = load_rows(DO + zb * sdb + h.to(tl.int64) * sdh + q0 * sds, m0, Sq, sds, BM, DV, BDV, True)
-    lse = load_lse(LSE, offsets, Sq)
-    total = tl.load(DELTA + offsets, mask=offsets < Sq, other=0.0)
-    rows = tl.minimum(offsets, Sq - 1)
-    inside = (offsets < Sq)[:, None]
-    dq = tl.zeros([BM, BD], tl.float32)
-    if LISTED:
-        row = (b * sbb + h * sbh) + tile
-        blocks = BLOCKS + row.to(tl.int64) * NB
-        full = tl.load(FULL + row)
-        count = tl.load(COUNTS + row)
-        dq = query_span(
-            dq, q, do, lse, total, K, V, 0, full, blocks, b, h, bh, rows, inside, Sk, off, w, scale, seed, threshold,
-            keep_scale, sks, svs, score_args, mask_args, table_grads, D, DV, BD, BDV, BN, CAUSAL, WINDOW, SIGMOID,
-            DROPOUT,
-            False, True, TABLES, PRECISION, SCORE, GRAD, MASK,
-        )  # fmt: skip
-        dq = query_span(
-            dq, q, do, lse, total, K, V, full, count, blocks, b, h, bh, rows, inside, Sk, off, w, scale, seed,
-            threshold,
-            keep_scale, sks, svs, score_args, mask_args, table_grads, D, DV, BD, BDV, BN, CAUSAL, WINDOW, SIGMOID,
-            DROPOUT,
-            True, True, TABLES, PRECISION, SCORE, GRAD, MASK,
-        )  # fmt: skip
-    else:
-        lo, full_lo, full_hi, hi = key_range(m0, BM, BN, Sk, off, w, CAUSAL, WINDOW)
-        if MASK is not None:
-            full_lo = lo
-            full_hi = lo
-        if WINDOW:
-            dq = query_span(
-                dq, q, do, lse, total, K, V, lo, full_lo, BLOCKS, b, h, bh, rows, inside, Sk, off, w, scale, seed,
-                threshold,
-                keep_scale, sks, svs, score_args, mask_args, table_grads, D, DV, BD, BDV, BN, CAUSAL, WINDOW, SIGMOID,
-                DROPOUT, True, False, TABLES, PRECISION, SCORE, GRAD, MASK,
-            )  # fmt: skip
-        if MASK is None:
-            dq = query_span(
-                dq, q, do, lse, total, K, V, full_lo, full_hi, BLOCKS, b, h, bh, rows, inside, Sk, off, w, scale, seed,
-                threshold, keep_scale, sks, svs, score_args, mask_args, table_grads, D, DV, BD, BDV, BN, CAUSAL, WINDOW,
-                SIGMOID, DROPOUT, False, False, TABLES, PRECISION, SCORE, GRAD, MASK,
-            )  # fmt: skip
-        dq = query_span(
-            dq, q, do, lse, total, K, V, tl.maximum(full_lo, full_hi), hi, BLOCKS, b, h, bh, rows, inside, Sk, off,
-            w, scale,
-            seed, threshold, keep_scale, sks, svs, score_args, mask_args, table_grads, D, DV, BD, BDV, BN, CAUSAL,
-            WINDOW,
-            SIGMOID, DROPOUT, True, False, TABLES, PRECISION, SCORE, GRAD, MASK,
-        )  # fmt: skip
-    d = tl.arange(0, BD)[None, :]
-    at = zb * sgb + h.to(tl.int64) * sgh + (q0 + offsets[:, None]) * sgs + d
-    tl.store(DQ + at, (dq * scale).to(DQ.dtype.element_ty), mask=inside & (d < D))
+    """Compute dQ of BM queries of one head, and with TABLES the gradients of the score's captured tensors.
+
+    Arguments as in `forward`; of a part of the keys it is a part of dQ, `dq_part` elements after the one before.
+    """
+    work = take(ITEMS, CU_Q, CU_K, Hq, Sq, Sk, tiles, True, c)
+    h = work.head
+    stats = (work.entry * Hq + h) * Sq + work.q0
+    m0 = work.tile * c.BM
+    offsets = m0 + tl.arange(0, c.BM)
+    keys = key_rows(k, paging, work, h // c.GROUP, c)
+    values = key_rows(v, paging, work, h // c.GROUP, c)
+    tile = load_rows(rows_of(q, work.entry, work.q0, h), m0, work.Sq, c.BM, c.D, c.BD, 0, True)
+    grad = load_rows(rows_of(do, work.entry, work.q0, h), m0, work.Sq, c.BM, c.DV, c.BDV, 0, True)
+    lse = load_lse(LSE + stats, offsets, work.Sq)
+    total = tl.load(DELTA + stats + offsets, mask=offsets < work.Sq, other=0.0)
+    rows = tl.minimum(offsets, work.Sq - 1)
+    inside = (offsets < work.Sq)[:, None]
+    problem = Problem(
+        work.request, h, work.request * Hq + h, work.Sq, work.Sk, work.Sk - work.Sq, w, scale, seed, threshold, keep_scale,
+        score_args, mask_args,
+    )  # fmt: skip
+    dq = tl.zeros([c.BM, c.BD], tl.float32)
+    blocks, lo, full_lo, full_hi, hi = block_spans(work, m0, w, lists, h, c)
+    if c.WINDOW and not c.BLOCK_SPARSE:
+        dq = query_span(dq, tile, grad, lse, total, keys, values, lo, full_lo, blocks, rows, inside, problem, table_grads,
+                        True, c)  # fmt: skip
+    if c.BLOCK_SPARSE or c.MASK is None:
+        dq = query_span(dq, tile, grad, lse, total, keys, values, full_lo, full_hi, blocks, rows, inside, problem, table_grads,
+                        False, c)  # fmt: skip
+    dq = query_span(dq, tile, grad, lse, total, keys, values, full_hi, hi, blocks, rows, inside, problem, table_grads, True,
+                    c)  # fmt: skip
+    store_rows(output_rows(dq_out, work, dq_part, h), dq * scale, m0, work.Sq, c.BM, c.D, c.BD, 0)

@@ -29,11 +29,12 @@ def transform(
         h = first + tl.arange(0, BH)[:, None]
         mask = (h < H) & (tl.arange(0, BD)[None, :] < D)
         inside = tl.minimum(h, H - 1)
-        at = X + b * sxb + s * sxs + inside * sxh
+        far_h = inside.to(tl.int64)
+        at = X + b * sxb + s * sxs + far_h * sxh
         x = tl.load(at + d, mask=mask, other=0.0).to(tl.float32)
         pair = tl.load(at + other, mask=mask, other=0.0).to(tl.float32)
         if BACKWARD:
-            to = G + b * sgb + s * sgs + inside * sgh
+            to = G + b * sgb + s * sgs + far_h * sgh
             g = tl.load(to + d, mask=mask, other=0.0).to(tl.float32)
             far = tl.load(to + other, mask=mask, other=0.0).to(tl.float32)
             # An element counts where it stands, and as the partner of its partner.
@@ -42,4 +43,4 @@ def transform(
             )
         else:
             y = HOOK(x, pair, sequence, inside, index, d, args)
-        tl.store(Y + token.to(tl.int64) * H * D + inside * D + d, y.to(Y.dtype.element_ty), mask=mask)
+        tl.store(Y + token.to(tl.int64) * H * D + far_h * D + d, y.to(Y.dtype.element_ty), mask=mask)

@@ -1,6 +1,18 @@
 # mypy: ignore-errors
 # (Triton's language, which Python's types do not describe.)
-"""What forward and backward share: which tile a program has, which keys a tile sees, loads, dropout."""
+"""The seams of the Triton template, which forward and backward share: where rows lie, which work a program takes, what is
+known of a tile; and dropout.
+
+A kernel's body asks these three, and knows nothing of batches, packed sequences, pages or splits:
+
+- `Work`: one program's piece of work, from arithmetic over a grid or from a list that a plan made (`take`).
+- `Rows`: the rows of one head of one sequence, wherever they lie: dense, packed or in pages (`rows_of`, `load_rows`).
+- `Problem`: what score and mask are told of the tile.
+
+Where results go (`output_rows`) is a `Rows` too: the final tensor, or, of work that sees a part of the keys, the part's own.
+"""
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -9,53 +21,151 @@ from trainkit.kernels._attention._dropout import HEAD as _HEAD
 from trainkit.kernels._attention._dropout import MIX_A as _MIX_A
 from trainkit.kernels._attention._dropout import MIX_B as _MIX_B
 from trainkit.kernels._attention._dropout import ROW as _ROW
+from trainkit.kernels._attention._ranges import ITEM as _ITEM
+from trainkit.kernels._attention._ranges import ranges
 
 HEAD: tl.constexpr = tl.constexpr(_HEAD)
 MIX_A: tl.constexpr = tl.constexpr(_MIX_A)
 MIX_B: tl.constexpr = tl.constexpr(_MIX_B)
 ROW: tl.constexpr = tl.constexpr(_ROW)
+ITEM: tl.constexpr = tl.constexpr(_ITEM)
+
+key_range, query_range, visible = ranges(triton.jit)
+
+
+class Work(NamedTuple):
+    """What one program does."""
+
+    tile: tl.tensor
+    """Which tile of the sequence's queries (or keys)."""
+    request: tl.tensor
+    """Batch entry, or packed sequence: `b` of score and mask."""
+    head: tl.tensor
+    entry: tl.tensor
+    """Batch entry of the tensors, int64; 0 for packed sequences."""
+    q0: tl.tensor
+    """The sequence's first row among its entry's queries, int64; k0 among its keys."""
+    k0: tl.tensor
+    Sq: tl.tensor
+    Sk: tl.tensor
+    start: tl.tensor
+    """Keys [start, stop) of the sequence are this program's, in whole blocks."""
+    stop: tl.tensor
+    part: tl.tensor
+    """Which of the parts of a result that several programs share, int64; 0 where one has all keys."""
+
+
+class Rows(NamedTuple):
+    """Rows of one head of one sequence: row i at base + i * stride, in pages at
+    base + pages[i // PAGE] * page_stride + i % PAGE * stride.
+    """
+
+    base: tl.tensor
+    stride: tl.tensor
+    pages: tl.tensor
+    page_stride: tl.tensor
+
+
+class Problem(NamedTuple):
+    """What score, mask and dropout are told of a tile."""
+
+    b: tl.tensor
+    h: tl.tensor
+    b_head: tl.tensor
+    """b * Hq + h, which dropout hashes."""
+    Sq: tl.tensor
+    Sk: tl.tensor
+    off: tl.tensor
+    """Sk - Sq."""
+    w: tl.tensor
+    scale: tl.tensor
+    seed: tl.tensor
+    threshold: tl.tensor
+    keep_scale: tl.tensor
+    score_args: tl.tuple
+    mask_args: tl.tuple
 
 
 @triton.jit
-def locate(TILES, CU_Q, CU_K, LSE, Hq, Sq, Sk, PACKED: tl.constexpr):
-    """Find a program's tile.
+def take(ITEMS, CU_Q, CU_K, heads, Sq, Sk, tiles, LAST_FIRST: tl.constexpr, c: tl.constexpr):
+    """This program's work: of `tiles` a head, of `heads` a batch entry.
 
-    Returns:
-        Tile, batch entry or sequence, head, batch entry of the tensors, first row, first key, LSE at its first row,
-        queries, keys.
+    LISTED_WORK: ITEMS int32 `[tiles, 5]` has each tile's request, tile, first key, key after the last, and part; sequences
+    lie end to end, cumulative lengths in CU_Q and CU_K.
     """
-    h = tl.program_id(1)
-    if PACKED:
-        pid = tl.program_id(0)
-        b = tl.load(TILES + 2 * pid)
-        tile = tl.load(TILES + 2 * pid + 1)
-        zb = tl.zeros([], tl.int64)
+    pid = tl.program_id(0)
+    tile = pid % tiles
+    h = pid // tiles % heads
+    zero = tl.zeros([], tl.int64)
+    if c.LISTED_WORK:
+        ITEMS += ITEM * tile.to(tl.int64)
+        b = tl.load(ITEMS)
         q0 = tl.load(CU_Q + b).to(tl.int64)
         k0 = tl.load(CU_K + b).to(tl.int64)
-        LSE += h.to(tl.int64) * Sq + q0
-        Sq = tl.load(CU_Q + b + 1) - tl.load(CU_Q + b)
-        Sk = tl.load(CU_K + b + 1) - tl.load(CU_K + b)
+        queries = tl.load(CU_Q + b + 1) - tl.load(CU_Q + b)
+        keys = tl.load(CU_K + b + 1) - tl.load(CU_K + b)
+        stop = tl.minimum(tl.load(ITEMS + 3), keys)
+        part = tl.load(ITEMS + 4).to(tl.int64)
+        return Work(tl.load(ITEMS + 1), b, h, zero, q0, k0, queries, keys, tl.load(ITEMS + 2), stop, part)
     else:
-        # The last queries see the most keys under a causal mask: they start first.
-        tile = tl.num_programs(0) - 1 - tl.program_id(0)
-        b = tl.program_id(2)
-        zb = b.to(tl.int64)
-        q0 = tl.zeros([], tl.int64)
-        k0 = q0
-        LSE += (zb * Hq + h) * Sq
-    return tile, b, h, zb, q0, k0, LSE, Sq, Sk
+        if LAST_FIRST:
+            # The last queries see the most keys under a causal mask: they start first.
+            tile = tiles - 1 - tile
+        b = pid // tiles // heads
+        return Work(tile, b, h, b.to(tl.int64), zero, zero, Sq, Sk, tile * 0, Sk, zero)
 
 
 @triton.jit
-def load_rows(X, first, count, stride, B: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr):
-    """Rows [first, first + B) of a matrix, zeros beyond `count` rows and D columns."""
-    rows = first + tl.arange(0, B)
+def rows_of(x, entry, first, head):
+    """Rows of one head from row `first` of a batch entry on; `x` is (pointer, strides of batch, tokens and heads)."""
+    X, sb, ss, sh = x
+    return Rows(X + entry * sb + head.to(tl.int64) * sh + first * ss, ss, X, ss)
+
+
+@triton.jit
+def key_rows(x, paging, work, head, c: tl.constexpr):
+    """Keys (or values, or their gradients) of one head of the work's sequence.
+
+    PAGE: `x` is (pointer, strides of pages, tokens and heads), and `paging` (INDPTR, PAGES): the pages of request b are
+    PAGES[INDPTR[b]], PAGES[INDPTR[b] + 1], and so on.
+    """
+    X, sb, ss, sh = x
+    if c.PAGE:
+        INDPTR, PAGES = paging
+        pages = PAGES + tl.load(INDPTR + work.request)
+        return Rows(X + head.to(tl.int64) * sh, ss, pages, sb)
+    else:
+        return rows_of(x, work.entry, work.k0, head)
+
+
+@triton.jit
+def output_rows(x, work, part_stride, head):
+    """Where the work's queries have their results: of part 0 in the tensor, of others `part_stride` elements further."""
+    rows = rows_of(x, work.entry, work.q0, head)
+    return Rows(rows.base + work.part * part_stride, rows.stride, rows.pages, rows.page_stride)
+
+
+@triton.jit
+def at_rows(rows, i, count, PAGE: tl.constexpr):
+    """Addresses of rows i, a vector, of which those below `count` exist."""
+    if PAGE:
+        page = tl.load(rows.pages + i // PAGE, mask=i < count, other=0).to(tl.int64)
+        return rows.base + page * rows.page_stride + (i % PAGE).to(tl.int64) * rows.stride
+    else:
+        return rows.base + i.to(tl.int64) * rows.stride
+
+
+@triton.jit
+def load_rows(rows, first, count, B: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr,
+              MASKED: tl.constexpr):  # fmt: skip
+    """Rows [first, first + B) as a tile, zeros beyond `count` rows and D columns."""
+    i = first + tl.arange(0, B)
     cols = tl.arange(0, BD)
-    at = X + rows[:, None].to(tl.int64) * stride + cols[None, :]
+    at = at_rows(rows, i, count, PAGE)[:, None] + cols[None, :]
     if MASKED and D != BD:
-        return tl.load(at, mask=(rows < count)[:, None] & (cols < D)[None, :], other=0.0)
+        return tl.load(at, mask=(i < count)[:, None] & (cols < D)[None, :], other=0.0)
     elif MASKED:
-        return tl.load(at, mask=(rows < count)[:, None], other=0.0)
+        return tl.load(at, mask=(i < count)[:, None], other=0.0)
     elif D != BD:
         return tl.load(at, mask=(cols < D)[None, :], other=0.0)
     else:
@@ -63,57 +173,47 @@ def load_rows(X, first, count, stride, B: tl.constexpr, D: tl.constexpr, BD: tl.
 
 
 @triton.jit
-def visible(q, k, Sk, off, w, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    """Whether query q sees key k, mask_mod aside."""
-    gap = q + off - k
-    seen = (k < Sk) & (gap == gap)
-    if CAUSAL:
-        seen = seen & (gap >= 0)
-    if WINDOW:
-        seen = seen & (tl.abs(gap) < w)
-    return seen
+def store_rows(rows, x, first, count, B: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr):
+    """Write a tile to rows [first, first + B), as far as they exist."""
+    i = first + tl.arange(0, B)
+    cols = tl.arange(0, BD)
+    at = at_rows(rows, i, count, PAGE)[:, None] + cols[None, :]
+    tl.store(at, x.to(rows.base.dtype.element_ty), mask=(i < count)[:, None] & (cols < D)[None, :])
 
 
 @triton.jit
-def key_range(m0, BM: tl.constexpr, BN: tl.constexpr, Sk, off, w, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    """Keys that queries [m0, m0 + BM) see: some in [lo, hi), every query all of [full_lo, full_hi)."""
-    lo = 0
-    hi = Sk
-    full_lo = 0
-    full_hi = Sk // BN * BN
-    if CAUSAL:
-        hi = tl.minimum(hi, m0 + BM + off)
-        full_hi = tl.minimum(full_hi, tl.maximum(m0 + off + 1, 0) // BN * BN)
-    if WINDOW:
-        lo = tl.maximum(m0 + off - w + 1, 0) // BN * BN
-        full_lo = tl.cdiv(tl.maximum(m0 + BM + off - w, 0), BN) * BN
-        if not CAUSAL:
-            hi = tl.minimum(hi, m0 + BM - 1 + off + w)
-            full_hi = tl.minimum(full_hi, tl.maximum(m0 + off + w, 0) // BN * BN)
-    hi = tl.maximum(hi, lo)
-    full_lo = tl.minimum(tl.maximum(full_lo, lo), hi)
-    return lo, full_lo, full_hi, hi
+def block_spans(work, m0, w, lists, h, c: tl.constexpr):
+    """Key blocks of a tile of queries, in the order of their visit, as three spans of which the second is of full blocks.
+
+    Returns:
+        The listed blocks (block-sparse masks), and the spans' borders.
+    """
+    BLOCKS, COUNTS, FULL, sbb, sbh, NB = lists
+    if c.BLOCK_SPARSE:
+        row = work.request * sbb + h * sbh + work.tile
+        full = tl.load(FULL + row)
+        return BLOCKS + row.to(tl.int64) * NB, full * 0, full * 0, full, tl.load(COUNTS + row)
+    else:
+        off = work.Sk - work.Sq
+        lo, full_lo, full_hi, hi = key_range(m0, c.BM, c.BN, work.Sk, off, w, c.CAUSAL, c.WINDOW)
+        # Of a part of the keys: whole blocks.
+        lo = tl.maximum(lo, work.start // c.BN)
+        hi = tl.maximum(tl.minimum(hi, tl.cdiv(work.stop, c.BN)), lo)
+        full_lo = tl.minimum(tl.maximum(full_lo, lo), hi)
+        full_hi = tl.minimum(tl.maximum(full_hi, full_lo), hi)
+        if c.MASK is not None:
+            full_lo = lo
+            full_hi = lo
+        return work.tile, lo, full_lo, full_hi, hi
 
 
 @triton.jit
-def query_range(n0, BN: tl.constexpr, BM: tl.constexpr, Sq, off, w, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    """Queries that see keys [n0, n0 + BN): some in [lo, hi), each of [full_lo, full_hi) all of them."""
-    lo = 0
-    hi = Sq
-    full_lo = 0
-    full_hi = Sq // BM * BM
-    if CAUSAL:
-        lo = tl.maximum(n0 - off, 0) // BM * BM
-        full_lo = tl.cdiv(tl.maximum(n0 + BN - 1 - off, 0), BM) * BM
-    if WINDOW:
-        hi = tl.minimum(hi, n0 + BN - 1 + w - off)
-        full_hi = tl.minimum(full_hi, tl.maximum(n0 + w - off, 0) // BM * BM)
-        if not CAUSAL:
-            lo = tl.maximum(n0 - w - off + 1, 0) // BM * BM
-            full_lo = tl.cdiv(tl.maximum(n0 + BN - w - off, 0), BM) * BM
-    hi = tl.maximum(hi, lo)
-    full_lo = tl.minimum(tl.maximum(full_lo, lo), hi)
-    return lo, full_lo, full_hi, hi
+def block_at(blocks, i, c: tl.constexpr):
+    """The i-th block to visit."""
+    if c.BLOCK_SPARSE:
+        return tl.load(blocks + i)
+    else:
+        return i
 
 
 @triton.jit
@@ -125,7 +225,7 @@ def mix(x):
 
 
 @triton.jit
-def keep(seed, threshold, b_head, q, k):
-    """Which probabilities the dropout keeps; `b_head` is b * Hq + h."""
-    row = mix(mix(seed.to(tl.uint32) + b_head.to(tl.uint32) * HEAD) ^ (q.to(tl.uint32) * ROW))
-    return (mix(row ^ k.to(tl.uint32)) >> 8) >= threshold.to(tl.uint32)
+def keep(problem, q, k):
+    """Which probabilities the dropout keeps."""
+    row = mix(mix(problem.seed.to(tl.uint32) + problem.b_head.to(tl.uint32) * HEAD) ^ (q.to(tl.uint32) * ROW))
+    return (mix(row ^ k.to(tl.uint32)) >> 8) >= problem.threshold.to(tl.uint32)

@@ -1,28 +1,41 @@
 """Whether a fused kernel can run on a tensor, and launch sizes; the plain formula serves everything else."""
 
-import importlib.util
-from functools import cache
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
-
-@cache
-def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+from trainkit.kernels._installed import lacking
 
 
 def fusible(*tensors: Tensor) -> bool:
     """Whether Triton serves these tensors: one CUDA device (or its interpreter, asked for), 16 or 32 bits."""
-    if not _installed():
+    if not torch.compiler.is_compiling() and lacking():
         return False
     if any(x.dtype not in (torch.bfloat16, torch.float16, torch.float32) or x.numel() == 0 for x in tensors):
         return False
     if all(x.is_cuda for x in tensors):
         return True
+    if torch.compiler.is_compiling():
+        # Off the GPU a compiler fuses the plain formula.
+        return False
     import triton
 
     return bool(triton.knobs.runtime.interpret) and all(x.device.type == "cpu" for x in tensors)
+
+
+def on(x: Tensor) -> AbstractContextManager[Any]:
+    """Where x lies: kernels run on the current device."""
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return nullcontext()
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast casts x to, as it does for a matrix product; None outside of autocast."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def warps(block: int) -> int:

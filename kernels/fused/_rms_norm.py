@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainkit.kernels._once import only_once
 from trainkit.kernels.fused._launch import fusible, programs, warps
 
 WIDEST = 65536
@@ -29,17 +30,20 @@ class _RMSNorm(torch.autograd.Function):
         y, scale = torch.empty_like(flat), torch.empty(flat.shape[0], dtype=torch.float32, device=x.device)
         block = triton.next_power_of_2(n)
         kernels.forward[(flat.shape[0],)](flat, weight, y, scale, eps, N=n, BLOCK=block, num_warps=warps(block))
-        ctx.save_for_backward(flat, weight, scale)
+        ctx.save_for_backward(x, weight, scale)
         return y.view(x.shape)
 
     @staticmethod
+    @only_once("rms_norm")
     def backward(ctx: Any, *grads: Any) -> Any:
         import triton
 
         from trainkit.kernels.fused import _rms_norm_kernels as kernels
 
-        flat, weight, scale = ctx.saved_tensors
-        rows, n = flat.shape
+        x, weight, scale = ctx.saved_tensors
+        n = x.shape[-1]
+        flat = x.contiguous().view(-1, n)
+        rows = flat.shape[0]
         grad = grads[0].contiguous()
         dx = torch.empty_like(flat)
         shares = programs(flat, rows)

@@ -34,15 +34,17 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
 
 class _Rope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
         cos, sin = cos.contiguous(), sin.contiguous()
         ctx.save_for_backward(cos, sin)
-        return rotated(x, cos, sin, 1)
+        ctx.sign = sign
+        return rotated(x, cos, sin, sign)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
+        # The gradient is the same function, the other way: it can be differentiated as often as one likes.
         cos, sin = ctx.saved_tensors
-        return rotated(grads[0], cos, sin, -1), None, None
+        return _Rope.apply(grads[0], cos, sin, -ctx.sign), None, None, None  # type: ignore[no-untyped-call]
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -65,5 +67,5 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if cos.shape != sin.shape or tuple(cos.shape) not in ((S, D // 2), (B, S, D // 2)):
         raise ValueError(f"cos and sin must be [{S}, {D // 2}] or [{B}, ...], got {list(cos.shape)}, {list(sin.shape)}")
     if fusible(x, cos, sin):
-        return _Rope.apply(x, cos, sin)  # type: ignore[no-untyped-call, no-any-return]
+        return _Rope.apply(x, cos, sin, 1)  # type: ignore[no-untyped-call, no-any-return]
     return reference(x, cos, sin)

@@ -18,7 +18,7 @@ def rotate(X, Y, COS, SIN, sxb, sxs, sxh, S, H, cos_batch, SIGN: tl.constexpr, D
     angle = (b * cos_batch + s) * (D // 2) + i
     cos = tl.load(COS + angle, mask=inside, other=0.0).to(tl.float32)[None, :]
     sin = tl.load(SIN + angle, mask=inside, other=0.0).to(tl.float32)[None, :] * SIGN
-    h = tl.arange(0, BH)[:, None]
+    h = tl.arange(0, BH)[:, None].to(tl.int64)
     mask = (h < H) & inside[None, :]
     at = X + b * sxb + s.to(tl.int64) * sxs + h * sxh + i[None, :]
     low = tl.load(at, mask=mask, other=0.0).to(tl.float32)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trainkit.kernels._grid import flat
+from trainkit.kernels._once import only_once
 from trainkit.kernels.fused._launch import fusible
 
 BLOCK = 2048
@@ -29,7 +31,8 @@ def _run(kernel: Any, *matrices: Tensor) -> None:
     if rows == 0:
         return
     block = min(BLOCK, max(16, 1 << (columns - 1).bit_length()))
-    kernel[(rows, -(-columns // block))](*matrices, *(x.stride(0) for x in matrices), columns, BLOCK=block)
+    blocks = -(-columns // block)
+    kernel[flat((blocks, rows))](*matrices, *(x.stride(0) for x in matrices), columns, blocks, BLOCK=block)
 
 
 def _forward(gate: Tensor, up: Tensor) -> Tensor:
@@ -56,6 +59,7 @@ class _SwiGLU(torch.autograd.Function):
         return _forward(gate, up)
 
     @staticmethod
+    @only_once("swiglu")
     def backward(ctx: Any, *grads: Any) -> Any:
         gate, up = ctx.saved_tensors
         return _backward(gate, up, grads[0]).chunk(2, -1)

@@ -7,10 +7,10 @@ import triton.language as tl
 
 
 @triton.jit
-def forward(A, B, Y, sa, sb, sy, n, BLOCK: tl.constexpr):
+def forward(A, B, Y, sa, sb, sy, n, blocks, BLOCK: tl.constexpr):
     """Y = A sigmoid(A) B, rows of n columns."""
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
     a = tl.load(A + row * sa + at, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(B + row * sb + at, mask=inside, other=0.0).to(tl.float32)
@@ -18,10 +18,10 @@ def forward(A, B, Y, sa, sb, sy, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def backward(A, B, DY, DA, DB, sa, sb, sdy, sda, sdb, n, BLOCK: tl.constexpr):
+def backward(A, B, DY, DA, DB, sa, sb, sdy, sda, sdb, n, blocks, BLOCK: tl.constexpr):
     """Recompute the gate instead of keeping it."""
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
     a = tl.load(A + row * sa + at, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(B + row * sb + at, mask=inside, other=0.0).to(tl.float32)

@@ -8,11 +8,11 @@
 namespace switchml {
 
 enum Counter {
-  kSentPackets, kSentBytes, kReceivedPackets, kReceivedBytes, kUnsent, kChunks, kRetransmissions, kRepeats,
+  kSentPackets, kSentBytes, kReceivedPackets, kReceivedBytes, kUnsent, kChunks, kRetransmissions,
   kSentProgress, kStale, kForeign, kMalformed, kForged, kCounters
 };
 constexpr const char* kCounterNames[kCounters] = {
-  "sent_packets", "sent_bytes", "received_packets", "received_bytes", "unsent", "chunks", "retransmissions", "repeats",
+  "sent_packets", "sent_bytes", "received_packets", "received_bytes", "unsent", "chunks", "retransmissions",
   "sent_progress", "stale", "foreign", "malformed", "forged"
 };
 

@@ -17,8 +17,8 @@ double monotonic();
 // A control packet and where it came from.
 using Control = std::pair<std::string, Address>;
 
-// A non-blocking UDP socket that is read and written in batches; the kernel joins and splits runs of equal packets
-// (UDP_GRO, UDP_SEGMENT) where it can.
+// A non-blocking UDP socket, IPv4 or IPv6, that is read and written in batches; the kernel joins and splits runs of equal
+// packets (UDP_GRO, UDP_SEGMENT) where it can. A socket of all of a machine's addresses answers from the one asked.
 class Port {
  public:
   Port(int socket, int wake, Counters& counters);
@@ -28,17 +28,20 @@ class Port {
   // Calls take(packet, bytes, source) for every packet there is, up to some; false where there was none.
   template <class Take>
   bool receive(Take take);
-  // Sends what is for `worker` (or for all), to `to`, or to the connected peer where it is 0.
-  void send(Outbox& box, int worker, Address to);
+  // Sends what is for `worker` (or for all), to `to`, or to the connected peer where it is null; how many packets.
+  // `join`: runs may travel joined, and their entries are marked.
+  size_t send(Outbox& box, int worker, const Address* to, bool join);
+  // Sends one packet as it is; false where the kernel does not take it.
+  bool send(const std::string& packet, const Address& to);
 
  private:
   struct Datagram;
   void flush(std::vector<Datagram>& run);
   bool deliver(mmsghdr* messages, size_t count);
 
-  int socket_, wake_;
+  int socket_, wake_, family_ = 0;
   Counters& counters_;
-  bool segment_ = true;
+  bool segment_ = true, any_ = false;
   std::vector<uint8_t> buffer_, control_;
 };
 

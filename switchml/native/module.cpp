@@ -1,11 +1,12 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
-#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
-#include <nanobind/stl/vector.h>
 
-#include <cstdio>
+#include <arpa/inet.h>
+
+#include <cstdlib>
+#include <cstring>
 
 #include "drive.hpp"
 #include "fixed_point.hpp"
@@ -19,8 +20,6 @@ namespace {
 
 using Floats = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Bytes = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Place = std::pair<std::string, int>;  // host in dotted form, port
-
 Member member_of(nb::object m) {
   auto number = [&](const char* name) { return nb::cast<uint32_t>(m.attr(name)); };
   auto wire = nb::cast<std::string>(m.attr("wire"));
@@ -28,30 +27,56 @@ Member member_of(nb::object m) {
   Member member;
   member.session = static_cast<uint16_t>(number("session"));
   member.epoch = number("epoch"), member.world = number("world"), member.worker = number("worker");
-  member.slots = number("slots"), member.elements = number("elements"), member.lane = static_cast<uint8_t>(number("lane"));
+  member.slots = number("slots"), member.elements = number("elements"), member.channel = static_cast<uint8_t>(number("channel"));
   member.up = wire == "int32" ? 4 : wire == "int16" ? 2 : 1;
   member.down = wire == "int8" ? 2 : 4;
   member.core = nb::cast<std::string>(m.attr("profile")) == "core";
   member.key = std::string(key.c_str(), key.size());
   if (member.world < 1 || member.world > kMaxWorkers || member.worker >= member.world || member.slots < 1 ||
-      member.slots > 0x4000 || member.elements < 1 || member.elements > 16384)
+      member.slots > 0x4000 || member.elements < 1 || member.elements > 16367)
     throw nb::value_error("a membership outside the protocol's limits: see _packet.py");
   return member;
 }
 
-Address address_of(const Place& place) {
-  unsigned a, b, c, d;
-  char rest;
-  if (std::sscanf(place.first.c_str(), "%u.%u.%u.%u%c", &a, &b, &c, &d, &rest) != 4 || (a | b | c | d) > 255)
-    throw nb::value_error("an address is (IPv4 in dotted form, port)");
-  return (Address{a} << 24 | b << 16 | c << 8 | d) << 16 | static_cast<uint16_t>(place.second);
+std::array<uint8_t, 16> host_of(const std::string& text) {
+  std::array<uint8_t, 16> host;
+  std::string v6 = text.find(':') == std::string::npos ? "::ffff:" + text : text;
+  if (inet_pton(AF_INET6, v6.c_str(), host.data()) != 1)
+    throw nb::value_error("an address is (IPv4 or IPv6 address, port), or that and the address that was asked");
+  return host;
 }
 
-Place place_of(Address address) {
-  char host[16];
-  auto ip = static_cast<uint32_t>(address >> 16);
-  std::snprintf(host, sizeof host, "%u.%u.%u.%u", ip >> 24, ip >> 16 & 255, ip >> 8 & 255, ip & 255);
-  return {host, static_cast<int>(address & 0xFFFF)};
+std::string text_of(const std::array<uint8_t, 16>& host) {
+  char text[INET6_ADDRSTRLEN];
+  inet_ntop(AF_INET6, host.data(), text, sizeof text);
+  return std::strncmp(text, "::ffff:", 7) == 0 && std::strchr(text, '.') ? text + 7 : text;
+}
+
+// (host, port), or (host, port, the address of ours that was asked); a link-local host ends in %interface's number.
+Address address_of(const nb::tuple& place) {
+  auto host = nb::cast<std::string>(place[0]);
+  Address address;
+  if (size_t scope = host.find('%'); scope != std::string::npos) {
+    address.scope = static_cast<uint32_t>(std::strtoul(host.c_str() + scope + 1, nullptr, 10));
+    host.resize(scope);
+  }
+  address.host = host_of(host), address.port = static_cast<uint16_t>(nb::cast<int>(place[1]));
+  if (nb::len(place) > 2) address.local = host_of(nb::cast<std::string>(place[2]));
+  return address;
+}
+
+nb::tuple place_of(const Address& address) {
+  std::string host = text_of(address.host);
+  if (address.scope) host += "%" + std::to_string(address.scope);
+  int port = address.port;
+  if (address.local == decltype(address.local){}) return nb::make_tuple(host, port);
+  return nb::make_tuple(host, port, text_of(address.local));
+}
+
+std::vector<Address> addresses_of(const nb::object& places) {
+  std::vector<Address> addresses;
+  for (nb::handle place : places) addresses.push_back(address_of(nb::cast<nb::tuple>(place)));
+  return addresses;
 }
 
 const uint8_t* octets(const nb::bytes& data) { return reinterpret_cast<const uint8_t*>(data.c_str()); }
@@ -60,7 +85,7 @@ nb::bytes packet_of(Outbox& box, const Outbox::Entry& entry) { return nb::bytes(
 
 nb::list packets_of(Outbox& box) {
   nb::list packets;
-  for (const auto& entry : box.entries()) packets.append(packet_of(box, entry));
+  for (auto& entry : box.entries()) packets.append(packet_of(box, entry));
   return packets;
 }
 
@@ -87,7 +112,12 @@ NB_MODULE(_native, m) {
       .def("__init__", [](Port* self, int socket, int wake, Worker& worker) { new (self) Port(socket, wake, worker.counters); },
            "socket"_a, "wake"_a, "core"_a, nb::keep_alive<1, 4>())
       .def("__init__", [](Port* self, int socket, int wake, Switch& core) { new (self) Port(socket, wake, core.counters); },
-           "socket"_a, "wake"_a, "core"_a, nb::keep_alive<1, 4>());
+           "socket"_a, "wake"_a, "core"_a, nb::keep_alive<1, 4>())
+      .def("send",
+           [](Port& port, nb::bytes data, const nb::tuple& to) {
+             return port.send(std::string(data.c_str(), data.size()), address_of(to));
+           },
+           "data"_a, "to"_a, "Send one packet as it is; False where the kernel does not take it.");
 
   nb::class_<Worker>(m, "Worker")
       .def("__init__", [](Worker* self, nb::object member) { new (self) Worker(member_of(member)); }, "member"_a)
@@ -105,7 +135,8 @@ NB_MODULE(_native, m) {
                w.submit(values.data(), out.data(), residual ? residual->data() : nullptr, known ? known->data() : nullptr,
                         count, now, box);
                if (port) {
-                 port->send(box, 0, 0);
+                 port->send(box, 0, nullptr, w.joins());
+                 w.sent(box);
                  box.clear();
                }
              }
@@ -141,19 +172,33 @@ NB_MODULE(_native, m) {
       .def_prop_ro("finished", &Worker::finished)
       .def_prop_ro("in_flight", &Worker::in_flight)
       .def_prop_ro("next_number", &Worker::next_number)
-      .def_prop_ro("settled", &Worker::settled)
+      .def_prop_ro("low_water_mark", &Worker::low_water_mark)
+      .def_prop_ro("joins", &Worker::joins, "Whether joined packets are sent.")
       .def_prop_ro("chunks", [](Worker& w) { return w.counters.get(kChunks); })
       .def_prop_ro("counters", [](Worker& w) { return counters_of(w.counters); });
 
   nb::class_<Switch>(m, "Switch")
       .def(nb::init<>())
       .def("install",
-           [](Switch& s, nb::object member, const std::vector<Place>& places) {
-             std::vector<Address> addresses;
-             for (const Place& place : places) addresses.push_back(address_of(place));
-             s.install(member_of(member), std::move(addresses));
+           [](Switch& s, nb::object member, const nb::object& places) { s.install(member_of(member), addresses_of(places)); },
+           "member"_a, "addresses"_a)
+      .def("move",
+           [](Switch& s, nb::object member, const nb::object& places) {
+             if (Aggregation* found = s.find(member_of(member).session)) found->move(addresses_of(places));
            },
            "member"_a, "addresses"_a)
+      .def("mismatched",
+           [](Switch& s, uint16_t session) {
+             Aggregation* found = s.find(session);
+             return found ? found->mismatched() : 0;
+           },
+           "session"_a)
+      .def("joins",
+           [](Switch& s, uint16_t session, uint32_t worker) {
+             Aggregation* found = s.find(session);
+             return !found || worker >= found->addresses().size() || found->joins(worker);
+           },
+           "session"_a, "worker"_a, "Whether joined packets are sent to this worker.")
       .def("remove", &Switch::remove, "session"_a)
       .def("unfinished",
            [](Switch& s, uint16_t session) {
@@ -175,17 +220,17 @@ NB_MODULE(_native, m) {
            },
            "counter"_a)
       .def("receive",
-           [](Switch& s, nb::bytes data, const Place& source) {
+           [](Switch& s, nb::bytes data, const nb::tuple& source, double now) {
              Outbox box;
-             Aggregation* session = s.receive(octets(data), data.size(), address_of(source), box);
+             Aggregation* session = s.receive(octets(data), data.size(), address_of(source), now, box);
              nb::list sent;
-             for (const auto& entry : box.entries())
+             for (auto& entry : box.entries())
                for (size_t w = 0; w < session->addresses().size(); ++w)
                  if (entry.worker == Outbox::kAll || entry.worker == static_cast<int>(w))
                    sent.append(nb::make_tuple(place_of(session->addresses()[w]), packet_of(box, entry)));
              return sent;
            },
-           "data"_a, "source"_a)
+           "data"_a, "source"_a, "now"_a = 0.0)
       .def("drive",
            [](Switch& s, Port& port, double until) {
              std::vector<Control> heard;
@@ -214,11 +259,4 @@ NB_MODULE(_native, m) {
           return nb::bytes(packet.c_str(), bytes);
         },
         "packet"_a, "key"_a, "The packet without its tag; None where the tag is wrong.");
-  m.def("hkdf",
-        [](nb::bytes secret, nb::bytes salt, nb::bytes info, size_t bytes) {
-          auto text = [](const nb::bytes& b) { return std::string(b.c_str(), b.size()); };
-          std::string key = hkdf(text(secret), text(salt), text(info), bytes);
-          return nb::bytes(key.data(), key.size());
-        },
-        "secret"_a, "salt"_a, "info"_a, "bytes"_a, "HKDF-SHA256 (RFC 5869).");
 }

@@ -14,6 +14,8 @@ namespace switchml {
 constexpr uint8_t kMagic = 0xB1, kFromSwitch = 0xFF, kNonFinite = 0xFF;
 constexpr size_t kHeaderBytes = 20, kTagBytes = 16, kBitmapBytes = 8, kMaxWorkers = 64;
 constexpr uint16_t kVersionBit = 0x8000;
+constexpr uint8_t kChannelMask = 0x3F;
+constexpr int kBucketShift = 6;  // in profile full the bits above the channel are the bucket's number % 4
 
 enum Kind : uint8_t { kData = 1, kResult = 2, kProgress = 3, kQuery = 4, kControl = 16 };
 
@@ -33,7 +35,7 @@ struct Member {
   uint32_t epoch = 0, world = 0, worker = 0, slots = 0, elements = 0;
   int up = 4, down = 4;  // bytes of an integer each way
   bool core = false;
-  uint8_t lane = 0;
+  uint8_t channel = 0;
   std::string key;
 
   size_t largest_packet() const { return kHeaderBytes + size_t{elements} * down + kBitmapBytes + kTagBytes; }
@@ -74,13 +76,33 @@ inline std::optional<Header> decode(const uint8_t* p, size_t bytes) {
   return fits ? std::optional(h) : std::nullopt;
 }
 
+// Whether runs of joined packets pass a path. Losses that are proven to be those of joined packets, so many in a row that
+// chance is no cause, end the joining for good.
+class Joining {
+ public:
+  bool passes() const { return row_ < kProof; }
+  void arrived() {
+    if (passes()) row_ = 0;
+  }
+  void lost() {
+    if (passes()) ++row_;
+  }
+
+ private:
+  static constexpr int kProof = 16;
+  int row_ = 0;
+};
+
 // Packets to send, back to back in one buffer, so that a run of equal ones goes to the kernel as one piece.
 class Outbox {
  public:
   static constexpr int kAll = -1;
   struct Entry {
     size_t offset, bytes;
-    int worker;  // kAll: every worker
+    int worker;           // kAll: every worker
+    size_t place;         // slot, or version of a slot, that it is of
+    bool single;          // a retransmission: must not travel in a run of joined packets, which a path may lose
+    bool joined = false;  // it did travel in one
   };
 
   uint8_t* begin(size_t most) {
@@ -92,9 +114,11 @@ class Outbox {
     }
     return buffer_.get() + used_;
   }
-  void commit(size_t bytes, int worker) { entries_.push_back({used_, bytes, worker}), used_ += bytes; }
+  void commit(size_t bytes, int worker, size_t place = 0, bool single = false) {
+    entries_.push_back({used_, bytes, worker, place, single}), used_ += bytes;
+  }
   void clear() { entries_.clear(), used_ = 0; }
-  const std::vector<Entry>& entries() const { return entries_; }
+  std::vector<Entry>& entries() { return entries_; }
   uint8_t* at(const Entry& entry) { return buffer_.get() + entry.offset; }
 
  private:

@@ -1,6 +1,8 @@
 // The switch as a pure state machine; _switch.py says how it works and is its oracle.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <unordered_map>
 #include <vector>
 
@@ -10,7 +12,29 @@
 
 namespace switchml {
 
-using Address = uint64_t;  // IPv4 address << 16 | port, in the machine's order
+// Where a worker is, and which of the switch's addresses it knows (zeros: the socket has only one).
+struct Address {
+  std::array<uint8_t, 16> host{};  // IPv6, or IPv4 mapped into it
+  std::array<uint8_t, 16> local{};
+  uint32_t scope = 0;  // interface of a link-local address
+  uint16_t port = 0;
+  bool operator==(const Address&) const = default;
+};
+
+// The shortest of late round trips: from a result to the worker's next packet for its slot.
+class ShortestTrip {
+ public:
+  void sample(double seconds) {
+    least_ = std::min(least_, seconds);
+    if (++count_ == 64) before_ = least_, least_ = kNone, count_ = 0;
+  }
+  double value() const { return least_ == kNone && before_ == kNone ? 0 : std::min(least_, before_); }
+
+ private:
+  static constexpr double kNone = 1e300;
+  double least_ = kNone, before_ = kNone;
+  int count_ = 0;
+};
 
 // The slots of one epoch of one session.
 class Aggregation {
@@ -18,9 +42,15 @@ class Aggregation {
   Aggregation(Member member, std::vector<Address> addresses, Counters& counters);
 
   // Takes a packet whose session and epoch are right. What it sends is for `addresses()[entry.worker]`, or all.
-  void receive(const uint8_t* packet, size_t bytes, Address source, Outbox& send);
+  void receive(const uint8_t* packet, size_t bytes, const Address& source, double now, Outbox& send);
   // Bitmap of the workers that the lowest unfinished chunk waits for.
   uint64_t unfinished() const;
+  // Bitmap of the workers whose bucket was of another number or size than that of those before them.
+  uint64_t mismatched() const { return mismatched_; }
+  void move(std::vector<Address> addresses) { addresses_ = std::move(addresses); }
+  // Packets for `worker` were sent, some of them joined.
+  void sent(Outbox& box, uint32_t worker);
+  bool joins(uint32_t worker) const { return workers_[worker].joining.passes(); }
   const Member& member() const { return member_; }
   const std::vector<Address>& addresses() const { return addresses_; }
   uint64_t chunks() const { return chunks_; }
@@ -32,13 +62,22 @@ class Aggregation {
     uint64_t seen = 0;
     uint8_t exponent = 0;
     uint16_t elements = 0;
+    uint8_t lane = 0;
+    uint64_t joined = 0;  // workers whose result went out in a run
+    double finished = 0;
+  };
+  struct Peer {
+    ShortestTrip trip;
+    Joining joining;
   };
 
   bool fits(const Header& header) const;
-  void repeated(size_t index, uint32_t worker, Outbox& send);
+  void repeated(size_t index, uint32_t worker, double now, Outbox& send);
+  // Whether a retransmission may be answered: once a round trip and worker.
+  bool due(std::vector<double>& last, size_t index, uint32_t worker, double now);
   void result(size_t index, int worker, Outbox& send);
-  void progress(uint32_t chunk, uint64_t seen, int worker, bool answer, Outbox& send);
-  void finish(Header header, uint8_t* packet, size_t payload, int worker, Outbox& send);
+  void progress(uint32_t chunk, uint64_t seen, uint8_t lane, int worker, bool answer, Outbox& send);
+  void finish(Header header, uint8_t* packet, size_t payload, int worker, size_t index, Outbox& send);
   int32_t* sums(size_t index) { return values_.data() + index * member_.elements; }
 
   Member member_;
@@ -47,7 +86,9 @@ class Aggregation {
   Tagger tagger_;
   std::vector<Version> versions_;  // slot * 2 + version
   std::vector<int32_t> values_;
-  uint64_t all_seen_, chunks_ = 0;
+  std::vector<Peer> workers_;
+  std::vector<double> answered_, told_;  // when, by version and worker
+  uint64_t all_seen_, chunks_ = 0, mismatched_ = 0;
 };
 
 // All sessions of a switch: finds the one that a packet belongs to.
@@ -57,7 +98,7 @@ class Switch {
   void remove(uint16_t session) { sessions_.erase(session); }
   Aggregation* find(uint16_t session);
   // The session whose outbox entries were appended, or none.
-  Aggregation* receive(const uint8_t* packet, size_t bytes, Address source, Outbox& send);
+  Aggregation* receive(const uint8_t* packet, size_t bytes, const Address& source, double now, Outbox& send);
   Counters counters;
 
  private:

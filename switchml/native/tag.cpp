@@ -1,9 +1,6 @@
 #include "tag.hpp"
 
-#include <openssl/core_names.h>
 #include <openssl/crypto.h>
-#include <openssl/kdf.h>
-#include <openssl/params.h>
 
 #include <algorithm>
 #include <cstring>
@@ -56,22 +53,6 @@ bool Tagger::open(const uint8_t* packet, size_t& bytes) {
   if (CRYPTO_memcmp(tag, packet + bytes - kTagBytes, kTagBytes) != 0) return false;
   bytes -= kTagBytes;
   return true;
-}
-
-std::string hkdf(const std::string& secret, const std::string& salt, const std::string& info, size_t bytes) {
-  std::unique_ptr<EVP_KDF, decltype(&EVP_KDF_free)> kdf(EVP_KDF_fetch(nullptr, "HKDF", nullptr), EVP_KDF_free);
-  std::unique_ptr<EVP_KDF_CTX, decltype(&EVP_KDF_CTX_free)> context(EVP_KDF_CTX_new(kdf.get()), EVP_KDF_CTX_free);
-  check(context != nullptr, "HKDF");
-  auto octets = [](const char* name, const std::string& value) {
-    return OSSL_PARAM_construct_octet_string(name, const_cast<char*>(value.data()), value.size());
-  };
-  char digest[] = "SHA256";
-  OSSL_PARAM parameters[] = {
-      OSSL_PARAM_construct_utf8_string(OSSL_KDF_PARAM_DIGEST, digest, 0), octets(OSSL_KDF_PARAM_KEY, secret),
-      octets(OSSL_KDF_PARAM_SALT, salt), octets(OSSL_KDF_PARAM_INFO, info), OSSL_PARAM_construct_end()};
-  std::string key(bytes, '\0');
-  check(EVP_KDF_derive(context.get(), reinterpret_cast<uint8_t*>(key.data()), bytes, parameters) == 1, "HKDF");
-  return key;
 }
 
 }  // namespace switchml

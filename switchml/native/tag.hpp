@@ -1,4 +1,4 @@
-// The tag behind a packet, and the key it is made with, by OpenSSL's libcrypto.
+// The tag behind a packet, by OpenSSL's libcrypto.
 #pragma once
 
 #include <openssl/evp.h>
@@ -10,7 +10,7 @@
 
 namespace switchml {
 
-// AES-256-GMAC under one key. The nonce is the header and the first eight bytes behind it (or zeros): a repeat is the
+// AES-256-GMAC under one key. The nonce is the header and the first eight bytes behind it (or zeros): a retransmission is the
 // same bytes, and no two messages of an epoch share it, since the one kind whose content may change under an equal
 // header is the bitmap.
 class Tagger {
@@ -29,8 +29,5 @@ class Tagger {
   };
   std::unique_ptr<EVP_CIPHER_CTX, Free> context_;
 };
-
-// HKDF-SHA256 (RFC 5869).
-std::string hkdf(const std::string& secret, const std::string& salt, const std::string& info, size_t bytes);
 
 }  // namespace switchml

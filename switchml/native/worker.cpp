@@ -51,7 +51,8 @@ void Worker::submit(const float* values, float* out, float* residual, uint8_t* k
   size_t elements = member_.elements, chunks = (count + elements - 1) / elements;
   Bucket b{.base = end_, .lead = static_cast<uint32_t>(std::min<size_t>(member_.slots, chunks)),
            .chunks = static_cast<uint32_t>(chunks), .unsolved = static_cast<uint32_t>(chunks), .values = values, .out = out,
-           .residual = residual, .known = known, .count = count, .elements = elements, .exponents = std::vector<uint8_t>(chunks),
+           .residual = residual, .known = known, .count = count, .elements = elements,
+           .lane = static_cast<uint8_t>(member_.channel | (member_.core ? 0 : taken_++ % 4 << kBucketShift)), .exponents = std::vector<uint8_t>(chunks),
            .guess = known ? std::vector<uint8_t>(known, known + chunks) : std::vector<uint8_t>(chunks),
            .agreed = std::vector<uint8_t>(chunks), .solved = std::vector<uint8_t>(chunks)};
   b.left = uint64_t{b.lead} + chunks;
@@ -67,7 +68,7 @@ void Worker::receive(const uint8_t* packet, size_t bytes, double now, Outbox& se
   if (tagger_.open(packet, bytes)) header = decode(packet, bytes);
   if (!header) return counters.add(kMalformed);
   const Header& h = *header;
-  if (h.session != member_.session || h.epoch != member_.epoch || h.lane != member_.lane || h.worker != kFromSwitch)
+  if (h.session != member_.session || h.epoch != member_.epoch || (h.lane & kChannelMask) != member_.channel || h.worker != kFromSwitch)
     return counters.add(kForeign);
   if (h.slot != slot_field(h.chunk, member_.slots)) return counters.add(kMalformed);
   if (h.kind == kResult) return result(h, packet + kHeaderBytes, now, send);
@@ -81,7 +82,7 @@ void Worker::poll(double now, Outbox& send) {
   for (int slot = oldest_; slot >= 0; slot = flights_[slot].newer)
     if (flights_[slot].due <= now) late.push_back(&flights_[slot]);
   due_ = kNever;
-  for (Flight* each : late) repeat(*each, now, false, send);
+  for (Flight* each : late) retransmit(*each, now, false, send);
   for (int slot = oldest_; slot >= 0; slot = flights_[slot].newer) due_ = std::min(due_, flights_[slot].due);
 }
 
@@ -101,19 +102,19 @@ void Worker::attempt(uint64_t number, double now, Outbox& send) {
   Flight& f = flights_[number % member_.slots];
   if (!b || f.active || next_[number % member_.slots] != number) return;
   if (number - b->base >= b->lead && !done(number - b->lead)) return;
-  f.active = true, f.asked = false, f.number = static_cast<uint32_t>(number), f.tries = f.data_tries = 1, f.data_sent = now;
+  f.active = true, f.asked = f.joined = false, f.number = static_cast<uint32_t>(number), f.tries = f.data_tries = 1, f.data_sent = now;
   ++in_flight_;
   append(f, now);
   if (uint64_t chunk = number - b->base; chunk < b->chunks) {  // only now: the network need not wait for a pass over all
     size_t from = chunk * b->elements;
     b->exponents[chunk] = block_exponent(b->values + from, std::min(b->elements, b->count - from));
   }
-  data(*b, f.number, send);
+  data(*b, f.number, false, send);
 }
 
-void Worker::data(Bucket& b, uint32_t number, Outbox& send) {
+void Worker::data(Bucket& b, uint32_t number, bool again, Outbox& send) {
   uint64_t place = number - b.base;
-  Header h{.kind = kData, .chunk = number, .exponent = place < b.chunks ? b.exponents[place] : uint8_t{0}};
+  Header h{.kind = kData, .chunk = number, .exponent = place < b.chunks ? b.exponents[place] : uint8_t{0}, .lane = b.lane};
   uint8_t* packet = send.begin(member_.largest_packet());
   size_t payload = 0;
   if (Part part = b.carried(place); part.any) {
@@ -132,15 +133,20 @@ void Worker::data(Bucket& b, uint32_t number, Outbox& send) {
     }
     h.elements = static_cast<uint16_t>(count);
   }
-  finish(h, packet, payload, send);
+  finish(h, packet, payload, again, send);
 }
 
-void Worker::finish(Header h, uint8_t* packet, size_t payload, Outbox& send) {
+void Worker::finish(Header h, uint8_t* packet, size_t payload, bool single, Outbox& send) {
   h.session = member_.session, h.epoch = member_.epoch, h.slot = slot_field(h.chunk, member_.slots);
-  h.worker = static_cast<uint8_t>(member_.worker), h.wire = static_cast<uint8_t>(member_.up), h.lane = member_.lane;
+  h.worker = static_cast<uint8_t>(member_.worker), h.wire = static_cast<uint8_t>(member_.up);
   encode(h, packet);
-  send.commit(tagger_.seal(packet, kHeaderBytes + payload), 0);
+  send.commit(tagger_.seal(packet, kHeaderBytes + payload), 0, h.chunk % member_.slots, single);
   counters.add(kSentPackets);
+}
+
+void Worker::sent(Outbox& box) {
+  for (Outbox::Entry& entry : box.entries())
+    if (!entry.single) flights_[entry.place].joined = entry.joined;
 }
 
 void Worker::result(const Header& h, const uint8_t* payload, double now, Outbox& send) {
@@ -152,8 +158,14 @@ void Worker::result(const Header& h, const uint8_t* payload, double now, Outbox&
   Part part = b->carried(place);
   size_t expected = part.any && member_.core ? member_.elements : part.count;
   bool smaller = place < b->chunks && h.exponent < b->exponents[place];
-  if (h.elements != expected || h.wire != member_.down || smaller) return counters.add(kMalformed);
+  if (h.elements != expected || h.wire != member_.down || smaller || h.lane != b->lane) return counters.add(kMalformed);
   double sent = f->sent;
+  if (f->joined) {
+    // without queries nothing proves a loss but that a retransmission was needed
+    if (f->tries == 1) joining_.arrived();
+    else if (member_.core) joining_.lost();
+    joins_.store(joining_.passes(), std::memory_order_relaxed);
+  }
   unlink(*f);
   f->active = false;
   --in_flight_;
@@ -195,21 +207,23 @@ void Worker::early(double sent, double now, Outbox& send) {
     Flight& f = flights_[slot];
     if (++f.passed >= kPassed && now - f.sent >= round_trip_.smoothed()) lost.push_back(&f);
   }
-  for (Flight* f : lost) repeat(*f, now, false, send);
+  for (Flight* f : lost) retransmit(*f, now, false, send);
 }
 
 void Worker::progress(const Header& h, uint64_t seen, double now, Outbox& send) {
   if (seen >> member_.worker & 1) return counters.add(kStale);
   if (Flight* f = flight(h.chunk)) {
-    if ((f->asked && h.exponent) || now - f->data_sent >= round_trip_.smoothed()) repeat(*f, now, true, send);
+    // the question went the way of the data, which had not come
+    if (f->joined && f->asked && h.exponent) f->joined = false, joining_.lost(), joins_.store(joining_.passes(), std::memory_order_relaxed);
+    if ((f->asked && h.exponent) || now - f->data_sent >= round_trip_.smoothed()) retransmit(*f, now, true, send);
     return;
   }
   Flight* behind = h.chunk >= member_.slots ? flight(h.chunk - member_.slots) : nullptr;
-  if (behind && now - behind->sent >= round_trip_.smoothed() / 2) return repeat(*behind, now, false, send);
+  if (behind && now - behind->sent >= round_trip_.smoothed() / 2) return retransmit(*behind, now, false, send);
   counters.add(kStale);
 }
 
-void Worker::repeat(Flight& f, double now, bool payload, Outbox& send) {
+void Worker::retransmit(Flight& f, double now, bool payload, Outbox& send) {
   ++f.tries;
   f.passed = 0;
   unlink(f);
@@ -218,9 +232,10 @@ void Worker::repeat(Flight& f, double now, bool payload, Outbox& send) {
   f.asked = !payload && !member_.core;
   if (!f.asked) {
     f.data_sent = now, ++f.data_tries;
-    return data(*bucket(f.number), f.number, send);
+    return data(*bucket(f.number), f.number, true, send);
   }
-  finish({.kind = kQuery, .chunk = f.number}, send.begin(kHeaderBytes + kTagBytes), 0, send);
+  uint8_t* packet = send.begin(kHeaderBytes + kTagBytes);
+  finish({.kind = kQuery, .chunk = f.number, .lane = bucket(f.number)->lane}, packet, 0, true, send);
 }
 
 void Worker::append(Flight& f, double now) {

@@ -39,7 +39,10 @@ class Worker {
   uint32_t in_flight() const { return in_flight_; }
   uint64_t next_number() const { return end_; }
   // Lowest chunk number without a result: every worker has all results up to `slots` before it.
-  uint64_t settled() const { return *std::min_element(next_.begin(), next_.end()); }
+  uint64_t low_water_mark() const { return *std::min_element(next_.begin(), next_.end()); }
+  // Packets were sent, some of them joined.
+  void sent(Outbox& box);
+  bool joins() const { return joins_.load(std::memory_order_relaxed); }
   Counters counters;
 
  private:
@@ -56,12 +59,13 @@ class Worker {
     float* residual;
     uint8_t* known;
     size_t count, elements;
+    uint8_t lane;
     std::vector<uint8_t> exponents, guess, agreed, solved;
 
     Part carried(uint64_t place) const;
   };
   struct Flight {
-    bool active = false, asked = false;
+    bool active = false, asked = false, joined = false;
     uint32_t number = 0;
     int tries = 0, data_tries = 0, passed = 0;
     double sent = 0, data_sent = 0, due = 0;
@@ -72,12 +76,12 @@ class Worker {
   Flight* flight(uint64_t number);
   bool done(uint64_t number) const { return next_[number % member_.slots] > number; }
   void attempt(uint64_t number, double now, Outbox& send);
-  void data(Bucket& bucket, uint32_t number, Outbox& send);
-  void finish(Header header, uint8_t* packet, size_t payload, Outbox& send);
+  void data(Bucket& bucket, uint32_t number, bool again, Outbox& send);
+  void finish(Header header, uint8_t* packet, size_t payload, bool single, Outbox& send);
   void result(const Header& header, const uint8_t* payload, double now, Outbox& send);
   void early(double sent, double now, Outbox& send);
   void progress(const Header& header, uint64_t seen, double now, Outbox& send);
-  void repeat(Flight& flight, double now, bool payload, Outbox& send);
+  void retransmit(Flight& flight, double now, bool payload, Outbox& send);
   void append(Flight& flight, double now);
   void unlink(Flight& flight);
   void retire();
@@ -89,6 +93,9 @@ class Worker {
   std::vector<uint64_t> next_;
   std::vector<Flight> flights_;
   std::atomic<uint64_t> finished_ = 0;
+  Joining joining_;
+  std::atomic<bool> joins_ = true;
+  uint64_t taken_ = 0;  // buckets
   uint64_t end_ = 0;
   size_t counted_ = 0;  // buckets at the front that are counted as finished
   uint32_t in_flight_ = 0;

@@ -1,4 +1,4 @@
-"""How long to wait before a repeat."""
+"""How long to wait before a retransmission, and how soon one is answered again."""
 
 _FIRST = 0.05
 _FLOOR = 0.02
@@ -30,3 +30,24 @@ class RoundTrip:
         """Seconds to wait for the answer to try number `tries`, from 1."""
         first = _FIRST if self.smoothed == 0.0 else max(_FLOOR, 1.5 * self.smoothed + 4 * self._deviation)
         return float(min(_CEILING, first * 2 ** min(tries - 1, 10)))
+
+
+class ShortestTrip:
+    """The shortest of late round trips, as the switch sees them: from a result to the worker's next packet for its slot."""
+
+    def __init__(self) -> None:
+        self._least = self._before = float("inf")
+        self._count = 0
+
+    def sample(self, seconds: float) -> None:
+        """Take in a round trip."""
+        self._least = min(self._least, seconds)
+        self._count += 1
+        if self._count == 64:
+            self._before, self._least, self._count = self._least, float("inf"), 0
+
+    @property
+    def value(self) -> float:
+        """Seconds; 0 before the first sample."""
+        shortest = min(self._least, self._before)
+        return 0.0 if shortest == float("inf") else shortest

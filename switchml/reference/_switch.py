@@ -1,4 +1,4 @@
-"""The switch as a pure state machine: packets in, packets out; it needs no clock.
+"""The switch as a pure state machine: packets and time in, packets out.
 
 Each slot has two versions, each with its chunk number, its epoch and the bitmap of the workers seen. A chunk number
 above the one held starts the version anew: whoever sends it has the result of the chunk between, to which every
@@ -16,12 +16,13 @@ from trainkit.switchml._fixed_point import SENT_TYPE, SUM_TYPE, Integers
 from trainkit.switchml._membership import Address, Membership, Outgoing
 from trainkit.switchml._packet import Header, Kind
 from trainkit.switchml._tag import open_tagged, tagged
+from trainkit.switchml.reference._round_trip import ShortestTrip
 
 
 class _Version:
     """One version of one slot."""
 
-    __slots__ = ("chunk", "elements", "epoch", "exponent", "seen", "values")
+    __slots__ = ("answered", "chunk", "elements", "epoch", "exponent", "finished", "lane", "seen", "told", "values")
 
     def __init__(self) -> None:
         self.chunk = -1
@@ -29,6 +30,11 @@ class _Version:
         self.seen = 0
         self.exponent = 0
         self.elements = 0
+        self.lane = 0
+        self.finished = 0.0
+        # when a worker's retransmission was last answered, and when it was last told that it is missing
+        self.answered: dict[int, float] = {}
+        self.told: dict[int, float] = {}
         self.values: Integers = np.zeros(0, np.int32)
 
 
@@ -45,9 +51,11 @@ class Aggregation:
         self.addresses = addresses
         self.counters: Counter[str] = Counter()
         self.all_seen = (1 << member.world) - 1
+        self.mismatched = 0
+        self._trips = [ShortestTrip() for _ in range(member.world)]
         self._slots = [(_Version(), _Version()) for _ in range(member.slots)]
 
-    def receive(self, header: Header, payload: memoryview, source: Address) -> list[Outgoing]:
+    def receive(self, header: Header, payload: memoryview, source: Address, now: float = 0.0) -> list[Outgoing]:
         """Take in a packet whose session, epoch and tag have been found right."""
         member = self.member
         if header.worker >= member.world or self.addresses[header.worker] != source:
@@ -62,15 +70,21 @@ class Aggregation:
             self.counters["stale"] += 1
             return []
         if header.kind == Kind.QUERY:
-            return self._query(version, header, started=header.chunk == held)
+            return self._query(version, header, header.chunk == held, now)
         if header.chunk == held and version.seen >> header.worker & 1:
-            return self._repeated(version, header.worker)
-        if header.chunk == held and header.elements != version.elements:
+            return self._repeated(version, header.worker, now)
+        if header.chunk == held and (header.elements, header.lane) != (version.elements, version.lane):
+            self.mismatched |= 1 << header.worker
             self.counters["malformed"] += 1
             return []
+        # the slot's other version: whoever sends this chunk has had its result
+        before = self._slots[header.chunk % member.slots][1 - (header.slot >> 15)]
+        if before.seen == self.all_seen and before.chunk + member.slots == header.chunk:
+            self._trips[header.worker].sample(now - before.finished)
         self._add(version, header, payload, fresh=header.chunk > held)
         if version.seen != self.all_seen:
             return []
+        version.finished = now
         self.counters["chunks"] += 1
         return [(address, self._result(version)) for address in self.addresses]
 
@@ -80,6 +94,8 @@ class Aggregation:
         return min(waiting, key=lambda v: v.chunk).seen ^ self.all_seen if waiting else 0
 
     def _fits(self, header: Header) -> bool:
+        if self.member.profile == "full" and header.lane & packet.CHANNEL_MASK != self.member.channel:
+            return False
         if header.kind == Kind.QUERY:
             return self.member.profile == "full"
         whole = header.elements == self.member.elements or self.member.profile == "full"
@@ -94,25 +110,37 @@ class Aggregation:
         if fresh:
             version.chunk, version.epoch, version.seen = header.chunk, self.member.epoch, 0
             version.exponent, version.elements, version.values = 0, header.elements, integers
+            version.lane, version.answered, version.told = header.lane, {}, {}
         else:
             version.values = version.values + integers
         version.seen |= 1 << header.worker
         version.exponent = max(version.exponent, header.exponent)
 
-    def _query(self, version: _Version, header: Header, started: bool) -> list[Outgoing]:
+    def _query(self, version: _Version, header: Header, started: bool, now: float) -> list[Outgoing]:
         if started and version.seen >> header.worker & 1:
-            return self._repeated(version, header.worker)
+            return self._repeated(version, header.worker, now)
+        if not self._due(version.answered, header.worker, now):
+            return []
         self.counters["sent_progress"] += 1
         seen = version.seen if started else 0
-        return [(self.addresses[header.worker], self._progress(header.chunk, seen, answer=1))]
+        return [(self.addresses[header.worker], self._progress(header.chunk, seen, header.lane, answer=1))]
 
-    def _repeated(self, version: _Version, worker: int) -> list[Outgoing]:
-        """A repeat: of a finished chunk the result again, else word to those who are missing."""
-        self.counters["repeats"] += 1
+    def _due(self, last: dict[int, float], worker: int, now: float) -> bool:
+        """Whether a retransmission may be answered: once a round trip and worker."""
+        if worker in last and now - last[worker] < self._trips[worker].value:
+            return False
+        last[worker] = now
+        return True
+
+    def _repeated(self, version: _Version, worker: int, now: float) -> list[Outgoing]:
+        """A retransmission: of a finished chunk the result again, else word to those who are missing."""
+        self.counters["retransmissions"] += 1
         if version.seen == self.all_seen:
-            return [(self.addresses[worker], self._result(version))]
-        told = self._progress(version.chunk, version.seen)
+            due = self._due(version.answered, worker, now)
+            return [(self.addresses[worker], self._result(version))] if due else []
+        told = self._progress(version.chunk, version.seen, version.lane)
         missing = [rank for rank in range(self.member.world) if not version.seen >> rank & 1]
+        missing = [rank for rank in missing if self._due(version.told, rank, now)]
         self.counters["sent_progress"] += len(missing)
         return [(self.addresses[rank], told) for rank in missing]
 
@@ -120,17 +148,20 @@ class Aggregation:
         member = self.member
         payload = version.values.astype(SUM_TYPE[member.wire]).tobytes()
         wire = packet.DOWN_BYTES[member.wire]
-        return self._packet(Kind.RESULT, version.chunk, version.exponent, version.elements, wire, payload)
+        return self._packet(Kind.RESULT, version.chunk, version.exponent, version.elements, wire, version.lane, payload)
 
-    def _progress(self, chunk: int, seen: int, answer: int = 0) -> bytes:
-        return self._packet(Kind.PROGRESS, chunk, answer, 0, packet.UP_BYTES[self.member.wire], seen.to_bytes(8, "big"))
+    def _progress(self, chunk: int, seen: int, lane: int, answer: int = 0) -> bytes:
+        wire = packet.UP_BYTES[self.member.wire]
+        return self._packet(Kind.PROGRESS, chunk, answer, 0, wire, lane, seen.to_bytes(8, "big"))
 
-    def _packet(self, kind: Kind, chunk: int, exponent: int, elements: int, wire: int, payload: bytes) -> bytes:
+    def _packet(
+        self, kind: Kind, chunk: int, exponent: int, elements: int, wire: int, lane: int, payload: bytes
+    ) -> bytes:
         member = self.member
         slot = packet.slot_field(chunk, member.slots)
         fields = Header(
             packet.MAGIC, kind, member.session, member.epoch, chunk, slot, packet.FROM_SWITCH,
-            exponent, elements, wire, member.lane,
+            exponent, elements, wire, member.channel if member.profile == "core" else lane,
         )  # fmt: skip
         return tagged(packet.encode(fields, payload), member.key)
 
@@ -164,7 +195,15 @@ class Switch:
         """A counter, all sessions together."""
         return self.counters[counter] + sum(session.counters[counter] for session in self.sessions.values())
 
-    def receive(self, data: bytes, source: Address) -> list[Outgoing]:
+    def move(self, member: Membership, addresses: tuple[Address, ...]) -> None:
+        """A worker has another address."""
+        self.sessions[member.session].addresses = addresses
+
+    def mismatched(self, session: int) -> int:
+        """Bitmap of the workers whose bucket was of another number or size than that of those before them."""
+        return self.sessions[session].mismatched if session in self.sessions else 0
+
+    def receive(self, data: bytes, source: Address, now: float = 0.0) -> list[Outgoing]:
         """Take a packet in; the packets to send."""
         if len(data) < packet.HEADER_BYTES:
             self.counters["malformed"] += 1
@@ -178,4 +217,4 @@ class Switch:
         if parsed is None or parsed[0].kind == Kind.CONTROL:
             self.counters["forged" if opened is None else "malformed"] += 1
             return []
-        return found.receive(*parsed, source)
+        return found.receive(*parsed, source, now)

@@ -11,7 +11,7 @@ needs no second round, and number j + lead carries nothing; else it is sent agai
 
 A number is sent when its slot is free (the result of `number - slots` is in) and its exponent is known. The result
 is the acknowledgement and the clock, so that at most `slots` chunks are ever unacknowledged (SwitchML, NSDI 2021,
-algorithms 2 and 4). Differing from the paper, every packet carries its chunk number and its epoch, and a repeat
+algorithms 2 and 4). Differing from the paper, every packet carries its chunk number and its epoch, and a retransmission
 carries no payload unless the switch has said that it is missing.
 """
 
@@ -52,7 +52,9 @@ class _Bucket:
         out: Floats,
         residual: Floats | None,
         known: Bytes | None,
+        lane: int,
     ) -> None:
+        self.lane = lane
         self.base, self.elements, self.values, self.out, self.residual = base, elements, values, out, residual
         self.exponents = block_exponents(values, elements)
         self.chunks = len(self.exponents)
@@ -110,7 +112,7 @@ class Worker:
         self._profile = packet.PROFILES[member.profile]
         self._buckets: deque[_Bucket] = deque()
         self._counted = 0
-        self._end = 0
+        self._end = self._taken = 0
         self._next = list(range(member.slots))
         # in the order of sending: the head is the oldest
         self._flights: dict[int, _Flight] = {}
@@ -132,7 +134,11 @@ class Worker:
         Returns:
             Packets to send.
         """
-        bucket = _Bucket(self._end, self.member.slots, self.member.elements, values, out, residual, known)
+        lane = self.member.channel
+        if self.member.profile == "full":
+            lane |= self._taken % 4 << packet.BUCKET_SHIFT
+        self._taken += 1
+        bucket = _Bucket(self._end, self.member.slots, self.member.elements, values, out, residual, known, lane)
         self._end = bucket.end
         self._buckets.append(bucket)
         self._retire()
@@ -147,8 +153,8 @@ class Worker:
             self.counters["malformed"] += 1
             return []
         header, payload = parsed
-        mine = (self.member.session, self.member.epoch, self.member.lane, packet.FROM_SWITCH)
-        if (header.session, header.epoch, header.lane, header.worker) != mine:
+        mine = (self.member.session, self.member.epoch, self.member.channel, packet.FROM_SWITCH)
+        if (header.session, header.epoch, header.lane & packet.CHANNEL_MASK, header.worker) != mine:
             self.counters["foreign"] += 1
             return []
         if header.slot != packet.slot_field(header.chunk, self.member.slots):
@@ -162,7 +168,7 @@ class Worker:
         return []
 
     def poll(self, now: float) -> list[bytes]:
-        """Repeat what is overdue; the packets to send."""
+        """Send again what is overdue; the packets to send."""
         late = [flight for flight in self._flights.values() if flight.due <= now]
         return [self._repeat(flight, now) for flight in late]
 
@@ -181,7 +187,7 @@ class Worker:
         return self._end
 
     @property
-    def settled(self) -> int:
+    def low_water_mark(self) -> int:
         """Lowest chunk number without a result: every worker has all results up to `slots` before it."""
         return min(self._next)
 
@@ -227,9 +233,11 @@ class Worker:
         member = self.member
         slot = packet.slot_field(number, member.slots)
         wire = packet.UP_BYTES[member.wire]
+        bucket = self._bucket(number)
+        assert bucket is not None
         fields = Header(
             packet.MAGIC, kind, member.session, member.epoch, number, slot, member.worker,
-            exponent, elements, wire, member.lane,
+            exponent, elements, wire, bucket.lane,
         )  # fmt: skip
         self.counters["sent_packets"] += 1
         return tagged(packet.encode(fields, payload), member.key)
@@ -245,7 +253,12 @@ class Worker:
         out = bucket.out[bucket.span(carried[0])] if carried else bucket.out[:0]
         expected = member.elements if carried and member.profile == "core" else out.size
         smaller = place < bucket.chunks and header.exponent < bucket.exponents[place]
-        if header.elements != expected or header.wire != packet.DOWN_BYTES[member.wire] or smaller:
+        if (
+            header.elements != expected
+            or header.wire != packet.DOWN_BYTES[member.wire]
+            or smaller
+            or header.lane != bucket.lane
+        ):
             self.counters["malformed"] += 1
             return []
         del self._flights[number]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from paths import DATA
 
-from trainkit.collectives import Topology, TopologyError, optimum
+from trainkit.collectives import Topology, TopologyError, allreduce_forest, optimum
 from trainkit.collectives import fabrics as fb
 
 CASES = {case["name"]: case for case in json.loads((DATA / "forest_cases.json").read_text())}
@@ -191,8 +191,9 @@ def test_nvidia_smi_matrix() -> None:
     two = fb.from_nvidia_smi(SMI_H100, count=2)
     # Two GPUs share each 50 GB/s adapter: 4 GPUs leave a box over 100 GB/s.
     assert optimum(two).inv_rate == Fraction(4, 100)
-    meshed = SMI_H100.replace("GPU0     X      NV18    NV18", "GPU0     X      NV18    NV2 ").replace(
-        "GPU2    NV18    NV18     X", "GPU2    NV2     NV18     X"
+    thin = SMI_H100.replace("NV18", "NV4 ")
+    meshed = thin.replace("GPU0     X      NV4     NV4 ", "GPU0     X      NV4     NV2 ").replace(
+        "GPU2    NV4     NV4      X", "GPU2    NV2     NV4      X"
     )
     direct = fb.from_nvidia_smi(meshed)
     assert not direct.switches
@@ -214,3 +215,45 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
         fb.star([3, 4, 5], unit="GB/s").save(file)
     assert Topology.load(file) == old
     assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[" * 100_000, "nested too deep"),
+        ('{"a": ' * 100_000, "nested too deep"),
+        (
+            '{"name": "n", "nodes": ["a", "b"], "nodes": ["c"], "compute_nodes": [], "links": []}',
+            "'nodes' is there twice",
+        ),
+        ('{"name": "n", "nodes": "ab", "compute_nodes": ["a", "b"], "links": []}', "nodes must be a list, got 'ab'"),
+        ('{"name": "n", "nodes": ["a", "b"], "compute_nodes": "ab", "links": []}', "compute_nodes must be a list"),
+        ('{"name": "n", "nodes": ["a", "b"], "compute_nodes": ["a", "b"], "links": "abc"}', "links must be a list"),
+        (
+            '{"name": "n", "nodes": ["a", "b"], "compute_nodes": ["a", "b"], "links": ["ab1"]}',
+            "a link is .*, got 'ab1'",
+        ),
+        (
+            '{"name": "n", "nodes": ["a", "b", "s"], "compute_nodes": ["a", "b"], "links": [], "multicast": "s"}',
+            "multicast must be a list of switches, got 's'",
+        ),
+    ],
+)
+def test_files_that_mean_something_else(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "net.json").write_text(text)
+    with pytest.raises(TopologyError, match=words):
+        Topology.load(tmp_path / "net.json")
+
+
+def test_pictures_say_what_is_in_them() -> None:
+    network = fb.boxes(2, 4, inside=200, uplink=25, unit="Mbit/s")
+    words = [text.get_text() for text in network.draw().axes[0].get_legend().get_texts()]
+    assert words == ["compute node", "switch", "200 Mbit/s", "25 Mbit/s"]
+    both = allreduce_forest(network)
+    figure = both.draw({network.links[0][:2]})
+    titles = [axes.get_title() for axes in figure.axes]
+    assert any(title.startswith("to g0_0") for title in titles) and any(title.startswith("from ") for title in titles)
+    assert all("% of the message" in title for title in titles)
+    said = figure.get_suptitle()
+    assert "all-reduce, reduction" in said and "then broadcast" in said
+    assert "bottleneck" in [text.get_text() for text in figure.legends[0].get_texts()]

@@ -22,7 +22,8 @@ class Scenario:
 
     def __init__(self, name: str, **member: Any) -> None:
         self.member = Membership(session=3, epoch=0x01020304, world=3, slots=2, **member)
-        self.record: dict[str, Any] = {"name": name, "member": {**self.member.__dict__, "key": self.member.key.hex()}}
+        said = {name: value for name, value in self.member.__dict__.items() if name != "control"}
+        self.record: dict[str, Any] = {"name": name, "member": {**said, "key": self.member.key.hex()}}
         self.record["steps"] = []
         self.switch = Switch()
         self.switch.install(self.member, tuple((host, 4000) for host in HOSTS))

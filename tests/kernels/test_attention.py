@@ -1,7 +1,11 @@
 """The reference attention and the dispatcher against a row-by-row fp64 definition."""
 
 import math
+import os
+import subprocess
+import sys
 from itertools import accumulate
+from pathlib import Path
 
 import pytest
 import torch
@@ -278,3 +282,19 @@ def test_bad_input_is_refused_with_rule_and_value(case):
     args, extra, message = case
     with pytest.raises(ValueError, match=message):
         attention(*args, **extra)
+
+
+def test_a_triton_that_is_too_old_is_not_used(tmp_path: Path) -> None:
+    """As torch 2.6 brings it: 3.2 has no `knobs`."""
+    (tmp_path / "triton.py").write_text('__version__ = "3.2.0"\n')
+    code = (
+        "import torch; from trainkit.kernels import attention\n"
+        "q = torch.randn(1, 4, 2, 16)\n"
+        "attention(q, q, q), attention(q, q, q, softcap=2.0)\n"
+        "try: attention(q, q, q, backend='triton')\n"
+        "except ValueError as error: print(error)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Triton must be 3.6 or newer, got 3.2.0" in done.stdout

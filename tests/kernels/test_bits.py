@@ -6,20 +6,22 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="Triton is not installed: pip install 'trainkit[kernels]'")
+pytest.importorskip("triton", reason="Triton is not installed: pip install 'triton>=3.6'")
 
 from kernels_interpreter import interpreter
 
-from trainkit.kernels._attention import _blocks
+from trainkit.kernels._attention import _block_lists
+from trainkit.kernels._attention._block_lists import Blocks
 from trainkit.kernels._attention._spec import Spec
 from trainkit.kernels._attention._variant import build
+from trainkit.kernels._cache import Cache
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(autouse=True)
 def path(monkeypatch):
-    monkeypatch.setattr(_blocks, "_HELD", {})
+    monkeypatch.setattr(_block_lists, "KEPT", Cache(100, most_bytes=1 << 30))
     with nullcontext() if DEVICE.type == "cuda" else interpreter():
         yield
 
@@ -36,14 +38,14 @@ def table(B, H, Sq, Sk, seed, side=32):
 
 def arguments(mask_mod, B, H, Sq, Sk, BM, BN, by_keys, **options):
     spec = Spec(scale=1.0, mask_mod=mask_mod, **options)
-    return build(spec, DEVICE), spec, B, H, Sq, Sk, BM, BN, DEVICE, by_keys
+    return Blocks(build(spec, DEVICE), spec, B, H, Sq, Sk, BM, BN, DEVICE, by_keys)
 
 
 def shown(arguments):
     """The mask `[B, H, Sq, Sk]` that lists and bits describe, in the order that the kernels read."""
     _, _, B, H, Sq, Sk, BM, BN, _, by_keys = arguments
-    blocks, counts, full, sb, sh, _ = _blocks.lists(*arguments)
-    first, words = _blocks.bits(*arguments)
+    blocks, counts, full, sb, sh, _ = _block_lists.lists(arguments)
+    first, words = _block_lists.bits(arguments)
     tall, wide, lines, columns = (BN, BM, Sk, Sq) if by_keys else (BM, BN, Sq, Sk)
     bit, lane = torch.arange(wide // 4), torch.arange(4)
     place = (8 * (bit // 2) + bit % 2)[None, :] + 2 * lane[:, None]
@@ -102,31 +104,30 @@ def test_masks_that_vary_with_less(varies):
 
 
 def test_what_changes_is_packed_anew():
-    """As with the lists: by the version of what the mask captured; bits of older versions are dropped with their list."""
+    """As with the lists: by the version of what the mask captured (on the CPU its numbers)."""
     seen = table(1, 1, 40, 130, 1)
     call = arguments(lambda b, h, q, k: seen[0, 0, q, k], 1, 1, 40, 130, 32, 32, False)
-    before = _blocks.bits(*call)
-    assert _blocks.bits(*call) is before
+    before = _block_lists.bits(call)
+    assert _block_lists.bits(call) is before
     for seed in (2, 3):
         seen.copy_(table(1, 1, 40, 130, seed))
         assert torch.equal(shown(call), seen.cpu())
-    assert len(_blocks._HELD) == 1 and len(_blocks._KEPT[call[0]][1]) == 2
 
 
 def test_too_many_are_not_made_and_old_ones_not_kept(monkeypatch):
     size = (1, 1, 40, 130, 32, 32, False)
     tables = [table(*size[:4], seed) for seed in range(3)]
     calls = [arguments(lambda b, h, q, k, t=t: t[0, 0, q, k], *size) for t in tables]
-    nbytes = [_blocks.bits(*call)[1].nbytes for call in calls]
-    assert list(_blocks._HELD.values()) == nbytes
-    monkeypatch.setattr(_blocks, "MOST", sum(nbytes) - 1)
-    size = (1, 1, 40, 130, 32, 64, False)
-    again = arguments(lambda b, h, q, k: tables[0][0, 0, q, k], *size)
-    _blocks.bits(*again)
-    assert sum(_blocks._HELD.values()) <= _blocks.MOST and not any(
-        "bits" in key for key in _blocks._KEPT[calls[0][0]][1]
-    )
+    made = [_block_lists.bits(call) for call in calls]
+    total = sum(x.nbytes + _block_lists.lists(call).nbytes for x, call in zip(made, calls, strict=True))
+    assert _block_lists.KEPT.nbytes == total
+    assert all(_block_lists.bits(call) is x for x, call in zip(made, calls, strict=True))
+    monkeypatch.setattr(_block_lists.KEPT, "most_bytes", total)
+    _block_lists.bits(arguments(lambda b, h, q, k: tables[0][0, 0, q, k], 1, 1, 40, 130, 32, 64, False))
+    assert _block_lists.KEPT.nbytes <= total and _block_lists.bits(calls[2]) is made[2]
+    assert _block_lists.bits(calls[0]) is not made[0]
     for call in calls:
         assert torch.equal(shown(call), tables[calls.index(call)].cpu())
-    monkeypatch.setattr(_blocks, "LARGEST", nbytes[0] - 1)
-    assert _blocks.bits(*arguments(lambda b, h, q, k: tables[0][0, 0, q, k], *calls[0][2:8], False)) is None
+    monkeypatch.setattr(_block_lists, "LARGEST", made[0].words.nbytes - 1)
+    monkeypatch.setattr(_block_lists, "KEPT", Cache(100))
+    assert _block_lists.bits(calls[0]) is None

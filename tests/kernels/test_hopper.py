@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="Triton is not installed: pip install 'trainkit[kernels]'")
+pytest.importorskip("triton", reason="Triton is not installed: pip install 'triton>=3.6'")
 
 from paths import ROOT
 

@@ -6,18 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="Triton is not installed: pip install 'trainkit[kernels]'")
+pytest.importorskip("triton", reason="Triton is not installed: pip install 'triton>=3.6'")
 
 import kernels_gluon
 from kernels_cases import LAYOUTS, filled
 from kernels_interpreter import interpreter
 
-from trainkit.kernels._attention import _blocks, _hooks, _hopper, _launch
+from trainkit.kernels._attention import _block_lists, _hooks, _hopper
+from trainkit.kernels._attention._call import Call
 from trainkit.kernels._attention._packed import make_packed
 from trainkit.kernels._attention._reference import reference
 from trainkit.kernels._attention._spec import Spec
-from trainkit.kernels._attention._triton import Call
 from trainkit.kernels._attention._variant import build
+from trainkit.kernels._cache import Cache
 
 DOC = torch.arange(512) // 70
 BIAS = torch.linspace(-2, 2, 2 * 64).view(2, 64)
@@ -96,10 +97,11 @@ def forward(case, seed):
     (q, k, v), turned, call, how = setup(case, seed)
     with interpreter(), pytest.MonkeyPatch.context() as patch:
         if "evaluated" in how:
-            patch.setattr(_blocks, "LARGEST", 0)
+            patch.setattr(_block_lists, "LARGEST", 0)
+            patch.setattr(_block_lists, "KEPT", Cache(99))
         if "three" in how:
             # Not what other calls of this form take.
-            patch.setattr(_launch, "_KEPT", {})
+            patch.setattr(_hopper, "PLANS", Cache(99))
             patch.setattr(_hopper, "_seen", lambda *_: 1e9)
         out, lse = _hopper.forward(q, k, v, call.spec.sinks, call, kernels_gluon.launcher(seed, programs=1 + seed % 3))
     want, want_lse = reference(turned.float(), k.float(), v.float(), call.spec, call.packed)
@@ -135,7 +137,7 @@ def test_backward(name):
 @pytest.mark.parametrize("seed", range(1, 4))
 def test_more_heads_than_dq_has_room_for(seed, monkeypatch):
     """Two or three programs sum dQ of seven heads in three places."""
-    monkeypatch.setattr(_launch, "_KEPT", {})
+    monkeypatch.setattr(_hopper, "PLANS", Cache(99))
     monkeypatch.setattr(_hopper, "_processors", lambda _: 2)
     backward((64, 64, 130, 140, {"causal": True, "heads": (7, 7)}), seed)
     q = torch.empty(1, 130, 7, 64)
@@ -256,7 +258,7 @@ WRONG_BACKWARD = {
 @pytest.mark.parametrize("name", WRONG_BACKWARD)
 def test_a_wrong_backward_is_found(name, monkeypatch):
     plant(monkeypatch, *WRONG_BACKWARD[name])
-    monkeypatch.setattr(_launch, "_KEPT", {})
+    monkeypatch.setattr(_hopper, "PLANS", Cache(99))
     monkeypatch.setattr(_hopper, "_processors", lambda _: 2)
     with pytest.raises((AssertionError, IndexError, ValueError)):
         for seed in range(8):

@@ -1,23 +1,24 @@
 """A kept launch passes what a launch of its own would pass: every option and layout, in turns, up to the call into CUDA."""
 
 import gc
-import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="Triton is not installed: pip install 'trainkit[kernels]'")
+pytest.importorskip("triton", reason="Triton is not installed: pip install 'triton>=3.6'")
 
 from kernels_cases import LAYOUTS, filled
 from kernels_recorder import Address, Recorder
 from triton.runtime.jit import JITFunction
 
-from trainkit.kernels._attention import _blocks, _hopper, _launch, _triton, _triton_backward
+from trainkit.kernels import _launch
+from trainkit.kernels._attention import _block_lists, _delta, _hopper, _triton_backward
+from trainkit.kernels._attention._call import Call
 from trainkit.kernels._attention._packed import make_packed
 from trainkit.kernels._attention._spec import Spec
-from trainkit.kernels._attention._triton import Call
 from trainkit.kernels._attention._variant import build
+from trainkit.kernels._cache import Cache
 
 SLOPES = torch.tensor([0.5, 0.1, 0.2, 0.3])
 DOC = torch.arange(300) // 20
@@ -89,7 +90,7 @@ def launched(recorder, case):
     q, k, v, grad = (tensors[n] for n in ("q", "k", "v", "grad"))
     out_lse = _hopper.forward(q, k, v, tensors.get("sinks"), call)
     found = taken(recorder, tensors, dict(zip(("out", "lse"), out_lse, strict=True)))
-    delta = _triton.row_delta(tensors["out of forward"], grad, tensors.get("grad_lse")).fill_(11)
+    delta = _delta.row_delta(tensors["out of forward"], grad, tensors.get("grad_lse")).fill_(11)
     found += taken(recorder, tensors, {"delta": delta})
     grads = _hopper.backward(q, k, v, tensors["lse of forward"], grad, delta, call)
     return found + taken(recorder, tensors, dict(zip(("dq", "dk", "dv"), grads, strict=True)))
@@ -110,15 +111,22 @@ def taken(recorder, *tensors):
     return [[named(x) for x in launch] for launch in launches]
 
 
+def fresh(patch, most=768):
+    """Nothing is kept yet."""
+    plans = Cache(most)
+    for module in (_hopper, _delta):
+        patch.setattr(module, "PLANS", plans)
+    patch.setattr(_block_lists, "KEPT", Cache(most))
+
+
 @pytest.fixture
 def recorder(monkeypatch):
     recorder = Recorder(monkeypatch)
     monkeypatch.setattr(_triton_backward, "delta", JITFunction(_triton_backward.delta.fn))
-    monkeypatch.setattr(_launch, "_KEPT", {})
-    monkeypatch.setattr(_blocks, "_KEPT", weakref.WeakKeyDictionary())
+    fresh(monkeypatch)
     lists = torch.full((2,), 12, dtype=torch.int32)
-    monkeypatch.setattr(_blocks, "lists", lambda *_: (lists, lists, lists, 0, 0, 1))
-    monkeypatch.setattr(_blocks, "bits", lambda *_: (lists, lists))
+    monkeypatch.setattr(_block_lists, "lists", lambda *_: (lists, lists, lists, 0, 0, 1))
+    monkeypatch.setattr(_block_lists, "bits", lambda *_: (lists, lists))
     monkeypatch.setattr(_hopper, "counter", lambda _: torch.full((2,), 13, dtype=torch.int32))
     room = _hopper.Ring.room
 
@@ -134,8 +142,7 @@ def recorder(monkeypatch):
 
 def alone(recorder, monkeypatch, case):
     with monkeypatch.context() as patch:
-        patch.setattr(_launch, "_KEPT", {})
-        patch.setattr(_blocks, "_KEPT", weakref.WeakKeyDictionary())
+        fresh(patch)
         return launched(recorder, case)
 
 
@@ -152,19 +159,12 @@ def cases():
 
 
 def test_a_kept_launch_is_the_launch_of_its_own(recorder, monkeypatch):
-    monkeypatch.setattr(_launch, "_KEPT", Unbounded())
+    fresh(monkeypatch, 1 << 20)  # none is dropped: each meets all the others
     everything = list(cases())
     wants = [alone(recorder, monkeypatch, case) for case in everything]
     for _ in range(2):
         for case, want in zip(everything, wants, strict=True):
             assert launched(recorder, case) == want
-
-
-class Unbounded(dict):
-    """Kept launches of which none is dropped: each meets all the others."""
-
-    def __len__(self):
-        return 0
 
 
 @pytest.mark.parametrize("name", OPTIONS | TRACED | FREE)
@@ -183,15 +183,15 @@ def test_what_is_kept(recorder, name):
 def test_a_mask_whose_table_changes_is_planned_anew(recorder, monkeypatch):
     options = TRACED["documents"]
     first = launched(recorder, arranged(options, SIZES[0]))
-    DOC.add_(0)
+    DOC.add_(1)
     other = torch.full((2,), 16, dtype=torch.int32)
-    monkeypatch.setattr(_blocks, "lists", lambda *_: (other, other, other, 0, 0, 1))
+    monkeypatch.setattr(_block_lists, "lists", lambda *_: (other, other, other, 0, 0, 1))
     again = launched(recorder, arranged(options, SIZES[0]))
     assert again != first and again == alone(recorder, monkeypatch, arranged(options, SIZES[0]))
 
 
 def test_what_is_kept_holds_no_tensor_and_is_bounded(recorder, monkeypatch):
-    monkeypatch.setattr(_launch, "MOST", 100)
+    fresh(monkeypatch, 100)
 
     def tensors():
         gc.collect()
@@ -201,7 +201,7 @@ def test_what_is_kept_holds_no_tensor_and_is_bounded(recorder, monkeypatch):
     for S in range(1, 40):
         for _ in range(2):
             launched(recorder, arranged({"sinks": torch.float32, "rope": True}, (1, S, 300, 4, 2, 64, 64)))
-    assert len(_launch._KEPT) == 100
+    assert len(_hopper.PLANS) == 100
     assert tensors() == before
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="Triton is not installed: pip install 'trainkit[kernels]'")
+pytest.importorskip("triton", reason="Triton is not installed: pip install 'triton>=3.6'")
 
 from kernels_interpreter import interpreter
 
@@ -108,7 +108,8 @@ REFUSED = {
     "branch": (lambda s, b, h, q, k: s if s > 0 else -s, "score_mod cannot be traced.*torch.where"),
     "no kernel": (lambda s, b, h, q, k: torch.lgamma(s), "aten.lgamma has no kernel.*reference"),
     "whole table": (lambda s, b, h, q, k: s + TABLE[h], r"by element, got \[4, 64\]"),
-    "odd power": (lambda s, b, h, q, k: s**2.5, "power may be.*2.5"),
+    "integer power": (lambda s, b, h, q, k: s + 3**h, r"power may be up to 8, or of 2, got 3"),
+    "narrow type": (lambda s, b, h, q, k: s.to(torch.bfloat16).float(), "conversion to torch.bfloat16 has no kernel"),
 }
 
 
@@ -154,14 +155,14 @@ def test_deterministic_refuses_gradients_by_atomics():
 
 def test_masks_skip_blocks():
     """A block-diagonal mask visits the diagonal's tiles alone, whole ones first."""
-    from trainkit.kernels._attention import _blocks
+    from trainkit.kernels._attention._block_lists import Blocks, lists
     from trainkit.kernels._attention._spec import Spec
     from trainkit.kernels._attention._variant import build
 
     spec = Spec(scale=1.0, mask_mod=lambda b, h, q, k: q // 64 == k // 64)
     variant = build(spec, torch.device("cpu"))
-    args = variant, spec, 3, 4, 128, 128, 32, 32, torch.device("cpu")
-    blocks, counts, full, sb, sh, width = _blocks.lists(*args, False)
+    wanted = Blocks(variant, spec, 3, 4, 128, 128, 32, 32, torch.device("cpu"), False)
+    blocks, counts, full, sb, sh, width = lists(wanted)
     assert (counts.tolist(), full.tolist(), sb, sh, width) == ([[2] * 4], [[2] * 4], 0, 0, 4)
     assert [sorted(row[:2]) for row in blocks[0].tolist()] == [[0, 1], [0, 1], [2, 3], [2, 3]]
-    assert _blocks.lists(*args, False)[0] is blocks
+    assert lists(wanted).blocks is blocks

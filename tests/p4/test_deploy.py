@@ -17,6 +17,7 @@ pytest.importorskip("p4runtime_sh", reason="needs the extra p4")
 
 from p4_fake_switch import FakeSwitch
 from paths import ROOT
+from switchml_peer import Peer
 
 from trainkit.cli import main
 from trainkit.cli._p4_serve import serve
@@ -26,8 +27,7 @@ from trainkit.p4._entries import wanted
 from trainkit.p4._frames import datagram, udp_frame
 from trainkit.p4._plane import Plane
 from trainkit.p4.deploy import DeployError, deploy, reset, status
-from trainkit.switchml import FixedSwitch, Programmed
-from trainkit.switchml import _control as control
+from trainkit.switchml import FixedSwitch, Preconfigured
 from trainkit.switchml._membership import Membership
 
 LAB: dict[str, Any] = {
@@ -213,23 +213,26 @@ class _Host:
 
     def __init__(self, switch: FakeSwitch, place: int, udp: int) -> None:
         self.switch, self.place, self.udp = switch, place, udp
+        self.read = 0  # frames that have been looked at
 
-    def says(self, message: control.Message) -> None:
+    def says(self, data: bytes) -> None:
         own = 0x020000000000 + self.place, 0x0A000000 + self.place
-        frame = bytearray(udp_frame(own, (0x0200000000FE, 0x0A0000FE), 48864, control.encode(message, b"")))
+        frame = bytearray(udp_frame(own, (0x0200000000FE, 0x0A0000FE), 48864, data))
         frame[34:36] = self.udp.to_bytes(2, "big")
         self.switch.inject(self.place, bytes(frame))
 
-    def hears(self, op: str) -> control.Message:
-        for _ in range(100):
-            for port, frame in list(self.switch.sent):
+    def hears(self, peer: Peer, op: str = "") -> dict[str, Any]:
+        """The next answer for `peer`, of kind `op` where that is given."""
+        for _ in range(200):
+            for port, frame in list(self.switch.sent)[self.read :]:
+                self.read += 1
                 told = datagram(frame)
-                message = control.decode(told.data, b"") if told else None
                 to_me = port == self.place and frame[36:38] == self.udp.to_bytes(2, "big")
-                if to_me and message and message["op"] == op:
+                message = peer.take(told.data) if told and to_me else None
+                if message and op in ("", message["op"]):
                     return message
             threading.Event().wait(0.05)
-        raise AssertionError(f"no {op} for {self.place}")
+        raise AssertionError(f"no {op or 'answer'} for {self.place}")
 
 
 def test_workers_join_through_the_switch(switch: FakeSwitch, tmp_path: Path) -> None:
@@ -240,34 +243,29 @@ def test_workers_join_through_the_switch(switch: FakeSwitch, tmp_path: Path) -> 
     stop = threading.Event()
     with Connection(switch.address) as connection:
         plane = Plane(connection, load(path))
-        fixed = FixedSwitch(plane, {"default": Programmed(0, ("10.0.0.1", "10.0.0.2"), 4, 64)})
+        fixed = FixedSwitch(plane, {"default": Preconfigured(0, ("10.0.0.1", "10.0.0.2"), 4, 64)})
         thread = threading.Thread(target=serve, args=(plane, fixed, stop))
         thread.start()
         try:
-            join = {
-                "op": "join",
-                "v": 1,
-                "session": "default",
-                "world": 2,
-                "elements": 256,
-                "slots": 20,
-                "wire": "int32",
-            }
-            for rank, host in enumerate(hosts):
-                host.says({**join, "rank": rank, "nonce": str(rank), "profile": "core"})
-            offers = [host.hears("offer") for host in hosts]
-            assert offers[0] == offers[1]
-            assert (offers[0]["slots"], offers[0]["elements"], offers[0]["session"]) == (4, 64, 0)
-            for rank, host in enumerate(hosts):
-                host.says({"op": "ready", "number": 0, "epoch": offers[0]["epoch"], "rank": rank})
-            assert [host.hears("go")["epoch"] for host in hosts] == [offers[0]["epoch"]] * 2
+            peers = [Peer(rank, 2, session="default", elements=256, slots=20, profile="core") for rank in range(2)]
+            for _ in range(40):
+                for host, peer in zip(hosts, peers, strict=True):
+                    host.says(peer.question())
+                    host.hears(peer)
+                if all(peer.began for peer in peers):
+                    break
+            offers = [peer.offer or {} for peer in peers]
+            assert [(o["slots"], o["elements"], o["session"]) for o in offers] == [(4, 64, 0)] * 2
             # rank 1 has not sent what rank 0 has: the switch's slots say so
             switch.versions[1] = {"chunk": 4, "epoch": offers[0]["epoch"], "seen": 1, "elements": 64}
-            hosts[0].says({"op": "ping", "number": 0, "epoch": offers[0]["epoch"], "rank": 0})
-            assert hosts[0].hears("pong")["missing"] == [1]
+            hosts[0].says(peers[0].ping())
+            assert hosts[0].hears(peers[0], "pong")["missing"] == [1]
             assert status(path, grpc=switch.address).sessions["default"]["joined"] == 2  # beside the primary
-            hosts[1].says({**join, "rank": 1, "nonce": "x", "profile": "full"})
-            assert "profile full" in hosts[1].hears("refused")["why"]
+            other = Peer(1, 2, session="default", elements=256, profile="full")
+            for _ in range(2):
+                hosts[1].says(other.question())
+                heard = hosts[1].hears(other)
+            assert heard["op"] == "refused" and "profile full" in heard["why"]
         finally:
             stop.set()
             thread.join()
@@ -298,5 +296,5 @@ def test_a_changed_session_ends_what_was_joined(switch: FakeSwitch, tmp_path: Pa
 
 def test_the_extra_is_named_where_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "trainkit.p4._client", None)
-    with pytest.raises(DeployError, match=r"pip install 'trainkit\[p4\]'"):
+    with pytest.raises(DeployError, match=r"pip install 'p4runtime-shell>=0\.0\.6'"):
         deploy(written(tmp_path))

@@ -13,7 +13,7 @@ import pytest
 from paths import ROOT
 
 from trainkit.p4 import _description, _entries, _pipeline, _resources
-from trainkit.p4.deploy import FATES
+from trainkit.p4.deploy import DISPOSITIONS
 from trainkit.switchml import _packet as packet
 
 P4 = ROOT / "p4"
@@ -60,7 +60,7 @@ def test_control_plane_and_programs_agree_on_sizes(name: str) -> None:
     assert constant("CPU_PORT", (P4 / "parser.p4").read_text()) == _description.PORTS
     fates = re.search(r"enum bit<8> fate_t \{(.*?)\n\}", (P4 / "parser.p4").read_text(), re.DOTALL)
     assert fates is not None
-    assert len(re.findall(r"^    \w+ = \d", fates[1], re.MULTILINE)) == len(FATES)
+    assert len(re.findall(r"^    \w+ = \d", fates[1], re.MULTILINE)) == len(DISPOSITIONS)
 
 
 def test_repeated_lines_are_what_the_script_writes() -> None:

@@ -29,10 +29,10 @@ from trainkit.collectives.execute._tcp import TcpTransport
 class Engines:
     """One TCP engine per rank, all of them in this process and connected to each other."""
 
-    def __init__(self, size: int, deadline_s: float = 20.0) -> None:
+    def __init__(self, size: int, timeout_s: float = 20.0) -> None:
         store = dist.HashStore()
         self.transports = [
-            TcpTransport(Mesh(dist.PrefixStore("ranks", store), rank, "127.0.0.1", deadline_s), deadline_s)
+            TcpTransport(Mesh(dist.PrefixStore("ranks", store), rank, "127.0.0.1", timeout_s), timeout_s)
             for rank in range(size)
         ]
         self.each(lambda rank: self.transports[rank].prepare(set(range(size)) - {rank}))
@@ -69,8 +69,8 @@ class Engines:
 
 
 @contextlib.contextmanager
-def engines(size: int, deadline_s: float = 20.0) -> Iterator[Engines]:
-    made = Engines(size, deadline_s)
+def engines(size: int, timeout_s: float = 20.0) -> Iterator[Engines]:
+    made = Engines(size, timeout_s)
     try:
         yield made
     finally:

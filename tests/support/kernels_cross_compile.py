@@ -54,9 +54,9 @@ def main():
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    from trainkit.kernels._attention import _blocks, _hopper
+    from trainkit.kernels._attention import _block_lists, _hopper
+    from trainkit.kernels._attention._call import Call
     from trainkit.kernels._attention._spec import Spec
-    from trainkit.kernels._attention._triton import Call
     from trainkit.kernels._attention._variant import build
 
     class Hopper:
@@ -80,8 +80,10 @@ def main():
     mask = (lambda b, h, q, k: (document[q] == document[k]) & (q >= k)) if "documents" in flags else None
     cap = 30.0 if "capped" in flags else None
     # The lists of blocks are made by a kernel; to compile, their types are enough.
-    _blocks.lists = lambda *_: (*(torch.zeros(1, dtype=torch.int32),) * 3, 0, 0, 1)
-    _blocks.bits = lambda *_: (torch.zeros(1, dtype=torch.int32),) * 2 if "bits" in flags else None
+    _block_lists.lists = lambda _: _block_lists.Lists(*(torch.zeros(1, dtype=torch.int32),) * 3, 0, 0, 1)
+    _block_lists.bits = lambda _: (
+        _block_lists.Bits(*(torch.zeros(1, dtype=torch.int32),) * 2) if "bits" in flags else None
+    )
     spec = Spec(scale=0.1, causal="causal" in flags, deterministic="deterministic" in flags, mask_mod=mask, softcap=cap)
     tokens = 8192 if "long" in flags else 256
     rope = torch.empty(2, tokens, int(width) // 2).unbind() if "rope" in flags else None

@@ -47,8 +47,12 @@ class Tensor(np.ndarray):
 
 
 def tensor(x):
+    """Wide integers stay wide, and so do wide floats; Python's own numbers are narrow."""
+    narrow = not isinstance(x, np.ndarray | np.generic) or x.dtype.itemsize < 8
     x = np.asarray(x)
-    return x.astype({"f": np.float32, "i": np.int32, "b": bool}[x.dtype.kind]).view(Tensor)
+    return (
+        x.astype({"f": np.float32, "i": np.int32, "b": bool}[x.dtype.kind]) if narrow or x.dtype == bool else x
+    ).view(Tensor)
 
 
 class Kind:
@@ -415,6 +419,7 @@ def jit(function=None, **options):
 
 
 OUTSIDE = {
+    "triton.language": language,
     "triton.experimental.gluon.language": language,
     "gluon": SimpleNamespace(jit=jit), "ir": None, "builtin": identity, "fence_async_shared": unmodelled,
     "mbarrier": Mbarrier, "tma": Tma, "async_copy": AsyncCopy,

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-triton = pytest.importorskip("triton", reason="Triton is not installed: pip install 'trainkit[kernels]'")
+triton = pytest.importorskip("triton", reason="Triton is not installed: pip install 'triton>=3.6'")
 
 
 def _widen(bits):

@@ -72,13 +72,17 @@ class FakeSwitch(service.P4RuntimeServicer):  # type: ignore[misc]
                 pass
             outgoing.put(None)
 
-        context.add_callback(lambda: outgoing.put(None))
+        def gone() -> None:  # however the client went: its election id is free again
+            self._streams = {election: stream for election, stream in self._streams.items() if stream is not outgoing}
+            outgoing.put(None)
+
+        if not context.add_callback(gone):
+            return
         threading.Thread(target=listen, daemon=True).start()
         while (answer := outgoing.get()) is not None:
             if isinstance(answer, str):
                 context.abort(grpc.StatusCode.INVALID_ARGUMENT, answer)
             yield answer
-        self._streams = {election: stream for election, stream in self._streams.items() if stream is not outgoing}
 
     def _arbitrate(self, asked: Any, outgoing: Any) -> None:
         election = asked.election_id.low

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from trainkit.collectives._probe._infer import Declared, Tree, infer
-from trainkit.collectives._probe._lead import _tests
+from trainkit.collectives._probe._leader import _tests
 from trainkit.collectives._probe._rounds import Plan, both_ways, tournament
 from trainkit.collectives._probe._tree import Flows, crossings, shares
 

@@ -50,7 +50,7 @@ class PublishedSwitch:
         self.count = np.zeros((2, member.slots), np.int64)
         self.pool: dict[tuple[int, int], tuple[np.ndarray, int]] = {}
 
-    def receive(self, data: bytes, source: Any) -> list[tuple[Any, bytes]]:
+    def receive(self, data: bytes, source: Any, now: float = 0.0) -> list[tuple[Any, bytes]]:
         decoded = packet.decode(data)
         assert decoded is not None
         header, payload = decoded
@@ -185,7 +185,7 @@ class Gathering:
             self._sends(rank, self.workers[rank].poll(now))
 
     def _switched(self, data: bytes, source: Any) -> None:
-        for address, answer in self.net.switch.receive(data, source):
+        for address, answer in self.net.switch.receive(data, source, self.net.clock):
             if address in self.addresses:  # an answer to an epoch of the past finds nobody
                 rank = self.addresses.index(address)
                 self.net.carry(lambda now, r=rank, a=answer: self._sends(r, self.workers[r].receive(a, now)))

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 from switchml_adversary import Adversary, PublishedSwitch, schedule
+from switchml_failover import failover
 
 from trainkit.switchml import _native
 from trainkit.switchml import _packet as packet
+from trainkit.switchml._ledger import Ledger
 from trainkit.switchml._membership import Membership
 from trainkit.switchml._packet import Kind
 from trainkit.switchml.reference import Switch
@@ -70,3 +72,38 @@ def test_published_algorithm_adds_a_late_duplicate_into_a_later_chunk() -> None:
     assert sums(PublishedSwitch()) == [11, 20, 42]
     assert sums(Switch()) == [11, 22, 33]
     assert sums(_native.Switch()) == [11, 22, 33]
+
+
+@pytest.mark.parametrize("core", ["python", "native"])
+def test_sums_are_exact_through_fall_backs_and_returns(core: str) -> None:
+    returns = 0
+    for seed in range(1000):
+        try:
+            returns += failover(core, seed)
+        except AssertionError as error:
+            raise AssertionError(f"schedule {seed}: {error}") from error
+    assert returns > 1500
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("core", ["native", "python"])
+def test_sums_are_exact_through_fall_backs_and_returns_in_a_hundred_thousand_schedules(core: str) -> None:
+    for seed in range(10_000, 60_000):
+        failover(core, seed)
+
+
+def test_a_return_without_roll_back_is_found_by_the_same_schedules(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward_all(self: Ledger, path: Any) -> None:  # as it was: from memory that the failed session may have written
+        self._turn = 0
+        for number in sorted(self.open):
+            self.forward(self.open[number], path)
+
+    monkeypatch.setattr(Ledger, "forward_all", forward_all)
+    wrong = 0
+    for seed in range(200):
+        try:
+            failover("native", seed)
+        except AssertionError:
+            wrong += 1
+    assert wrong >= 5

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from execute_ranks import RANKS, start
 from torch.nn.parallel import DistributedDataParallel
 
-from trainkit.switchml import SwitchMLState, _rescue, switchml_hook
+from trainkit.switchml import SwitchMLState, _failover, switchml_hook
 from trainkit.switchml import _packet as packet
 
 
@@ -64,7 +64,7 @@ def _work(rank: int, meet: str, told: Connection, options: dict[str, Any]) -> No
     """One rank: tells its steps as it goes, at last what it found."""
     steps, pace, guess = options.pop("steps"), options.pop("pace", 0.0), options.pop("guess", True)
     again, halt = options.pop("again", False), options.pop("halt", None)
-    _rescue._RETRY = options.pop("retry", 15.0)
+    _failover._RETRY = options.pop("retry", 15.0)
     minute = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=2, timeout=minute)
     state = SwitchMLState(**options)
@@ -78,7 +78,7 @@ def _work(rank: int, meet: str, told: Connection, options: dict[str, Any]) -> No
     try:
         state.connect()
         answer["digest"], answer["worst"] = _train(state, rank, steps, pace, guess, tell)
-        answer["rescues"] = getattr(state.link, "rescues", 0)
+        answer["failovers"] = getattr(state.link, "failovers", 0)
         if again:
             answer["undisturbed"] = _train(state, rank, steps, 0.0, guess, lambda said: None)[0]
     except RuntimeError:
@@ -197,7 +197,7 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
 @pytest.mark.slow
 def test_switch_killed_and_restarted_with_fallback(scene: Scene) -> None:
     switch = scene.switch()
-    workers = scene.workers(steps=60, pace=0.03, deadline_s=1.5, fallback="allreduce", retry=0.3)
+    workers = scene.workers(steps=60, pace=0.03, timeout_s=1.5, fallback="allreduce", retry=0.3)
     workers[0].until("step 10")
     switch.send_signal(signal.SIGKILL)
     switch.wait()
@@ -206,7 +206,7 @@ def test_switch_killed_and_restarted_with_fallback(scene: Scene) -> None:
     first, second = (worker.answer() for worker in workers)
     assert first["digest"] == second["digest"]
     assert max(first["worst"], second["worst"]) < 1e-6
-    assert first["rescues"] == second["rescues"] == 1
+    assert first["failovers"] == second["failovers"] == 1
     # it went through the switch before the kill and after the return, and not between
     assert 10 < first["buckets"] < 60
 
@@ -216,7 +216,7 @@ def test_last_result_reaches_the_rank_that_missed_it(scene: Scene) -> None:
     relay = Relay(scene.address)
     relay.start()
     # without guesses, so that what is held are sums that need nothing more of rank 1
-    workers = scene.workers(relay.address, steps=5, halt="step 3", deadline_s=1.5, fallback="allreduce", guess=False)
+    workers = scene.workers(relay.address, steps=5, halt="step 3", timeout_s=1.5, fallback="allreduce", guess=False)
     for worker in workers:
         worker.until("step 3")
     relay.hold.set()
@@ -231,7 +231,7 @@ def test_last_result_reaches_the_rank_that_missed_it(scene: Scene) -> None:
     first, second = (worker.answer() for worker in workers)
     assert first["digest"] == second["digest"]
     assert max(first["worst"], second["worst"]) < 1e-6
-    assert (first["rescues"], second["rescues"]) == (0, 1)
+    assert (first["failovers"], second["failovers"]) == (0, 1)
     assert first["buckets"] == second["buckets"] + 1
 
 
@@ -239,7 +239,7 @@ def test_last_result_reaches_the_rank_that_missed_it(scene: Scene) -> None:
 @pytest.mark.parametrize("listens_again", [False, True])
 def test_switch_killed_without_fallback_is_named_on_every_rank(scene: Scene, listens_again: bool) -> None:
     switch = scene.switch()
-    workers = scene.workers(steps=1000, pace=0.02, deadline_s=30.0 if listens_again else 2.0)
+    workers = scene.workers(steps=1000, pace=0.02, timeout_s=30.0 if listens_again else 2.0)
     workers[0].until("step 3")
     switch.send_signal(signal.SIGKILL)
     switch.wait()
@@ -252,9 +252,9 @@ def test_switch_killed_without_fallback_is_named_on_every_rank(scene: Scene, lis
 
 
 @pytest.mark.slow
-def test_pause_of_5_s_within_a_deadline_of_10_s_costs_time_only(scene: Scene) -> None:
+def test_pause_of_5_s_within_a_limit_of_10_s_costs_time_only(scene: Scene) -> None:
     scene.switch()
-    workers = scene.workers(steps=20, pace=0.02, deadline_s=10.0, again=True)
+    workers = scene.workers(steps=20, pace=0.02, timeout_s=10.0, again=True)
     workers[0].until("step 3")
     workers[1].signal(signal.SIGSTOP)
     time.sleep(5.0)
@@ -264,10 +264,10 @@ def test_pause_of_5_s_within_a_deadline_of_10_s_costs_time_only(scene: Scene) ->
     assert answers[0]["worst"] < 1e-6
 
 
-@pytest.mark.parametrize("fallback", [None, pytest.param("allreduce", marks=pytest.mark.slow)])
-def test_pause_of_5_s_beyond_a_deadline_of_2_s_is_named_on_every_rank(scene: Scene, fallback: str | None) -> None:
+@pytest.mark.parametrize("fallback", ["error", pytest.param("allreduce", marks=pytest.mark.slow)])
+def test_pause_of_5_s_beyond_a_limit_of_2_s_is_named_on_every_rank(scene: Scene, fallback: str) -> None:
     scene.switch()
-    workers = scene.workers(steps=1000, pace=0.02, deadline_s=2.0, fallback=fallback)
+    workers = scene.workers(steps=1000, pace=0.02, timeout_s=2.0, fallback=fallback)
     workers[0].until("step 3")
     workers[1].signal(signal.SIGSTOP)
     time.sleep(5.0)
@@ -279,10 +279,10 @@ def test_pause_of_5_s_beyond_a_deadline_of_2_s_is_named_on_every_rank(scene: Sce
     assert answers[0]["ranks"] == (1,)
 
 
-@pytest.mark.parametrize("fallback", [pytest.param(None, marks=pytest.mark.slow), "allreduce"])
-def test_dead_worker_is_named(scene: Scene, fallback: str | None) -> None:
+@pytest.mark.parametrize("fallback", [pytest.param("error", marks=pytest.mark.slow), "allreduce"])
+def test_dead_worker_is_named(scene: Scene, fallback: str) -> None:
     scene.switch()
-    workers = scene.workers(steps=1000, pace=0.02, deadline_s=1.0, fallback=fallback)
+    workers = scene.workers(steps=1000, pace=0.02, timeout_s=1.0, fallback=fallback)
     workers[0].until("step 3")
     workers[1].signal(signal.SIGKILL)
     answer = workers[0].answer()

@@ -35,7 +35,7 @@ own = [torch.randn(20_001, generator=torch.Generator().manual_seed(r)) for r in 
 exact = torch.stack(own).double().mean(0)
 states = [
     SwitchMLState(switch, rank=rank, world_size=3, session=f"of {elements}", profile="core", elements=elements,
-                  token_file=token, deadline_s=30)
+                  token_file=token, timeout_s=30)
     for elements in (256, 352)
 ]
 for step in range(3):
@@ -95,7 +95,7 @@ def test_kernel_answers_as_the_vectors_say(hub: str) -> None:
     assert scene.returncode == 0, error
     answer = json.loads(out)
     assert answer["steps"] == sum(len(scenario["steps"]) for scenario in core)
-    assert min(answer["counters"][name] for name in ("chunks", "repeats", "stale", "malformed")) > 0
+    assert min(answer["counters"][name] for name in ("chunks", "retransmissions", "stale", "malformed")) > 0
 
 
 def test_workers_join_and_average_in_two_sessions_through_the_kernel(hub: str, tmp_path: Path) -> None:

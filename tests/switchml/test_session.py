@@ -6,12 +6,13 @@ import socket
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from switchml_ends import joined, together
+from switchml_peer import Peer
 
 from trainkit.cli._switch_metrics import served
 from trainkit.switchml import (
@@ -27,24 +28,6 @@ from trainkit.switchml import _control as control
 from trainkit.switchml import _packet as packet
 from trainkit.switchml._session import Sessions
 from trainkit.switchml.reference import Switch
-
-
-def together(*calls: Callable[[], Any]) -> list[Any]:
-    """Run the calls at once; their results, exceptions among them."""
-    results: list[Any] = [None] * len(calls)
-
-    def run(index: int) -> None:
-        try:
-            results[index] = calls[index]()
-        except Exception as error:
-            results[index] = error
-
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(calls))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    return results
 
 
 def averages(states: list[SwitchMLState], sizes: list[int], seed: int = 0) -> list[list[torch.Tensor]]:
@@ -66,14 +49,6 @@ def averages(states: list[SwitchMLState], sizes: list[int], seed: int = 0) -> li
     return got
 
 
-def joined(switch: str, world: int, **options: Any) -> list[SwitchMLState]:
-    states = [SwitchMLState(switch, rank=r, world_size=world, **{"deadline_s": 10, **options}) for r in range(world)]
-    for result in together(*(state.connect for state in states)):
-        if isinstance(result, Exception):
-            raise result
-    return states
-
-
 def closed(states: list[SwitchMLState]) -> None:
     together(*(state.close for state in states))
 
@@ -90,15 +65,16 @@ def test_buckets_of_all_sizes_back_to_back(world: int, threads: int) -> None:
 def test_lanes_are_as_many_as_all_ranks_want(tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text("0123456789abcdef0123456789abcdef")
+    token.chmod(0o600)
     with SoftwareSwitch(threads=4, token_file=str(token)) as switch:
         states = [
-            SwitchMLState(switch.address, rank=r, world_size=2, lanes=lanes, token_file=str(token), elements=64)
-            for r, lanes in enumerate((None, 2))
+            SwitchMLState(switch.address, rank=r, world_size=2, channels=channels, token_file=str(token), elements=64)
+            for r, channels in enumerate((None, 2))
         ]
         averages(states, [64 * 8 * 2, 64 * 8 * 2 - 1, 64 * 100 + 7, 5])
         assert [len(state.link._links) for state in states] == [2, 2]  # type: ignore[union-attr]
-        with pytest.raises(ValueError, match="lanes"):
-            SwitchMLState(switch.address, lanes=0)
+        with pytest.raises(ValueError, match="channels"):
+            SwitchMLState(switch.address, channels=0)
         closed(states)
     with pytest.raises(ValueError, match="threads"):
         SoftwareSwitch(threads=0)
@@ -178,7 +154,7 @@ def test_same_session_is_joined_again_beside_what_the_dead_left_behind() -> None
         dead = joined(switch.address, 2)
         averages(dead, [1000])
         # a worker of a run that never came together
-        half = SwitchMLState(switch.address, rank=0, world_size=2, deadline_s=0.3)
+        half = SwitchMLState(switch.address, rank=0, world_size=2, timeout_s=0.3)
         with pytest.raises(WorkerMissing, match="rank 1 of 2"):
             half.connect()
         fresh = joined(switch.address, 2)
@@ -211,7 +187,7 @@ def test_metrics_are_prometheus_text() -> None:
         states = joined(switch.address, 1, session='a "b"')
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
             lines = answer.read().decode().splitlines()
-        assert 'switchml_session_workers{session="a \\"b\\""} 1' in lines
+        assert 'switchml_session_workers{session="a \\"b\\"",job=""} 1' in lines
         assert all(line.startswith("# TYPE ") or float(line.rsplit(" ", 1)[1]) >= 0 for line in lines)
         closed(states)
 
@@ -220,7 +196,7 @@ def test_wrong_world_size_wire_or_protocol_is_refused() -> None:
     with SoftwareSwitch(limits=Limits(sessions=1, memory=1 << 20)) as switch:
 
         def join(**options: Any) -> Any:
-            return SwitchMLState(switch.address, **{"deadline_s": 6, **options}).connect()
+            return SwitchMLState(switch.address, **{"timeout_s": 6, **options}).connect()
 
         results = together(lambda: join(rank=0, world_size=2), lambda: join(rank=1, world_size=3))
         assert any(isinstance(r, SessionRefused) and "world size" in str(r) for r in results)
@@ -229,7 +205,7 @@ def test_wrong_world_size_wire_or_protocol_is_refused() -> None:
         )
         assert any(isinstance(r, SessionRefused) and "wire" in str(r) for r in results)
         with pytest.raises(SessionRefused, match="bytes of slots"):
-            join(rank=0, world_size=1, elements=16384, slots=64)
+            join(rank=0, world_size=1, elements=16000, slots=64)
 
 
 def test_more_sessions_than_admitted_are_refused() -> None:
@@ -242,14 +218,18 @@ def test_more_sessions_than_admitted_are_refused() -> None:
 
 def test_tokens(tmp_path: Path) -> None:
     right, wrong, short = (tmp_path / name for name in ("right", "wrong", "short"))
-    right.write_text("0123456789abcdef0123456789abcdef\n")
-    wrong.write_text("another secret of enough length!")
-    short.write_text("short")
+    for path, text in (
+        (right, "0123456789abcdef" * 2 + "\n"),
+        (wrong, "another secret of enough length!"),
+        (short, "short"),
+    ):
+        path.write_text(text)
+        path.chmod(0o600)
     with SoftwareSwitch("127.0.0.1:0", token_file=str(right)) as switch:
         states = joined(switch.address, 2, token_file=str(right))
         averages(states, [10_000])
         with pytest.raises(SwitchUnreachable, match="same token"):
-            joined(switch.address, 1, session="x", token_file=str(wrong), deadline_s=0.5)
+            joined(switch.address, 1, session="x", token_file=str(wrong), timeout_s=0.5)
         closed(states)
     with pytest.raises(ValueError, match="at least 16"):
         SoftwareSwitch(token_file=str(short))
@@ -264,6 +244,7 @@ def test_tokens(tmp_path: Path) -> None:
 def test_forged_replayed_and_broken_packets_change_no_sum(tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text("0123456789abcdef0123456789abcdef")
+    token.chmod(0o600)
     with SoftwareSwitch(token_file=str(token)) as switch:
         states = joined(switch.address, 2, token_file=str(token), elements=64, slots=8)
         member = states[0].connect().member
@@ -283,7 +264,10 @@ def test_forged_replayed_and_broken_packets_change_no_sum(tmp_path: Path) -> Non
                     attacker.sendto(
                         forged[: seeded.choice([len(forged), seeded.randrange(len(forged))])], (host, int(port))
                     )
-                    attacker.sendto(control.encode({"op": "leave", "epoch": member.epoch}, b""), (host, int(port)))
+                    attacker.sendto(
+                        control.encode({"op": "leave"}, b"", 0, control.Place(member.session, member.epoch, 0)),
+                        (host, int(port)),
+                    )
                     sent += 2
             return sent
 
@@ -296,27 +280,25 @@ def test_forged_replayed_and_broken_packets_change_no_sum(tmp_path: Path) -> Non
 
 def test_session_table_never_begins_with_a_rank_that_did_not_confirm() -> None:
     table = Sessions(Switch(), b"", 1 << 20)
+    killed, alive, restarted = Peer(0, 2), Peer(1, 2), Peer(0, 2)
+    places: dict[Peer, Any] = {killed: ("10.0.0.1", 1), alive: ("10.0.0.2", 2), restarted: ("10.0.0.1", 3)}
 
-    def join(rank: int, nonce: str, now: float) -> list[tuple[Any, dict[str, Any]]]:
-        asked = {
-            "op": "join", "v": control.PROTOCOL, "session": "s", "rank": rank, "world": 2, "nonce": nonce,
-            "elements": 64, "slots": 4, "wire": "int32", "profile": "full",
-        }  # fmt: skip
-        return table.receive(asked, (nonce, rank), now)
+    def says(peer: Peer, data: bytes, now: float) -> list[str]:
+        answers = table.receive(data, places[peer], now)
+        assert all(address == places[peer] for address, _ in answers)
+        return [str((peer.take(answer) or {}).get("op")) for _, answer in answers]
 
-    assert join(0, "killed", 0.0)[0][1]["op"] == "wait"
-    offers = join(1, "alive", 0.1)
-    assert [message["op"] for _, message in offers] == ["offer", "offer"]
-    epoch = offers[0][1]["epoch"]
-    ready = {"op": "ready", "number": offers[0][1]["session"], "epoch": epoch, "rank": 1}
-    assert table.receive(ready, ("alive", 1), 0.2) == []
-    offers = join(0, "restarted", 0.3)
-    assert offers[0][1]["epoch"] != epoch
-    fresh = {**ready, "epoch": offers[0][1]["epoch"]}
-    assert table.receive(fresh, ("alive", 1), 0.4) == []
-    assert table.receive({**fresh, "rank": 0}, ("killed", 0), 0.4)[0][1]["op"] == "lost"
-    begun = table.receive({**fresh, "rank": 0}, ("restarted", 0), 0.5)
-    assert [message["op"] for _, message in begun] == ["go", "go"]
+    assert says(killed, killed.join(), 0.0) == ["retry"] and says(killed, killed.join(), 0.0) == ["wait"]
+    assert says(alive, alive.join(), 0.1) == ["retry"] and says(alive, alive.join(), 0.1) == ["offer"]
+    assert says(killed, killed.join(), 0.1) == ["offer"]
+    assert says(alive, alive.ready(), 0.2) == ["wait"]
+    assert says(restarted, restarted.join(), 0.3) == ["retry"] and says(restarted, restarted.join(), 0.3) == ["offer"]
+    late = killed.ready()
+    assert says(alive, alive.ready(), 0.4) == ["lost"]
+    assert says(killed, late, 0.4) == ["lost"]
+    alive.offer = None
+    assert says(alive, alive.join(), 0.4) == ["offer"] and says(alive, alive.ready(), 0.4) == ["wait"]
+    assert says(restarted, restarted.ready(), 0.5) == ["go"] and says(alive, alive.ready(), 0.5) == ["go"]
 
 
 def test_state_is_pickled_without_its_connection_and_joins_late() -> None:
@@ -332,7 +314,7 @@ def test_state_is_pickled_without_its_connection_and_joins_late() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"elements": 63}, {"wire": "int4"}, {"slots": 0}, {"deadline_s": 0}, {"fallback": "ring"}, {"session": ""}],
+    [{"elements": 63}, {"wire": "int4"}, {"slots": 0}, {"timeout_s": 0}, {"fallback": "ring"}, {"session": ""}],
 )
 def test_arguments_outside_their_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong)) if wrong != {"session": ""} else "name"):
@@ -342,5 +324,5 @@ def test_arguments_outside_their_range_are_refused(wrong: dict[str, Any]) -> Non
 def test_switch_that_is_not_there_is_named_within_the_deadline() -> None:
     began = time.monotonic()
     with pytest.raises(SwitchUnreachable, match=r"127\.0\.0\.1:9"):
-        SwitchMLState("127.0.0.1:9", rank=0, world_size=2, deadline_s=0.5).connect()
+        SwitchMLState("127.0.0.1:9", rank=0, world_size=2, timeout_s=0.5).connect()
     assert time.monotonic() - began < 30

@@ -4,6 +4,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import pkgutil
+import re
 import shutil
 import subprocess
 import sys
@@ -120,7 +121,7 @@ def test_of_the_tests_only_support_is_on_the_path() -> None:
 
 
 def test_what_is_installed_is_trainkit_alone() -> None:
-    names = [str(path) for path in importlib.metadata.files("trainkit") or ()]
+    names = [str(path) for path in importlib.metadata.files("trainkit-systems") or ()]
     if "trainkit/__init__.py" not in names:
         pytest.skip("needs an install that is not editable: make setup")
     inside = [name for name in names if not name.startswith("..")]  # the program goes to bin/
@@ -133,7 +134,24 @@ def test_what_is_installed_is_trainkit_alone() -> None:
         assert any(name.startswith(f"trainkit/{engine}/_native.") and name.endswith(".so") for name in names)
         assert f"trainkit/{engine}/_native.pyi" in names
     assert "trainkit/py.typed" in names
+    assert "trainkit/docs/how-it-works/network.md" in names  # `trainkit docs`
     assert not [name for name in names if name.endswith((".cpp", ".hpp", "CMakeLists.txt"))]
+
+
+def test_nobody_is_sent_to_a_strangers_package() -> None:
+    """On the registry `trainkit` is somebody else's distribution; ours is trainkit-systems."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, check=True, text=True).stdout.split()
+    old = re.compile(r"\btrainkit\[|pip3? (?:install|download)\b[^\n`'\"]*['\" ]trainkit(?![-\w/.])")
+    assert (
+        old.search("pip install -U 'trainkit'") and old.search("pip install trainkit") and old.search("'trainkit[p4]'")
+    )
+    assert not old.search("pip install trainkit-systems")
+    here = "tests/trainkit/test_house.py"
+    found = [
+        name for name in tracked
+        if name != here and (ROOT / name).is_file() and old.search((ROOT / name).read_text(errors="ignore"))
+    ]  # fmt: skip
+    assert not found
 
 
 def run_tool(*words: str) -> None:

@@ -44,7 +44,7 @@ def test_routes_are_widest_shortest_paths(case: str) -> None:
 
 
 def test_a_one_way_ring_is_routed_all_the_way_round() -> None:
-    ring = Topology("one way", "abcd", "abcd", [("a", "b", 1), ("b", "c", 1), ("c", "d", 1), ("d", "a", 1)])
+    ring = Topology("one way", list("abcd"), list("abcd"), [("a", "b", 1), ("b", "c", 1), ("c", "d", 1), ("d", "a", 1)])
     routes = Routes(ring)
     assert routes.path("b", "a") == tuple("bcda")
     assert routes.ring_seconds_per_unit(["a", "d", "c", "b"]) == 3
@@ -53,7 +53,7 @@ def test_a_one_way_ring_is_routed_all_the_way_round() -> None:
 @pytest.mark.netns
 def test_links_have_their_own_rate_each_way_and_count_their_bytes() -> None:
     links = [("a", "s", 20), ("s", "a", 10), ("b", "s", 5), ("s", "b", 20)]
-    with Lab(Topology("uneven", "abs", "ab", links, unit="Mbit/s")) as lab:
+    with Lab(Topology("uneven", list("abs"), list("ab"), links, unit="Mbit/s")) as lab:
         before = lab.bytes()
         rates = lab.goodput(0.5)
         for u, v, rate in links:

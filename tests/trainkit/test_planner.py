@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from paths import DATA
 
-from trainkit._planner import OVERHEAD_S, NetworkPlan, Way, plan_network
+from trainkit._planner import OVERHEAD_S, Algorithm, NetworkPlan, plan_network
 from trainkit.cli import main
 from trainkit.collectives import Topology, fabrics
 from trainkit.collectives._probe._devices import inside
@@ -45,30 +45,32 @@ def racks(order: str) -> Topology:
 )
 def test_trees_are_chosen_where_the_ring_wastes_links(name: str, gain: float) -> None:
     plan = planned(name)
-    by_name = {way.name: way for way in plan.ways}
+    by_name = {algorithm.name: algorithm for algorithm in plan.algorithms}
     assert plan.chosen.name in ("forest", "native")
     assert by_name["ring"].step_s / plan.chosen.step_s >= gain
     assert plan.bound_s <= plan.chosen.step_s <= 1.25 * plan.bound_s
-    assert [way.step_s for way in plan.ways] == sorted(way.step_s for way in plan.ways)
+    assert [algorithm.step_s for algorithm in plan.algorithms] == sorted(
+        algorithm.step_s for algorithm in plan.algorithms
+    )
     assert plan.chosen.schedule is not None
     plan.chosen.schedule.verify()
 
 
 def test_only_native_helps_where_one_host_is_slow() -> None:
-    by_name = {way.name: way for way in planned("star8_one_slow").ways}
+    by_name = {algorithm.name: algorithm for algorithm in planned("star8_one_slow").algorithms}
     assert by_name["native"].step_s < by_name["forest"].step_s
 
 
 def test_ring_takes_its_bytes_and_its_hops() -> None:
     star = fabrics.star([100] * 4, unit="Mbit/s")
     plan = plan_network(star, [MIB])
-    ring = next(way for way in plan.ways if way.name == "ring")
+    ring = next(algorithm for algorithm in plan.algorithms if algorithm.name == "ring")
     assert ring.step_s == pytest.approx(MIB * 8e-6 * float(ring_time(star, "allreduce")) + 6 * OVERHEAD_S)
 
 
 def test_interleaved_racks_are_put_in_order() -> None:
     plan = plan_network(racks("a0b0a1b1a2b2a3b3"), BUCKETS)
-    by_name = {way.name: way for way in plan.ways}
+    by_name = {algorithm.name: algorithm for algorithm in plan.algorithms}
     assert by_name["ring"].step_s / by_name["reordered ring"].step_s == pytest.approx(4, rel=0.02)
     order = by_name["reordered ring"].order
     assert order is not None
@@ -77,11 +79,13 @@ def test_interleaved_racks_are_put_in_order() -> None:
 
 
 def test_a_good_order_is_left_alone() -> None:
-    assert "reordered ring" not in {way.name for way in plan_network(racks("a0a1a2a3b0b1b2b3"), BUCKETS).ways}
+    assert "reordered ring" not in {
+        algorithm.name for algorithm in plan_network(racks("a0a1a2a3b0b1b2b3"), BUCKETS).algorithms
+    }
 
 
 def test_ring_stays_where_nothing_beats_it() -> None:
-    pair = Topology("pair", "ab", "ab", [("a", "b", 100), ("b", "a", 100)], unit="GB/s")
+    pair = Topology("pair", list("ab"), list("ab"), [("a", "b", 100), ("b", "a", 100)], unit="GB/s")
     assert plan_network(pair, [256 * MIB]).chosen.name == "ring"
 
 
@@ -112,11 +116,11 @@ def test_a_switch_that_adds_wins_on_a_star() -> None:
 def test_a_switch_is_sent_int32_whatever_the_gradients_are() -> None:
     star = fabrics.star([100] * 3, unit="Mbit/s")
 
-    def ways(itemsizes: int | list[int]) -> dict[str, Way]:
+    def algorithms(itemsizes: int | list[int]) -> dict[str, Algorithm]:
         plan = plan_network(star, [MIB, MIB], itemsizes=itemsizes, switch=star.switches[0], order_seconds=0.1)
-        return {way.name: way for way in plan.ways}
+        return {algorithm.name: algorithm for algorithm in plan.algorithms}
 
-    wide, half, mixed = ways(4), ways(2), ways([4, 2])
+    wide, half, mixed = algorithms(4), algorithms(2), algorithms([4, 2])
     assert half["switchml"].step_s == pytest.approx(2 * wide["switchml"].step_s, rel=0.01)
     assert mixed["switchml"].seconds == (wide["switchml"].seconds[0], half["switchml"].seconds[0])
     assert half["ring"].seconds == wide["ring"].seconds
@@ -152,11 +156,11 @@ def test_cli_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "(chosen)" in shown
     assert main(["plan", "--topology", str(file), "--buckets", "[1048576]", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["chosen"] in facts["ways"]
+    assert facts["chosen"] in facts["algorithms"]
     assert main(["plan", "--topology", str(file), "--buckets", "[1]", "--collective", "allgather"]) == 2
     told = ["plan", "--topology", str(file), "--buckets", "[1048576]", "--switch-node", "core", "--json"]
     assert main(told) == 0
-    fp32 = json.loads(capsys.readouterr().out)["ways"]["switchml"]["step_s"]
+    fp32 = json.loads(capsys.readouterr().out)["algorithms"]["switchml"]["step_s"]
     assert main([*told, "--itemsize", "2"]) == 0
-    assert json.loads(capsys.readouterr().out)["ways"]["switchml"]["step_s"] > 1.9 * fp32
+    assert json.loads(capsys.readouterr().out)["algorithms"]["switchml"]["step_s"] > 1.9 * fp32
     assert main(["plan", "--topology", str(file), "--switch-node", "core"]) == 2

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainkit.cli._verb import Verb
+from trainkit.cli._subcommand import Subcommand
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def run(options: Options) -> int:
     return 0
 
 
-VERB = Verb(
+SUBCOMMAND = Subcommand(
     name="demo",
     summary="Train a byte-level GPT with AutoLRS, SwitchML and the fused attention at once, and report.",
     options=Options,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainkit.cli._quantities import size_text, sizes, time_text
-from trainkit.cli._verb import Verb
+from trainkit.cli._subcommand import Subcommand
 
 if TYPE_CHECKING:
     from trainkit.collectives import Ordering, Topology
@@ -217,9 +217,9 @@ def _read(options: Options, message: int) -> _Job:
     return _Job([str(name) for name in names], cost, latency)
 
 
-VERB = Verb(
+SUBCOMMAND = Subcommand(
     name="order",
-    summary="give ranks to hosts so that collectives cross the network's thin links least",
+    summary="Give ranks to hosts so that collectives cross the network's thin links least.",
     options=Options,
     run=run,
     example="trainkit order network.json --algorithm ring --write torchrun --out rank_order.json",

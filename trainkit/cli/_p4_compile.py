@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from trainkit.cli._verb import Verb
+from trainkit.cli._subcommand import Subcommand
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def run(options: Options) -> int:
     return 0
 
 
-VERB = Verb(
+SUBCOMMAND = Subcommand(
     name="p4 compile",
     summary="Compile the P4 program of a switch.",
     options=Options,

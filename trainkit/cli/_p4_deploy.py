@@ -4,21 +4,14 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from trainkit.cli._verb import Verb
+from trainkit.cli._p4_switch import ControllerOptions
+from trainkit.cli._subcommand import Subcommand
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(ControllerOptions):
     """What to deploy, and where."""
 
-    path: str = dataclasses.field(metadata={"positional": True})
-    """YAML of the switch's address, the workers and the sessions"""
-    grpc: str = "127.0.0.1:9559"
-    """HOST:PORT of the switch's P4Runtime server"""
-    device: int = 0
-    """its device id"""
-    election: int = 1
-    """election id; the greatest is primary"""
     target: Literal["bmv2", "tofino"] = "bmv2"
     """kind of switch"""
     artefacts: str | None = None
@@ -40,7 +33,7 @@ def run(options: Options) -> int:
     return 1 if outcome.unseen else 0
 
 
-VERB = Verb(
+SUBCOMMAND = Subcommand(
     name="p4 deploy",
     summary="Program a P4 switch from a file of workers and sessions; again changes nothing.",
     options=Options,

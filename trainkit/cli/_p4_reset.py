@@ -3,23 +3,16 @@
 import dataclasses
 from dataclasses import dataclass
 
-from trainkit.cli._verb import Verb
+from trainkit.cli._p4_switch import ControllerOptions
+from trainkit.cli._subcommand import Subcommand
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(ControllerOptions):
     """Which switch and session."""
 
-    path: str = dataclasses.field(metadata={"positional": True})
-    """YAML of the switch's address, the workers and the sessions"""
     session: str | None = None
     """name of one session; default: all"""
-    grpc: str = "127.0.0.1:9559"
-    """HOST:PORT of the switch's P4Runtime server"""
-    device: int = 0
-    """its device id"""
-    election: int = 1
-    """election id; the greatest is primary"""
 
 
 def run(options: Options) -> int:
@@ -31,7 +24,7 @@ def run(options: Options) -> int:
     return 0
 
 
-VERB = Verb(
+SUBCOMMAND = Subcommand(
     name="p4 reset",
     summary="End sessions on a P4 switch and empty their slots.",
     options=Options,

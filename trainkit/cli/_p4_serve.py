@@ -1,6 +1,5 @@
 """`trainkit p4 serve`: answers the workers that join sessions on a deployed switch."""
 
-import dataclasses
 import ipaddress
 import signal
 import threading
@@ -8,7 +7,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trainkit.cli._verb import Verb
+from trainkit.cli._p4_switch import ControllerOptions
+from trainkit.cli._subcommand import Subcommand
 
 if TYPE_CHECKING:
     from trainkit.p4._plane import Plane
@@ -18,26 +18,18 @@ _TURN, _SWEEP = 0.2, 5.0
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(ControllerOptions):
     """Which switch."""
 
-    path: str = dataclasses.field(metadata={"positional": True})
-    """YAML of the switch's address, the workers and the sessions, as deployed"""
     token_file: str | None = None
     """file with the secret that workers must share to join; their data carry no tag"""
-    grpc: str = "127.0.0.1:9559"
-    """HOST:PORT of the switch's P4Runtime server"""
-    device: int = 0
-    """its device id"""
-    election: int = 1
-    """election id; the greatest is primary"""
 
 
 def run(options: Options) -> int:
     """Serve until SIGINT or SIGTERM."""
     from trainkit.p4._plane import Plane
     from trainkit.p4.deploy import deployed
-    from trainkit.switchml import FixedSwitch, Programmed, read_token
+    from trainkit.switchml import FixedSwitch, Preconfigured, read_token
 
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -46,7 +38,7 @@ def run(options: Options) -> int:
     with deployed(options.path, options.grpc, options.device, options.election) as (switch, description):
         plane = Plane(switch, description)
         sessions = {
-            session.name: Programmed(
+            session.name: Preconfigured(
                 session.number, tuple(worker.host for worker in session.workers), session.slots, session.elements
             )
             for session in description.sessions
@@ -75,7 +67,7 @@ def serve(plane: "Plane", control: "FixedSwitch", stop: threading.Event) -> None
             control.sweep(now)
 
 
-VERB = Verb(
+SUBCOMMAND = Subcommand(
     name="p4 serve",
     summary="Answer the workers that join sessions on a P4 switch.",
     options=Options,

@@ -4,19 +4,14 @@ import dataclasses
 import json
 from dataclasses import dataclass
 
-from trainkit.cli._verb import Verb
+from trainkit.cli._p4_switch import SwitchOptions
+from trainkit.cli._subcommand import Subcommand
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(SwitchOptions):
     """Which switch, and what it should hold."""
 
-    path: str = dataclasses.field(metadata={"positional": True})
-    """YAML of the switch's address, the workers and the sessions"""
-    grpc: str = "127.0.0.1:9559"
-    """HOST:PORT of the switch's P4Runtime server"""
-    device: int = 0
-    """its device id"""
     json: bool = False
     """print JSON"""
 
@@ -36,7 +31,7 @@ def run(options: Options) -> int:
     return 0 if found.as_described else 1
 
 
-VERB = Verb(
+SUBCOMMAND = Subcommand(
     name="p4 status",
     summary="Show what a P4 switch holds and what it has counted.",
     options=Options,

@@ -7,7 +7,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainkit.cli._verb import Verb
+from trainkit.cli._picture import check_picture, save_picture
+from trainkit.cli._subcommand import Subcommand
 
 if TYPE_CHECKING:
     from trainkit.collectives import Optimum, Topology
@@ -28,7 +29,10 @@ class Options:
     """Options of the plan."""
 
     topology: Path
-    """JSON file of the network: name, nodes, compute_nodes, links [[from, to, capacity], ...], optional unit"""
+    """the network: JSON (name, nodes, compute_nodes, links [[from, to, capacity], ...], optional unit), or what
+    nvidia-smi topo -m, rocm-smi --showtopo or ibnetdiscover printed, or Slurm's topology.conf or topology.yaml"""
+    machines: int = 1
+    """equal machines, each as nvidia-smi topo -m shows one"""
     collective: str = "allreduce"
     """allreduce, allgather, reduce_scatter, broadcast or reduce"""
     trees_per_root: int | None = None
@@ -51,6 +55,8 @@ class Options:
     """bytes of one gradient, for --switch-node: 2 for bf16"""
     export: str | None = None
     """json, msccl or mscclpp: write the schedule, to --out or standard output"""
+    runtime: str = "msccl"
+    """what reads --export msccl: msccl (Microsoft's MSCCL), azure (its executor for NCCL) or rccl"""
     out: Path | None = None
     """file for --export"""
     draw: Path | None = None
@@ -61,15 +67,20 @@ class Options:
 
 def run(options: Options) -> int:
     """Print the plan; write what was asked for."""
-    from trainkit.collectives import Topology
+    from trainkit.collectives.fabrics import read_network
 
     if options.collective not in _COLLECTIVES:
         raise ValueError(f"--collective must be one of {', '.join(_COLLECTIVES)}, got {options.collective!r}")
     if options.export not in (None, "json", "msccl", "mscclpp"):
         raise ValueError(f"--export must be json, msccl or mscclpp, got {options.export!r}")
+    if options.runtime not in ("msccl", "azure", "rccl"):
+        raise ValueError(f"--runtime must be msccl, azure or rccl, got {options.runtime!r}")
+    check_picture("--draw", options.draw)
     if options.nbytes < 1:
         raise ValueError(f"--nbytes must be at least 1, got {options.nbytes}")
-    topology = Topology.load(options.topology)
+    if options.machines < 1:
+        raise ValueError(f"--machines must be at least 1, got {options.machines}")
+    topology = read_network(options.topology, machines=options.machines)
     if options.buckets is not None:
         return _compare(topology, options)
     if options.switch_node is not None:
@@ -118,12 +129,14 @@ def _plan(topology: "Topology", options: Options) -> "tuple[dict[str, Any], Sche
         "time_per_unit": laps * best.achievable / best.shares,
     }
     if options.search:
-        facts["packing"] = str(packing_effort(topology, one, root=options.root))
+        # What an all-reduce takes is in its linear program, which has no size before it is solved.
+        facts["packing"] = None if both else str(packing_effort(topology, one, root=options.root))
         return facts, None
     made: Any
     if both:
         made = allreduce_forest(topology, trees_per_root=options.trees_per_root, max_height=options.max_height)
         facts["time_per_unit"] = made.time_per_byte
+        facts["bound"] = made.bound
         facts["halves_in_turn"] = 2 * best.achievable / best.shares
     else:
         made = forest(
@@ -143,8 +156,19 @@ def _plan(topology: "Topology", options: Options) -> "tuple[dict[str, Any], Sche
         facts["seconds"] = made.seconds(options.nbytes)
         facts["nbytes"] = options.nbytes
     if options.draw is not None:
-        (made.broadcast if both else made).draw().savefig(options.draw)
+        save_picture(made.draw(_limits(topology, best, options.collective)), options.draw)
+        facts["drawn"] = str(options.draw)
     return facts, made.schedule(options.chunks) if options.export == "json" else None
+
+
+def _limits(topology: "Topology", best: "Optimum", collective: str) -> set[tuple[str, str]]:
+    """The links that leave the bottleneck, or enter it for reductions; both ways for an all-reduce."""
+    inside = best.bottleneck
+    leaving = {(u, v) for u, v, _ in topology.links if u in inside and v not in inside}
+    entering = {(u, v) for u, v, _ in topology.links if v in inside and u not in inside}
+    if collective == "allreduce":
+        return leaving | entering
+    return entering if collective in ("reduce", "reduce_scatter") else leaving
 
 
 def _bottleneck(topology: "Topology", best: "Optimum") -> list[str]:
@@ -164,7 +188,7 @@ def _export(topology: "Topology", options: Options, schedule: "Schedule | None")
         schedule.verify()
         text = json.dumps(to_dict(schedule)) + "\n"
     else:
-        runtime: Any = options.export
+        runtime: Any = options.runtime if options.export == "msccl" else options.export
         one: Any = options.collective
         if options.collective not in ("allreduce", "allgather", "reduce_scatter"):
             raise ExportError(
@@ -206,24 +230,35 @@ def _print(facts: dict[str, Any], unit: str | None) -> None:
     if facts["achievable"] != facts["inv_rate"]:
         print(f"  achievable          {facts['achievable']} (switches are unbalanced and cannot copy)")
     if "packing" in facts:
-        print(f"  packing             {facts['packing']} at most; much less where the network is regular")
+        if facts["packing"] is None:
+            print(
+                "  trees               not known before the all-reduce's linear program is solved: leave --search out"
+            )
+        else:
+            print(f"  packing             {facts['packing']} if the network is irregular, else less; other loads apart")
         return
     rate = facts["bandwidth"]
     print(f"  bandwidth           {float(rate):.6g} {unit or 'of the capacity unit'} (message size over time, {rate})")
-    proof = "proved optimal" if facts["exact"] else "not proved optimal"
+    gap = (
+        f", at most {float(facts['time_per_unit'] / facts['bound'] - 1):.2%} over the optimum"
+        if facts.get("bound")
+        else ""
+    )
+    proof = "proved optimal" if facts["exact"] else f"not proved optimal{gap}"
     print(f"  forest              {facts['trees']} trees, at most {facts['height']} hops, {proof}")
     for key, what in _COMPARED:
         if key in facts:
             print(f"  {what:20}{float(facts[key] / facts['time_per_unit']):.3g} times the forest's time")
     if "seconds" in facts:
         print(f"  {facts['nbytes']} bytes take at least {float(facts['seconds']):.6g} s, latency apart")
-    if "written" in facts:
-        print(f"  written             {facts['written']}")
+    for key in ("written", "drawn"):
+        if key in facts:
+            print(f"  written             {facts[key]}")
 
 
-VERB = Verb(
+SUBCOMMAND = Subcommand(
     name="plan",
-    summary="the best collective on a network: its bound, its bottleneck, its trees",
+    summary="Find the best collective on a network: its bound, its bottleneck, its trees",
     options=Options,
     run=run,
     example="trainkit plan --topology examples/forest_two_islands.json --export msccl --out forest.xml",

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainkit._files import write_text_atomically
+from trainkit.cli._picture import check_picture, save_picture
 from trainkit.cli._quantities import bytes_per_second, size_text
-from trainkit.cli._verb import Verb
+from trainkit.cli._subcommand import Subcommand
 
 if TYPE_CHECKING:
     from trainkit.collectives import Topology
@@ -74,6 +75,7 @@ def run(options: Options) -> int:
     if options.dry_run:
         _promise(Plan(hosts, options.warm, options.measure), options)
         return 0
+    check_picture("--draw", options.draw)
     if options.out.is_dir() or not options.out.resolve().parent.is_dir():
         raise ValueError(f"--out must be a file in a folder that exists, got {options.out}")
     network, leads = _over_address(options, hosts) if options.rendezvous else _over_torchrun(options, hosts)
@@ -81,7 +83,7 @@ def run(options: Options) -> int:
         return 0
     write_text_atomically(options.out, json.dumps(network.to_dict(), indent=1) + "\n")
     if options.draw:
-        network.draw().savefig(options.draw)
+        save_picture(network.draw(), options.draw)
     if options.json:
         print(json.dumps(network.to_dict(), indent=1))
     else:
@@ -108,11 +110,10 @@ def _promise(plan: Any, options: Options) -> None:
 
 
 def _over_address(options: Options, hosts: int) -> "tuple[Topology, bool]":
+    from trainkit.collectives._address import parse_endpoint
     from trainkit.collectives._probe import probe_hosts, read_prior
 
-    host, _, port = (options.rendezvous or "").rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise ValueError(f"--rendezvous is HOST:PORT, got {options.rendezvous!r}")
+    address = parse_endpoint(options.rendezvous or "", "--rendezvous")
     key = options.token_file.read_bytes().strip() if options.token_file else b""
     if options.token_file and len(key) < 16:
         raise ValueError(f"--token-file must hold at least 16 bytes, {options.token_file} holds {len(key)}")
@@ -125,7 +126,7 @@ def _over_address(options: Options, hosts: int) -> "tuple[Topology, bool]":
             progress(what, done, total)
 
         network = probe_hosts(
-            (host, int(port)),
+            address,
             hosts,
             rank=options.rank,
             name=options.name,
@@ -232,10 +233,10 @@ def _upward(u: str, v: str, network: "Topology") -> str:
     return min(f"{u}->{v}", f"{v}->{u}", key=pairs.index)
 
 
-VERB = Verb(
+SUBCOMMAND = Subcommand(
     name="probe",
-    summary="measure the network between the job's hosts: racks, capacities, latencies",
+    summary="Measure the network between the job's hosts: racks, capacities, latencies.",
     options=Options,
     run=run,
-    example="torchrun --nnodes 8 --rdzv-endpoint host0:29400 --no-python trainkit probe --out network.json",
+    example="torchrun --nnodes 8 --rdzv-backend c10d --rdzv-endpoint host0:29400 --no-python trainkit probe --out network.json",
 )

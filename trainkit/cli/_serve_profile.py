@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trainkit.cli._verb import Verb
+from trainkit.cli._subcommand import Subcommand
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def run(options: Options) -> int:
     return 0
 
 
-VERB = Verb(
+SUBCOMMAND = Subcommand(
     name="serve profile",
     summary="measure a model's latency by batch size, which the server and its simulation need",
     options=Options,

@@ -7,7 +7,7 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trainkit.cli._verb import Verb
+from trainkit.cli._subcommand import Subcommand
 
 if TYPE_CHECKING:
     from trainkit.switchml import KernelSwitch, SoftwareSwitch
@@ -18,13 +18,13 @@ class Options:
     """Where to listen and whom to take."""
 
     listen: str = "127.0.0.1:48864"
-    """HOST:PORT of the UDP socket; port 0 takes a free one"""
+    """HOST:PORT of the UDP socket, [ADDRESS]:PORT for IPv6; 0.0.0.0 or [::] for all addresses; port 0 takes a free one"""
     token_file: str | None = None
     """file with the secret that the workers share; needed beyond loopback"""
     insecure: bool = False
     """listen beyond loopback without a token"""
     threads: int = 1
-    """lanes, each with a thread and a UDP port, the ones after that of `listen`; a session's workers use them all"""
+    """channels, each with a thread and a UDP port, the ones after that of `listen`; a session's workers use them all"""
     xdp: str | None = None
     """network interfaces, separated by commas, at which to add inside the kernel: profile "core"; root, clang, libbpf"""
     metrics: str | None = None
@@ -79,16 +79,20 @@ def _watch(switch: "SoftwareSwitch | KernelSwitch", stop: threading.Event, inter
     from rich.console import Group
     from rich.live import Live
     from rich.table import Table
+    from rich.text import Text
+
+    from trainkit.switchml import shown
 
     def picture(before: dict[str, int], now: dict[str, int]) -> Group:
         rates = Table("", "total", "a second", title=f"switch on {switch.address}", title_justify="left")
         for name, value in now.items():
             rates.add_row(name, f"{value:,}", f"{(value - before[name]) / interval:,.0f}")
-        joined = Table("session", "epoch", "workers", "slots", "elements", "wire", "last heard, s")
+        joined = Table("session", "job", "workers", "slots", "elements", "wire", "last heard, s")
         for row in switch.sessions():
             silent = " ".join(f"{seconds:.1f}" for seconds in row["silent"])
-            cells = (row["session"], row["epoch"], row["world"], row["slots"], row["elements"], row["wire"], silent)
-            joined.add_row(*map(str, cells))
+            cells = (row["session"], row["job"], row["world"], row["slots"], row["elements"], row["wire"], silent)
+            # a worker chose its session's name: as text, it is no markup and no control sequence
+            joined.add_row(*(Text(shown(cell, 64)) for cell in cells))
         return Group(rates, joined)
 
     before = switch.counters()
@@ -99,7 +103,7 @@ def _watch(switch: "SoftwareSwitch | KernelSwitch", stop: threading.Event, inter
             before = now
 
 
-VERB = Verb(
+SUBCOMMAND = Subcommand(
     name="switch",
     summary="Run the software switch that adds the gradients of SwitchML workers.",
     options=Options,

@@ -1,6 +1,7 @@
 """The switch's counters in Prometheus' text format, over HTTP."""
 
 import contextlib
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,10 +20,22 @@ def text(switch: "SoftwareSwitch | KernelSwitch") -> str:
     for gauge, of in (("workers", "world"), ("silent_seconds", "silent")):
         lines.append(f"# TYPE switchml_session_{gauge} gauge")
         for row in rows:
-            label = row["session"].replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+            labels = f'session="{_label(row["session"])}",job="{_label(row["job"])}"'
             value = max(row[of]) if of == "silent" else row[of]
-            lines.append(f'switchml_session_{gauge}{{session="{label}"}} {value}')
+            lines.append(f"switchml_session_{gauge}{{{labels}}} {value}")
     return "\n".join(lines) + "\n"
+
+
+def _label(text: str) -> str:
+    from trainkit.switchml import shown
+
+    return shown(text, 64).replace("\\", r"\\").replace('"', r"\"")
+
+
+class _Server(ThreadingHTTPServer):
+    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        super().__init__(address, handler)
 
 
 @contextlib.contextmanager
@@ -45,7 +58,7 @@ def served(switch: "SoftwareSwitch | KernelSwitch", address: tuple[str, int]) ->
         def log_message(self, *_: object) -> None:
             """Say nothing: the terminal shows the table."""
 
-    with ThreadingHTTPServer(address, Answer) as server:
+    with _Server(address, Answer) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         try:

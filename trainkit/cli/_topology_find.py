@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trainkit.cli._quantities import bytes_per_second, seconds, size_text, sizes, time_text
-from trainkit.cli._verb import Verb
+from trainkit.cli._subcommand import Subcommand
 
 if TYPE_CHECKING:
     from trainkit.collectives.direct import Frontier, Progress
@@ -122,7 +122,7 @@ def run(options: Options) -> int:
     return 0
 
 
-VERB = Verb(
+SUBCOMMAND = Subcommand(
     name="topology find",
     summary="Find the best ways to cable hosts directly: fewest steps, least bandwidth lost.",
     options=Options,

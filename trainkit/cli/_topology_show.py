@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainkit._files import write_text_atomically
+from trainkit.cli._picture import check_picture, save_picture
 from trainkit.cli._quantities import bytes_per_second, seconds, size_text, sizes, time_text
-from trainkit.cli._verb import Verb
+from trainkit.cli._subcommand import Subcommand
 
 if TYPE_CHECKING:
     from trainkit.collectives.direct import FoundTopology
@@ -89,11 +90,12 @@ def run(options: Options) -> int:
     """Build, print, write."""
     from trainkit.collectives.direct import named_topology
 
+    check_picture("--draw", options.draw)
     one = named_topology(options.name)
     hosts = Path(options.hosts).read_text().split() if options.hosts else None
     facts = _facts(one, options)
     if options.draw:
-        one.draw().savefig(options.draw)
+        save_picture(one.draw(), options.draw)
     if options.cabling:
         write_text_atomically(Path(options.cabling), one.cabling_csv(hosts))
     if options.schedule:
@@ -115,7 +117,7 @@ def run(options: Options) -> int:
     return 0
 
 
-VERB = Verb(
+SUBCOMMAND = Subcommand(
     name="topology show",
     summary="Show one topology: its figures, and on request a picture, the cabling list and the schedule.",
     options=Options,

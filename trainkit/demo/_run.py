@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from trainkit._files import write_text_atomically
+from trainkit._processes import Workers
 from trainkit.demo._config import ARMS, Config
-from trainkit.demo._processes import Workers
 
 
 def prepare(config: Config, folder: Path, *, overwrite: bool) -> None:
@@ -72,7 +72,9 @@ def run(config: Config, folder: Path, *, switch: str | None = None, port: int = 
         if not (folder / "validation.bin").exists():  # written last
             write_corpus(folder)
         if switch is None:
-            switch = stack.enter_context(SoftwareSwitch(f"127.0.0.1:{port}")).address
+            # a channel takes a thread here and one of each worker
+            channels = min(8, max(1, (os.cpu_count() or 1) // (2 * config.workers)))
+            switch = stack.enter_context(SoftwareSwitch(f"127.0.0.1:{port}", threads=channels)).address
         results = []
         for number, (arm, label) in enumerate(ARMS.items(), 1):
             path = folder / arm / "result.json"

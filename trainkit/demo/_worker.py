@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainkit.demo._processes import die_with_parent
+from trainkit._processes import die_with_parent
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def train(job: Job) -> None:
     strategy = SwitchMLStrategy(
         switch=job.switch,
         session=f"demo-{job.arm}",
-        deadline_s=config.deadline_s,
+        timeout_s=config.deadline_s,
         cluster_environment=LightningEnvironment(),
         # keeps DDP's buckets as they are from the first step on; otherwise they are rebuilt after it, once more after a
         # resume, and the fixed-point blocks, which follow the buckets, would round differently

@@ -57,9 +57,9 @@ def compare(rank: int, lab: Lab, measured: Topology, options: Any, pipe: Connect
         message = value.clone()
         methods: dict[str, Callable[[torch.Tensor], Any]] = {}
         states = []
-        for way in box[0].ways:
+        for way in box[0].algorithms:
             if way.schedule is not None:
-                states.append(ForestState(schedule=way.schedule, interface=INTERFACE, deadline_s=120.0))
+                states.append(ForestState(schedule=way.schedule, interface=INTERFACE, timeout_s=120.0))
                 methods[way.name] = lambda message, state=states[-1]: state.all_reduce(message).wait()
             else:
                 ranks = [measured.compute_nodes.index(name) for name in way.order]
@@ -69,7 +69,7 @@ def compare(rank: int, lab: Lab, measured: Topology, options: Any, pipe: Connect
         for method in methods.values():
             method(message[:1024])  # connects
         for round_ in range(max(steps, others)):
-            for way in box[0].ways:
+            for way in box[0].algorithms:
                 if round_ >= (steps if way.name == chosen else others):
                     continue
                 message.copy_(value)

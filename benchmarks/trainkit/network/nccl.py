@@ -214,7 +214,7 @@ def planned(rank: int, size: int, port: int, options: argparse.Namespace) -> Non
         say("NO PLAN: the probe found nothing to plan for")
     else:
         say(f"plan on {state.plan.topology.name}, {len(state.plan.buckets)} buckets, {sum(state.plan.buckets)} bytes:")
-        for way in state.plan.ways:
+        for way in state.plan.algorithms:
             say(f"  {way.name}: {way.step_s * 1e3:.3f} ms{' (chosen)' if way is state.plan.chosen else ''}")
         for comparison in state.comparisons:
             say(str(comparison))

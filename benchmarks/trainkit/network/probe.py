@@ -19,8 +19,8 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 
 from trainkit.collectives import Topology
-from trainkit.collectives._probe._conductor import Conductor, RoundTrips
-from trainkit.collectives._probe._lead import lead
+from trainkit.collectives._probe._coordinator import Coordinator, RoundTrips
+from trainkit.collectives._probe._leader import lead
 from trainkit.collectives._probe._meet import MEASURE_S, WARM_S
 from trainkit.collectives._probe._result import HostFacts
 from trainkit.collectives._probe._rounds import Plan, tournament
@@ -47,22 +47,22 @@ def measure(topology: Topology, order: list[str], hops: bool) -> tuple[Topology,
         for rank, node in enumerate(order):
             chosen = ["--rank", str(rank)] if rank else []  # rank 0 would lead: here this process does
             hosts.append(lab.popen(node, [*words, node, *chosen], stdout=subprocess.DEVNULL))
-        conductor = Conductor(listener, b"", 60.0)
+        coordinator = Coordinator(listener, b"", 60.0)
         try:
-            conductor.collect(len(order), 600.0)
+            coordinator.collect(len(order), 600.0)
             trips = RoundTrips()
             for pairs in tournament(len(order), random.Random(0)):
-                conductor.ping(pairs, trips)
+                coordinator.ping(pairs, trips)
             begin = time.monotonic()
-            facts = [HostFacts(member.name) for member in conductor.members]
+            facts = [HostFacts(member.name) for member in coordinator.members]
             plan = Plan(len(order), WARM_S, MEASURE_S)
-            network = lead(conductor, plan, facts, None, lambda what, done, total: None, hops)
+            network = lead(coordinator, plan, facts, None, lambda what, done, total: None, hops)
             seconds = time.monotonic() - begin
-            conductor.finish(network.to_dict())
+            coordinator.finish(network.to_dict())
             for host in hosts:
                 host.wait(60)
         finally:
-            conductor.close()
+            coordinator.close()
     return network, trips, seconds
 
 

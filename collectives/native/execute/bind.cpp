@@ -1,5 +1,6 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 
 #include <algorithm>
@@ -92,17 +93,21 @@ void bind_execute(nb::module_& m) {
       .def(
           "submit",
           [](std::shared_ptr<Engine> self, std::shared_ptr<const Program> program, uintptr_t address, int64_t elements,
-             int dtype) {
+             int dtype, uint64_t call) {
             if (elements != program->elements) throw nb::value_error("the program was made for another size");
-            return Handle{self, self->submit(program, reinterpret_cast<uint8_t*>(address), static_cast<Dtype>(dtype))};
+            return Handle{self, self->submit(program, reinterpret_cast<uint8_t*>(address), static_cast<Dtype>(dtype), call)};
           },
-          "program"_a, "address"_a, "elements"_a, "dtype"_a, "Start a collective, in place on memory that stays until it ends.")
+          "program"_a, "address"_a, "elements"_a, "dtype"_a, "call"_a = 0, "Start a collective, in place on memory that stays until it ends.")
       .def("failure", [](Engine& self) {
         const Failure f = self.failure();
         const int op = f.op == Failure::kNoOp ? -1 : static_cast<int>(f.op);
         return nb::make_tuple(static_cast<int>(f.reason), static_cast<int>(f.culprit), op, static_cast<int>(f.reporter));
       }, "(reason, rank, op or -1, rank that saw it); reason 0 while all is well.")
-      .def("abort", &Engine::abort, "Fail what runs, on all ranks.")
+      .def("awaited", &Engine::awaited, nb::call_guard<nb::gil_scoped_release>(),
+           "A rank that the oldest collective waits for, or -1.")
+      .def("lost", &Engine::lost, "(a rank whose connection has ended or -1, whether it said that it goes).")
+      .def("abort", &Engine::abort, "reason"_a = static_cast<uint32_t>(Failure::kAborted), "culprit"_a = -1,
+           "Fail what runs, on all ranks; whoever is to blame, or this rank.")
       .def("close", &Engine::close, nb::call_guard<nb::gil_scoped_release>(), "End the thread and the connections.")
       .def_prop_ro("sent", &Engine::sent, "Bytes handed to the connections so far.")
       .def_prop_ro("received", &Engine::received, "Bytes that came in so far.");

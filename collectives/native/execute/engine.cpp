@@ -23,6 +23,7 @@ namespace {
 constexpr size_t kTurn = 1 << 20;       // bytes read from one peer before the others have their turn
 constexpr double kGrace = 0.2;          // seconds for a rank's last words after its connection has ended
 constexpr size_t kPooled = 64;          // staging buffers kept
+constexpr double kLook = 60;            // seconds between looks at the clock, at most
 constexpr uint32_t kWakeTag = 0xFFFFFFFF;
 // parts of the deadline after which a silent peer is asked, then one that did not answer is blamed, then one that has
 // not begun the job, then whoever is waited for: whoever knows most speaks first
@@ -59,7 +60,7 @@ void Engine::add_peer(int rank, int in, int out) {
   wake();
 }
 
-std::shared_ptr<Job> Engine::submit(std::shared_ptr<const Program> program, uint8_t* data, Dtype dtype) {
+std::shared_ptr<Job> Engine::submit(std::shared_ptr<const Program> program, uint8_t* data, Dtype dtype, uint64_t call) {
   bytes_of(dtype);  // refuses an unknown one
   std::lock_guard held(mutex_);
   if (stop_) throw std::runtime_error("the engine is closed");
@@ -68,7 +69,7 @@ std::shared_ptr<Job> Engine::submit(std::shared_ptr<const Program> program, uint
   auto job = std::make_shared<Job>();
   job->waits = program->waits, job->left = program->size();
   job->program = std::move(program), job->data = data, job->dtype = dtype;
-  job->number = numbered_++;
+  job->number = numbered_++, job->call = call;
   if (failure_.reason != Failure::kNone) {
     job->done = job->failed = true;
   } else {
@@ -93,9 +94,21 @@ Failure Engine::failure() {
   return failure_;
 }
 
-void Engine::abort() {
+int Engine::awaited() {
+  std::unique_lock held(mutex_);
+  if (stop_) return -1;
+  asked_ = true;
+  wake();
+  ended_.wait_for(held, std::chrono::seconds(1), [&] { return !asked_; });
+  return asked_ ? -1 : awaited_;
+}
+
+std::pair<int, bool> Engine::lost() const { return {lost_, lost_left_}; }
+
+void Engine::abort(uint32_t reason, int culprit) {
   std::lock_guard held(mutex_);
-  abort_ = true;
+  const auto me = static_cast<uint32_t>(rank_);
+  abort_ = {reason, culprit < 0 ? me : static_cast<uint32_t>(culprit), Failure::kNoOp, me};
   wake();
 }
 
@@ -106,7 +119,7 @@ void Engine::close() {
     wake();
   }
   thread_.join();
-  for (auto& peer : peers_) ::close(peer->in), ::close(peer->out);
+  for (auto& peer : peers_) say(*peer, {kLeave, 0, 0, 0}), ::close(peer->in), ::close(peer->out);
   for (auto& [rank, in, out] : arrivals_) ::close(in), ::close(out);
   ::close(event_), ::close(epoll_);
 }
@@ -154,11 +167,16 @@ void Engine::loop() {
 void Engine::take_commands() {
   std::vector<std::array<int, 3>> arrivals;
   std::deque<std::shared_ptr<Job>> jobs;
-  bool aborted;
+  Failure aborted;
   {
     std::lock_guard held(mutex_);
     arrivals.swap(arrivals_), jobs.swap(submitted_);
-    aborted = std::exchange(abort_, false);
+    aborted = std::exchange(abort_, {});
+    if (asked_) {
+      const auto missing = waits();
+      awaited_ = missing.empty() ? -1 : missing[0].peer->rank, asked_ = false;
+      ended_.notify_all();
+    }
   }
   for (auto [rank, in, out] : arrivals) {
     peers_.push_back(std::make_unique<Peer>());
@@ -169,7 +187,7 @@ void Engine::take_commands() {
   }
   begun_ += static_cast<uint32_t>(jobs.size());
   for (auto& job : jobs) waiting_.push_back(std::move(job));
-  if (aborted) fail({Failure::kAborted, static_cast<uint32_t>(rank_), Failure::kNoOp, static_cast<uint32_t>(rank_)});
+  if (aborted.reason != Failure::kNone) fail(aborted);
   while (!broken_ && !waiting_.empty() && (overlap_ || running_.empty())) {
     auto job = std::move(waiting_.front());
     waiting_.pop_front();
@@ -182,6 +200,7 @@ void Engine::start(std::shared_ptr<Job> owned) {
   Job& job = *owned;
   const Program& program = *job.program;
   if (running_.empty()) progress_ = monotonic();
+  started_ = job.number + 1;
   running_.push_back(std::move(owned));
   for (size_t at = 0; at < program.size(); ++at) {
     const auto kind = static_cast<Kind>(program.kind[at]);
@@ -193,7 +212,7 @@ void Engine::start(std::shared_ptr<Job> owned) {
     if (program.waits[at] == 0) ready(job, static_cast<int32_t>(at));
   for (auto& peer : peers_) {
     if (broken_) return;
-    if (peer->have == sizeof(Header) && !peer->reading && !peer->expected.empty()) read_data(*peer);
+    if (peer->have == sizeof(Header) && !peer->reading) read_data(*peer);
     watch(*peer);
   }
 }
@@ -278,13 +297,18 @@ std::vector<uint8_t> Engine::buffer(size_t bytes) {
 
 // A header is complete: where do its bytes go? False where nothing may be read now.
 bool Engine::open_frame(Peer& peer) {
-  if (peer.expected.empty()) return false;
+  const auto me = static_cast<uint32_t>(rank_), from = static_cast<uint32_t>(peer.rank);
+  if (peer.expected.empty()) {
+    // of a job to come; or of one that expects nothing from there: the rank has called something else
+    if (peer.header.job < started_) fail({Failure::kMismatch, from, peer.header.op, me});
+    return false;
+  }
   const auto [job, at] = peer.expected.front();
   const Program& program = *job->program;
   const size_t width = bytes_of(job->dtype), bytes = static_cast<size_t>(program.end[at] - program.begin[at]) * width;
-  if (peer.header.job != job->number || peer.header.op != static_cast<uint32_t>(program.op[at]) || peer.header.bytes != bytes) {
-    fail({Failure::kMismatch, static_cast<uint32_t>(peer.rank), static_cast<uint32_t>(program.op[at]),
-          static_cast<uint32_t>(rank_)});
+  if (peer.header.job != job->number || peer.header.op != static_cast<uint32_t>(program.op[at]) ||
+      peer.header.bytes != bytes || peer.header.call != job->call) {
+    fail({Failure::kMismatch, from, static_cast<uint32_t>(program.op[at]), me});
     return false;
   }
   peer.reading = true, peer.have = 0, peer.left = bytes;
@@ -315,11 +339,10 @@ void Engine::read_data(Peer& peer) {
     // the payload, and the next header after it
     iovec pieces[2] = {{peer.cursor, peer.reading ? peer.left : 0},
                        {reinterpret_cast<uint8_t*>(&peer.header) + peer.have, sizeof(Header) - peer.have}};
-    if (!peer.reading && peer.expected.empty()) break;
     const ssize_t got = peer.reading ? readv(peer.in, pieces, 2) : readv(peer.in, pieces + 1, 1);
     if (got <= 0) {
       if (got < 0 && again(errno)) break;
-      peer.in_lost = monotonic();
+      lose(peer, peer.in_lost);
       break;
     }
     progress_ = monotonic();
@@ -338,7 +361,7 @@ void Engine::write_data(Peer& peer) {
     if (job->waits[at] != 0) break;
     const Program& program = *job->program;
     const size_t width = bytes_of(job->dtype), bytes = static_cast<size_t>(program.end[at] - program.begin[at]) * width;
-    peer.sending = {job->number, static_cast<uint32_t>(program.op[at]), bytes};
+    peer.sending = {job->number, static_cast<uint32_t>(program.op[at]), bytes, job->call};
     const size_t head = std::min(peer.gone, sizeof(Header)), body = peer.gone - head;
     iovec pieces[2] = {{reinterpret_cast<uint8_t*>(&peer.sending) + head, sizeof(Header) - head},
                        {job->data + program.begin[at] * width + body, bytes - body}};
@@ -349,7 +372,7 @@ void Engine::write_data(Peer& peer) {
       if (again(errno))
         peer.blocked = true;
       else
-        peer.out_lost = monotonic();
+        lose(peer, peer.out_lost);
       break;
     }
     progress_ = monotonic();
@@ -369,7 +392,7 @@ void Engine::read_control(Peer& peer) {
                              sizeof(Control) - peer.control_have, MSG_DONTWAIT);
     if (got <= 0) {
       if (got < 0 && again(errno)) break;
-      peer.out_lost = monotonic();
+      lose(peer, peer.out_lost);
       break;
     }
     peer.control_have += static_cast<size_t>(got);
@@ -377,11 +400,24 @@ void Engine::read_control(Peer& peer) {
     peer.control_have = 0;
     peer.heard = monotonic();
     const Control& told = peer.control;
-    if (told.kind == kPing) say(peer, {kPong, begun_, 0, 0});
-    if (told.kind == kPong) peer.jobs = told.a;
-    if ((told.kind & 0xFFFF) == kAbort) return fail({told.kind >> 16, told.a, told.b, told.c});
+    const uint32_t reason = told.kind >> 16, from = static_cast<uint32_t>(peer.rank);
+    if (told.kind == kPing)
+      say(peer, {kPong, begun_, 0, 0});
+    else if (told.kind == kPong)
+      peer.jobs = told.a;
+    else if (told.kind == kLeave)
+      peer.leaves = true, lost_left_ = lost_left_ || lost_ == peer.rank;
+    else if ((told.kind & 0xFFFF) == kAbort && reason != Failure::kNone && reason < Failure::kReasons)
+      return fail({reason, told.a, told.b, told.c});
+    else
+      return fail({Failure::kForeign, from, Failure::kNoOp, static_cast<uint32_t>(rank_)});
   }
   watch(peer);
+}
+
+// A connection has ended.
+void Engine::lose(Peer& peer, double& since) {
+  since = monotonic(), lost_left_ = peer.leaves, lost_ = peer.rank;
 }
 
 void Engine::say(Peer& peer, Control frame) { send(peer.in, &frame, sizeof frame, MSG_NOSIGNAL | MSG_DONTWAIT); }
@@ -389,7 +425,7 @@ void Engine::say(Peer& peer, Control frame) { send(peer.in, &frame, sizeof frame
 void Engine::watch(Peer& peer) {
   const auto place = static_cast<uint32_t>(
       std::find_if(peers_.begin(), peers_.end(), [&](auto& other) { return other.get() == &peer; }) - peers_.begin());
-  const bool reads = peer.in_lost == 0 && (peer.reading || !peer.expected.empty());
+  const bool reads = peer.in_lost == 0 && (peer.reading || peer.have < sizeof(Header) || !peer.expected.empty());
   set_events(peer.in, place << 1, reads ? EPOLLIN : 0, peer.in_events);
   const uint32_t out = peer.out_lost != 0 ? 0 : EPOLLIN | (peer.blocked ? EPOLLOUT : 0);
   set_events(peer.out, place << 1 | 1, out, peer.out_events);
@@ -410,30 +446,35 @@ int Engine::timeout() const {
     if (peer->in_lost != 0 || peer->out_lost != 0) return static_cast<int>(kGrace * 250);
   const double idle = monotonic() - progress_;
   for (const double part : {kAsk, kSilent, kAbsent, 1.0})
-    if (idle < part * deadline_) return static_cast<int>((part * deadline_ - idle) * 1000) + 1;
+    if (idle < part * deadline_) return static_cast<int>(std::min(part * deadline_ - idle, kLook) * 1000) + 1;
   return 1;
+}
+
+// The ranks that something is waited for from, the oldest job's first.
+std::vector<Engine::Awaited> Engine::waits() const {
+  std::vector<Awaited> awaited;
+  for (auto& peer : peers_) {
+    const bool in = !peer->expected.empty(), out = !peer->outgoing.empty();
+    if (!in && !out) continue;
+    const Item& item = in ? peer->expected.front() : peer->outgoing.front();
+    if (in || item.job->waits[item.at] == 0)
+      awaited.push_back({peer.get(), static_cast<uint32_t>(item.job->program->op[item.at]), item.job->number});
+  }
+  std::sort(awaited.begin(), awaited.end(), [](auto& a, auto& b) { return std::pair(a.job, a.op) < std::pair(b.job, b.op); });
+  return awaited;
 }
 
 void Engine::check_time() {
   if (running_.empty()) return;
   const double now = monotonic(), idle = now - progress_;
   const auto me = static_cast<uint32_t>(rank_);
-  struct Awaited {
-    Peer* peer;
-    uint32_t op, job;
-  };
-  std::vector<Awaited> awaited;
-  for (auto& peer : peers_) {
+  const auto awaited = waits();
+  for (auto& [peer, op, job] : awaited) {
     const bool in = !peer->expected.empty(), out = !peer->outgoing.empty();
-    if (!in && !out) continue;
-    const Item& item = in ? peer->expected.front() : peer->outgoing.front();
-    if (!in && item.job->waits[item.at] != 0) continue;
-    awaited.push_back({peer.get(), static_cast<uint32_t>(item.job->program->op[item.at]), item.job->number});
     const double lost = in && peer->in_lost != 0 ? peer->in_lost : out && peer->out_lost != 0 ? peer->out_lost : now;
     if (now - lost > kGrace)
-      return fail({Failure::kLost, static_cast<uint32_t>(peer->rank), awaited.back().op, me});
+      return fail({peer->leaves ? Failure::kLeft : Failure::kLost, static_cast<uint32_t>(peer->rank), op, me});
   }
-  std::sort(awaited.begin(), awaited.end(), [](auto& a, auto& b) { return std::pair(a.job, a.op) < std::pair(b.job, b.op); });
   for (auto& [peer, op, job] : awaited) {
     const auto blame = [&](Failure::Reason reason) { fail({reason, static_cast<uint32_t>(peer->rank), op, me}); };
     if (idle >= kAsk * deadline_ && peer->pinged < progress_) peer->pinged = now, say(*peer, {kPing, 0, 0, 0});

@@ -13,6 +13,7 @@
 #include <set>
 #include <thread>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 namespace execute {
@@ -41,7 +42,7 @@ struct Program {
 
 // Why an engine stopped, told to every rank.
 struct Failure {
-  enum Reason : uint32_t { kNone, kLost, kSilent, kAbsent, kStalled, kMismatch, kAborted };
+  enum Reason : uint32_t { kNone, kLost, kSilent, kAbsent, kStalled, kMismatch, kAborted, kLeft, kForeign, kReasons };
   uint32_t reason = kNone;
   uint32_t culprit = 0;   // rank
   uint32_t op = 0;        // that was waited for; kNoOp where none was
@@ -51,6 +52,7 @@ struct Failure {
 
 struct Job {
   uint32_t number;
+  uint64_t call;  // what was called: collective, dtype, size; equal on all ranks
   std::shared_ptr<const Program> program;
   uint8_t* data;
   Dtype dtype;
@@ -69,12 +71,15 @@ class Engine {
 
   // Takes both sockets: data comes on `in` and goes on `out`, control frames the other way round.
   void add_peer(int rank, int in, int out);
-  std::shared_ptr<Job> submit(std::shared_ptr<const Program> program, uint8_t* data, Dtype dtype);
+  std::shared_ptr<Job> submit(std::shared_ptr<const Program> program, uint8_t* data, Dtype dtype, uint64_t call);
   // True when the job has ended, well or not; false after `seconds`.
   bool wait(const Job& job, double seconds);
   bool failed(const Job& job);
   Failure failure();
-  void abort();  // fails all that runs and tells the other ranks
+  int awaited();  // a rank that the oldest job waits for; -1 where none is
+  std::pair<int, bool> lost() const;  // a rank whose connection has ended, or -1; whether it said that it goes
+  // Fails all that runs and tells the other ranks: who is to blame, or this rank itself.
+  void abort(uint32_t reason = Failure::kAborted, int culprit = -1);
   void close();
   uint64_t sent() const { return sent_; }
   uint64_t received() const { return received_; }
@@ -82,13 +87,13 @@ class Engine {
  private:
   struct Header {
     uint32_t job, op;
-    uint64_t bytes;
+    uint64_t bytes, call;
   };
   struct Control {
     uint32_t kind;
     uint32_t a, b, c;  // kAbort: Failure's culprit, op, reporter with the reason in the kind's upper half; kPong: jobs begun
   };
-  enum : uint32_t { kPing = 1, kPong = 2, kAbort = 3 };
+  enum : uint32_t { kPing = 1, kPong = 2, kAbort = 3, kLeave = 4 };
   struct Item {
     Job* job;
     int32_t at;
@@ -112,9 +117,15 @@ class Engine {
     Control control{};
     size_t control_have = 0;
     double pinged = 0, heard = 0;
-    uint32_t jobs = 0;  // that it said it has begun
+    uint32_t jobs = 0;   // that it said it has begun
+    bool leaves = false; // it said that it goes
     double in_lost = 0, out_lost = 0;  // when the connection ended
     uint32_t in_events = 0, out_events = 0;
+  };
+
+  struct Awaited {
+    Peer* peer;
+    uint32_t op, job;
   };
 
   void loop();
@@ -132,8 +143,10 @@ class Engine {
   bool open_frame(Peer& peer);
   void close_frame(Peer& peer);
   void watch(Peer& peer);
+  void lose(Peer& peer, double& since);
   void set_events(int fd, uint32_t tag, uint32_t wanted, uint32_t& current);
   void say(Peer& peer, Control frame);
+  std::vector<Awaited> waits() const;
   void check_time();
   int timeout() const;
   void fail(Failure failure);
@@ -152,7 +165,9 @@ class Engine {
   std::set<int> known_;
   uint32_t numbered_ = 0;
   Failure failure_;
-  bool stop_ = false, abort_ = false;
+  bool stop_ = false, asked_ = false;
+  int awaited_ = -1;
+  Failure abort_;
 
   // the thread's own
   std::vector<std::unique_ptr<Peer>> peers_;
@@ -162,10 +177,12 @@ class Engine {
   std::vector<std::vector<uint8_t>> pool_;
   std::vector<Item> settled_;  // complete, followers not told yet
   std::vector<Peer*> stirred_; // the head of their outgoing queue may have become ready
-  uint32_t begun_ = 0;
+  uint32_t begun_ = 0, started_ = 0;
   double progress_ = 0;
   bool broken_ = false;
   std::atomic<uint64_t> sent_ = 0, received_ = 0;
+  std::atomic<int> lost_ = -1;
+  std::atomic<bool> lost_left_ = false;
 };
 
 }  // namespace execute

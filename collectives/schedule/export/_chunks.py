@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import lcm
 
-from trainkit.collectives.schedule._form import Op, Schedule
+from trainkit.collectives.schedule._form import Schedule
+from trainkit.collectives.schedule._op import Op
 
 # Every message must be a multiple of this many elements; more would be of no use to anybody.
 MOST_CHUNKS = 2**14

@@ -4,6 +4,7 @@ Every pair of ranks and channel has one sending and one receiving thread block, 
 schedule's order. That order is common to all ranks, so the blocks cannot wait in a circle.
 """
 
+import re
 import xml.etree.ElementTree as ET
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -11,11 +12,10 @@ from math import ceil
 
 from trainkit.collectives.schedule._form import Schedule
 from trainkit.collectives.schedule.export._chunks import ExportError, grid, waits
+from trainkit.collectives.schedule.export._msccl_parsers import MOST_NAME, PARSERS, Parser
 from trainkit.collectives.schedule.export._msccl_run import run_msccl
 
-# microsoft/msccl, msccl_struct.h; thread blocks run together, so no more of them than an A100 has multiprocessors
-LIMITS = {"channels": 32, "thread blocks per channel": 32, "thread blocks": 108, "steps per thread block": 256}
-LARGEST_COUNT = 72
+_NO_LIMIT = 2**63 - 1  # "maxBytes" is 64 bits; 0 means no limit to two parsers and never to the third
 
 
 @dataclass
@@ -28,11 +28,12 @@ class _Block:
     steps: list[dict[str, str]] = field(default_factory=list)
 
 
-def msccl_xml(schedule: Schedule, *, channels: int = 1, protocol: str = "Simple") -> str:
+def msccl_xml(schedule: Schedule, *, runtime: str = "msccl", channels: int = 1, protocol: str = "Simple") -> str:
     """The schedule as an MSCCL algorithm file, checked by `run_msccl`.
 
     Args:
         schedule: a verified all-gather, reduce-scatter or all-reduce.
+        runtime: "msccl", "azure" or "rccl", see `PARSERS`.
         channels: connections between each pair of ranks; trees are dealt over them.
         protocol: "Simple", "LL" or "LL128".
 
@@ -41,13 +42,16 @@ def msccl_xml(schedule: Schedule, *, channels: int = 1, protocol: str = "Simple"
     """
     if protocol not in ("Simple", "LL", "LL128"):
         raise ValueError(f"protocol must be Simple, LL or LL128, got {protocol!r}")
+    if runtime not in PARSERS:
+        raise ValueError(f"runtime must be one of {', '.join(PARSERS)}, got {runtime!r}")
+    parser = PARSERS[runtime]
     # A rank has at most 16 sending and 16 receiving blocks on a channel if its peers are dealt by their distance.
     ranks = len(schedule.ranks)
-    bands = ceil((ranks - 1) / (LIMITS["thread blocks per channel"] // 2))
-    if not 1 <= channels * bands <= LIMITS["channels"]:
+    bands = ceil((ranks - 1) / (parser.blocks_per_channel // 2))
+    if not 1 <= channels * bands <= parser.channels:
         need = f"{channels} between each pair of {ranks} ranks need {channels * bands}"
-        raise ExportError(f"MSCCL has at most {LIMITS['channels']} channels, {need}")
-    chunks = grid(schedule, "MSCCL")
+        raise ExportError(f"{parser.name} has at most {parser.channels} channels, {need}")
+    chunks = grid(schedule, parser.name)
     buffer = "i" if schedule.collective == "reduce_scatter" else "o"
     blocks: list[dict[tuple[int, int, int], _Block]] = [{} for _ in schedule.ranks]
     done: dict[tuple[int, int], tuple[_Block, int]] = {}  # (op, rank) -> its last step there
@@ -74,9 +78,7 @@ def msccl_xml(schedule: Schedule, *, channels: int = 1, protocol: str = "Simple"
     users: dict[tuple[int, int], set[int]] = defaultdict(set)  # (rank, chunk) -> ops so far that touched it there
     for op, before in zip(schedule.ops, earlier, strict=True):
         first, count = chunks.place(op)
-        channel = first % channels * bands + ((op.dst - op.src) % ranks - 1) // (
-            LIMITS["thread blocks per channel"] // 2
-        )
+        channel = first % channels * bands + ((op.dst - op.src) % ranks - 1) // (parser.blocks_per_channel // 2)
         out = block(op.src, op.dst, -1, channel)
         into = block(op.dst, -1, op.src, channel)
         at_source = [done[other, op.src] for other in before if (other, op.src) in done]
@@ -84,8 +86,8 @@ def msccl_xml(schedule: Schedule, *, channels: int = 1, protocol: str = "Simple"
         # What the receiver has of the slice is complete and sent on before it is written again.
         touched = {other for chunk in range(first, first + count) for other in users[op.dst, chunk]}
         at_target += [done[other, op.dst] for other in sorted(touched)]
-        for begin in range(first, first + count, LARGEST_COUNT):
-            piece = min(LARGEST_COUNT, first + count - begin)
+        for begin in range(first, first + count, parser.most_chunks):
+            piece = min(parser.most_chunks, first + count - begin)
             sent = add(op.src, out, "s", begin, piece, at_source)
             got = add(op.dst, into, "rrc" if op.kind == "reduce" else "r", begin, piece, at_target)
         done[op.id, op.src] = (out, sent)
@@ -93,7 +95,7 @@ def msccl_xml(schedule: Schedule, *, channels: int = 1, protocol: str = "Simple"
         for chunk in range(first, first + count):
             users[op.src, chunk].add(op.id)
             users[op.dst, chunk].add(op.id)
-    text = _write(schedule, blocks, needed, chunks.count, buffer, channels * bands, protocol)
+    text = _write(schedule, blocks, needed, chunks.count, buffer, channels * bands, protocol, parser)
     run_msccl(text)
     return text
 
@@ -123,17 +125,23 @@ def _write(
     buffer: str,
     channels: int,
     protocol: str,
+    parser: Parser,
 ) -> str:
     size = len(schedule.ranks)
     algo = ET.Element(
-        "algo", name=schedule.name, proto=protocol, nchannels=str(channels), nchunksperloop=str(count), ngpus=str(size)
+        "algo",
+        name=_plain(schedule.name),
+        proto=protocol,
+        nchannels=str(channels),
+        nchunksperloop=str(count),
+        ngpus=str(size),
     )
     algo.attrib |= {
-        "coll": schedule.collective,
+        "coll": parser.collective(schedule.collective),
         "inplace": "1",
         "outofplace": "0",
         "minBytes": "0",
-        "maxBytes": "0",
+        "maxBytes": str(_NO_LIMIT),
     }
     if schedule.collective != "allgather":
         algo.set("redop", "sum")
@@ -150,20 +158,28 @@ def _write(
                 if (rank, id(block), at) in needed:
                     step["hasdep"] = "1"
                 ET.SubElement(tb, "step", step)
-        _check_limits(rank, list(mine.values()))
+        _check_limits(parser, rank, size, list(mine.values()))
     ET.indent(algo)
     return ET.tostring(algo, encoding="unicode") + "\n"
 
 
-def _check_limits(rank: int, blocks: list[_Block]) -> None:
+def _plain(name: str) -> str:
+    """A name that needs no escapes and fits every parser's buffer: they decode nothing."""
+    return re.sub(r"[^A-Za-z0-9 ._+-]", "_", name)[:MOST_NAME]
+
+
+def _check_limits(parser: Parser, rank: int, size: int, blocks: list[_Block]) -> None:
     per_channel: dict[int, int] = defaultdict(int)
     for block in blocks:
         per_channel[block.channel] += 1
-    figures = {
-        "thread blocks": len(blocks),
-        "thread blocks per channel": max(per_channel.values(), default=0),
-        "steps per thread block": max((len(block.steps) for block in blocks), default=0),
-    }
-    for what, value in figures.items():
-        if value > LIMITS[what]:
-            raise ExportError(f"MSCCL allows {LIMITS[what]} {what}, rank {rank} would need {value}")
+    steps = [len(block.steps) for block in blocks]
+    figures = (
+        ("thread blocks", len(blocks), parser.blocks),
+        ("thread blocks per channel", max(per_channel.values(), default=0), parser.blocks_per_channel),
+        ("steps per thread block", max(steps, default=0), parser.steps),
+        # The file's own elements, those of other ranks without what is in them.
+        ("XML nodes for a rank", 1 + size + len(blocks) + sum(steps), parser.nodes),
+    )
+    for what, value, limit in figures:
+        if value > limit:
+            raise ExportError(f"{parser.name} allows {limit} {what}, rank {rank} would need {value}")

@@ -17,7 +17,8 @@ def run_msccl(text: str) -> None:
     """
     algo = ET.fromstring(text)
     ranks, count = int(algo.attrib["ngpus"]), int(algo.attrib["nchunksperloop"])
-    buffers = Buffers(algo.attrib["coll"], ranks, count)
+    collective = {"reducescatter": "reduce_scatter"}.get(algo.attrib["coll"], algo.attrib["coll"])
+    buffers = Buffers(collective, ranks, count)
     steps: dict[tuple[int, int], list[dict[str, str]]] = {}
     ends: dict[tuple[str, int, int, int], tuple[int, int]] = {}  # (side, from, to, channel) -> block
     peers: dict[tuple[int, int], tuple[int, int, int]] = {}

@@ -5,11 +5,14 @@ import functools
 import itertools
 import random
 import socket
+import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 
 import networkx as nx
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -18,12 +21,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainkit.collectives import Op, Schedule, Topology, allreduce_forest, bfb, forest, ring_schedule
-from trainkit.collectives._native import execute_add
+from trainkit.collectives._address import own_address
+from trainkit.collectives._native import execute_add, execute_program
 from trainkit.collectives.execute import PeerLost, Runner, run_reference
-from trainkit.collectives.execute._mesh import Mesh, local_address
+from trainkit.collectives.execute._mesh import Mesh
 from trainkit.collectives.execute._nccl import adds_in_place, plan_groups, plan_waves, waves_of
 from trainkit.collectives.execute._program import COPY, OUT, compile_rank, cut, rank_order
-from trainkit.collectives.execute._tcp import DTYPES
+from trainkit.collectives.execute._tcp import DTYPES, TcpTransport
 
 SIZES = (0, 1, 2, 3, 7, 64, 1001, 4097)
 
@@ -273,19 +277,19 @@ def test_waits_are_those_of_the_bytes() -> None:
 
 
 def test_another_size_on_one_rank_is_named() -> None:
-    schedule = ring_schedule(Topology("pair", "ab", "ab", [("a", "b", 1), ("b", "a", 1)]))
+    schedule = ring_schedule(Topology("pair", list("ab"), list("ab"), [("a", "b", 1), ("b", "a", 1)]))
     with engines(2) as pair:
         works = [
             pair.transports[rank].start(compile_rank(schedule, rank), torch.zeros(1000 + 2 * rank)) for rank in (0, 1)
         ]
         for work in works:
-            with pytest.raises(PeerLost, match="another schedule or another size"):
+            with pytest.raises(PeerLost, match="called another collective, or with another schedule, size or dtype"):
                 work.wait()
 
 
 def test_a_rank_that_never_comes_is_named() -> None:
-    schedule = ring_schedule(Topology("pair", "ab", "ab", [("a", "b", 1), ("b", "a", 1)]))
-    with engines(2, deadline_s=2.0) as pair:
+    schedule = ring_schedule(Topology("pair", list("ab"), list("ab"), [("a", "b", 1), ("b", "a", 1)]))
+    with engines(2, timeout_s=2.0) as pair:
         work = pair.transports[0].start(compile_rank(schedule, 0), torch.zeros(1000))
         with pytest.raises(PeerLost, match=r"rank 1 did not call the collective within 2 s") as raised:
             work.wait()
@@ -318,6 +322,88 @@ def test_strangers_are_turned_away() -> None:
         one.close()
 
 
+@pytest.mark.parametrize("noise", [b"", b"GET / HTTP/1.0\r\n\r\n" + b"x" * 64, b"trainkt2"])
+def test_twenty_strangers_keep_nobody_waiting(noise: bytes) -> None:
+    """Silent, noisy, or stopping half-way: no healthy rank is blamed, and none waits for them."""
+    store = dist.HashStore()
+    meshes = [Mesh(store, rank, "127.0.0.1", 20.0) for rank in range(3)]
+    with contextlib.ExitStack() as stack:
+        for mesh in meshes:
+            stack.callback(mesh.close)
+        for rank in range(3):
+            host, port = store.get(f"address/{rank}").decode().split(":")
+            for _ in range(20):
+                caller = stack.enter_context(socket.create_connection((host, int(port))))
+                caller.sendall(noise)
+        made: list[list[tuple[int, int, int]]] = []
+        begun = time.monotonic()
+        threads = [
+            threading.Thread(target=lambda rank=rank: made.append(meshes[rank].connect({0, 1, 2} - {rank})))
+            for rank in range(3)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(row[0] for rows in made for row in rows) == [0, 0, 1, 1, 2, 2]
+        assert time.monotonic() - begun < 2.0
+        for _, *ends in itertools.chain(*made):
+            for end in ends:
+                socket.socket(fileno=end).close()
+
+
+def _one_store() -> object:
+    """A program that waits for ten numbers from rank 1."""
+    columns = [([1], np.uint8), ([1], np.int32), ([0], np.int32), ([0], np.int64), ([10], np.int64), ([0], np.int64)]
+    arrays = [np.array(value, kind) for value, kind in columns]
+    return execute_program(*arrays, np.array([0, 0], np.int32), np.array([], np.int32), 10)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (3 | 99 << 16, "no message of this version"),
+        (3, "no message of this version"),
+        (77, "no message of this version"),
+        (3 | 2 << 16, "rank 7 has been silent"),
+        (4, "rank 1 has left: its program ended"),
+    ],
+)
+def test_control_frames_that_nobody_knows_have_names(kind: int, words: str) -> None:
+    (incoming, theirs), (outgoing, control) = socket.socketpair(), socket.socketpair()
+    for one in (incoming, outgoing):
+        one.setblocking(False)
+    transport = TcpTransport(Mesh(dist.HashStore(), 0, "127.0.0.1", 5.0), 5.0)
+    transport._engine.add_peer(1, incoming.detach(), outgoing.detach())
+    buffer = np.zeros(10, np.float32)
+    jobs = [transport._engine.submit(_one_store(), buffer.ctypes.data, 10, 0) for _ in range(2)]
+    control.sendall(struct.pack("4I", kind, 7, 8, 9))
+    if kind == 4:
+        theirs.close()
+        control.close()
+    assert [job.wait() for job in jobs] == [False, False]
+    assert words in str(transport.error())
+    assert not transport._engine.submit(_one_store(), buffer.ctypes.data, 10, 0).wait()  # nor does a later one hang
+    transport.close()
+    for one in (theirs, control):
+        one.close()
+
+
+def test_what_nobody_waits_for_is_no_later_collectives_data() -> None:
+    """Both ranks broadcast: neither expects what the other sends, and the next collective must not take it."""
+    pair = Topology("pair", "ab", "ab", [("a", "b", 1), ("b", "a", 1)])
+    sends = [forest(pair, "broadcast", root=root).schedule(1) for root in "ab"]
+    with engines(2) as both:
+        works = [both.transports[rank].start(compile_rank(sends[rank], rank), torch.ones(10)) for rank in (0, 1)]
+        for work in works:
+            with contextlib.suppress(PeerLost):
+                work.wait()
+        again = [both.transports[rank].start(compile_rank(sends[0], rank), torch.ones(10)) for rank in (0, 1)]
+        for work in again:
+            with pytest.raises(PeerLost, match="called another collective"):
+                work.wait()
+
+
 def test_a_rank_that_is_not_there_is_named_before_anything_runs() -> None:
     mesh = Mesh(dist.HashStore(), 0, "127.0.0.1", 0.3)
     with pytest.raises(PeerLost, match="rank 1 did not come"):
@@ -325,22 +411,26 @@ def test_a_rank_that_is_not_there_is_named_before_anything_runs() -> None:
     mesh.close()
 
 
-def test_addresses() -> None:
-    assert (
-        local_address("lo", None) == local_address("127.0.0.1", None) == local_address(None, "127.0.0.1") == "127.0.0.1"
-    )
+def test_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    assert own_address("lo") == own_address("127.0.0.1") == own_address(None, "127.0.0.1") == "127.0.0.1"
     with pytest.raises(ValueError, match="interface must be a network interface"):
-        local_address("nosuchdevice0", None)
+        own_address("nosuchdevice0")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,eth9")
+    assert own_address(None, "192.0.2.1") == "127.0.0.1"
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuchdevice0")
+    with pytest.raises(ValueError, match="GLOO_SOCKET_IFNAME must be a network interface"):
+        own_address()
 
 
 def test_wrong_arguments_are_told() -> None:
-    schedule = ring_schedule(Topology("pair", "ab", "ab", [("a", "b", 1), ("b", "a", 1)]))
+    schedule = ring_schedule(Topology("pair", list("ab"), list("ab"), [("a", "b", 1), ("b", "a", 1)]))
     with pytest.raises(ValueError, match="init_process_group"):
         Runner()
     with pytest.raises(ValueError, match="transport must be one of"):
         Runner(transport="mpi")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="deadline_s must be seconds above 0"):
-        Runner(deadline_s=0)
+    with pytest.raises(ValueError, match="timeout_s must be seconds above 0"):
+        Runner(timeout_s=0)
     with pytest.raises(ValueError, match="is for 2 ranks, the process group has 3"):
         rank_order(schedule, None, 3)
     with pytest.raises(ValueError, match="ranks must give each of a, b"):
@@ -355,7 +445,7 @@ def _both_ways(rank: int) -> list[list[int]]:
     schedule = allreduce_forest(topology).schedule(3)
     bits = []
     for transport in ("tcp", "gloo"):
-        runner = Runner(transport=transport, deadline_s=20.0, ranks={"a": 2, "b": 0, "c": 1})  # type: ignore[arg-type]
+        runner = Runner(transport=transport, timeout_s=20.0, ranks={"a": 2, "b": 0, "c": 1})  # type: ignore[arg-type]
         value = torch.randn(1001, generator=torch.Generator().manual_seed(rank))
         for tensor in (value, torch.zeros(0), torch.ones(1)):
             runner.run(schedule, tensor)

@@ -1,5 +1,6 @@
 """The hook, the strategy and the backend, in processes: equal to the process group's, faults named, the fallback."""
 
+import copy
 import itertools
 import os
 import pickle
@@ -7,6 +8,7 @@ import signal
 import threading
 import time
 import warnings
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,9 @@ from trainkit.collectives import (
     register_backend,
     ring_schedule,
 )
+from trainkit.collectives._exchange import Placement
 from trainkit.collectives.execute._schedules import Schedules
+from trainkit.collectives.execute._trees import trees_of, trees_said
 
 
 def clique(size: int) -> Topology:
@@ -94,7 +98,7 @@ def test_hook_trains_as_ddp_does() -> None:
 
 
 def _dies(rank: int, transport: str, how: int) -> tuple[str, int, float]:
-    state = ForestState(topology=line(5), deadline_s=4.0, transport=transport)  # type: ignore[arg-type]
+    state = ForestState(topology=line(5), timeout_s=4.0, transport=transport)  # type: ignore[arg-type]
     died: list[float] = []
 
     def at_step(step: int) -> None:
@@ -121,7 +125,7 @@ def test_a_rank_that_dies_is_named_on_every_rank(transport: str, how: int) -> No
 
 
 def _goes_on(rank: int) -> list[float]:
-    state = ForestState(topology=line(4), fallback="allreduce", deadline_s=15.0)
+    state = ForestState(topology=line(4), fallback="allreduce", timeout_s=15.0)
 
     def at_step(step: int) -> None:
         if step == 3 and rank == 2:  # its connections fail while others are in the middle of a bucket
@@ -131,7 +135,7 @@ def _goes_on(rank: int) -> list[float]:
     trained = train(state, rank, 10, at_step)
     dist.barrier()
     assert state.error is None
-    assert state._rescue is not None and state._rescue.cause is not None
+    assert state._failover is not None and state._failover.cause is not None
     state.close()
     return trained
 
@@ -149,7 +153,7 @@ def test_training_goes_on_over_the_fallback(attempt: int) -> None:
 
 
 def _fallback_fails_too(rank: int) -> str:
-    state = ForestState(topology=line(3), fallback="allreduce", deadline_s=8.0)
+    state = ForestState(topology=line(3), fallback="allreduce", timeout_s=8.0)
     state.all_reduce(torch.ones(8)).wait()
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -167,7 +171,7 @@ def test_a_dead_rank_ends_the_fallback_with_its_name() -> None:
 def _sharded(rank: int, backend: str, size: int) -> list[float]:
     warnings.simplefilter("ignore")
     if backend == "trainkit":
-        register_backend(clique(size), deadline_s=20.0, chunk_bytes=64)
+        register_backend(clique(size), timeout_s=20.0, chunk_bytes=64)
     dist.init_process_group(backend)
     model = net()
     for layer in model:
@@ -210,7 +214,7 @@ def _sharded(rank: int, backend: str, size: int) -> list[float]:
     dist.all_to_all_single(swapped, torch.arange(float(size)) + 10 * rank)
     seen += [value for part in (*parts, swapped) for value in part.tolist()]
     if backend == "trainkit":
-        assert dist.group.WORLD._runner.counters()["sent_bytes"] > 0  # type: ignore[union-attr]
+        assert dist.group.WORLD._runners["cpu"].counters()["sent_bytes"] > 0  # type: ignore[union-attr]
     dist.barrier()
     return seen
 
@@ -225,12 +229,58 @@ def test_backend_under_fsdp2_ddp_and_everything_else(size: int) -> None:
 
 def test_every_rank_is_told_that_there_are_no_trees() -> None:
     store = dist.HashStore()
-    ranks = [Schedules(clique(2), None, store, rank, group=["nowhere"]) for rank in range(2)]
+    ranks = [
+        Schedules(clique(2), None, Placement(None, dist.PrefixStore("x", store), rank, 2), 5.0, group=["nowhere"])
+        for rank in range(2)
+    ]
     with pytest.raises(ValueError, match="group must name") as first:
         ranks[0].get("allreduce", 1000)
     with pytest.raises(ValueError, match="rank 0 found no trees for allreduce: ") as second:  # without a wait
         ranks[1].get("allreduce", 1000)
     assert str(first.value) in str(second.value)
+
+
+@pytest.mark.parametrize("collective", ["allreduce", "allgather", "reduce_scatter", "broadcast"])
+def test_trees_arrive_as_they_were_and_nothing_is_unpickled(collective: str) -> None:
+    network = Topology(
+        "odd", list("abcs"), list("abc"), [(u, v, Fraction(1, 3)) for u, v in itertools.permutations("abcs", 2)]
+    )
+    store = dist.HashStore()
+    ranks = [Schedules(network, None, Placement(None, store, rank, 3), 5.0) for rank in range(2)]
+    root = 1 if collective == "broadcast" else None
+    assert ranks[0].get(collective, 1 << 20, root) == ranks[1].get(collective, 1 << 20, root)
+    bomb = pickle.dumps(pytest.fail).decode("latin1")
+    good = trees_said(allreduce_forest(network))
+    for said in (bomb, None, [], {}, {**good, "reduce": {}}, {**good, "time_per_byte": "1/0"}, _bent(good)):
+        with pytest.raises(ValueError):
+            trees_of(said)
+
+
+def _bent(said: Any) -> Any:
+    """An edge that points outside the network."""
+    bent = copy.deepcopy(said)
+    bent["broadcast"]["flat"]["edge_head"][0] = 99
+    return bent
+
+
+def test_the_old_name_still_works_and_says_so() -> None:
+    with pytest.warns(DeprecationWarning, match="deadline_s= is now timeout_s="):
+        assert ForestState(topology=clique(2), deadline_s=3.0).options.timeout_s == 3.0
+    with pytest.raises(TypeError, match="ForestState has no option 'lanes'; its options are ranks, timeout_s"):
+        ForestState(topology=clique(2), lanes=2)
+
+
+def _alone(rank: int) -> list[float]:
+    """A debug run: one rank, and the network of eight."""
+    state = ForestState(topology=clique(8), fallback="allreduce")
+    trained = train(state, rank, 4)
+    assert trained == pytest.approx(train(None, rank, 4), abs=1e-6)
+    state.close()
+    return trained
+
+
+def test_one_rank_needs_no_network() -> None:
+    assert len(processes(_alone, 1)) == 1
 
 
 def test_wrong_arguments_are_told(tmp_path: Path) -> None:
@@ -245,5 +295,5 @@ def test_wrong_arguments_are_told(tmp_path: Path) -> None:
         ForestState(topology=topology, fallback="ring")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="chunk_bytes must be at least 1"):
         ForestState(topology=topology, chunk_bytes=0)
-    with pytest.raises(ValueError, match="deadline_s must be"):
-        register_backend(topology, deadline_s=-1)
+    with pytest.raises(ValueError, match="timeout_s must be"):
+        register_backend(topology, timeout_s=-1)

@@ -103,7 +103,7 @@ def test_one_host_on_torchs_own_rendezvous(tmp_path: Path) -> None:
 
 def test_without_a_plan_there_is_no_rendezvous(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"rank_order\.json"):
+    with pytest.raises(OrderError, match=r"no plan of ranks rank_order\.json: name one with --rdzv-conf plan=FILE"):
         planned_rendezvous(parameters(tmp_path))
     (tmp_path / "rank_order.json").write_text("{}")
     with pytest.raises(OrderError, match="must be a plan of ranks of version 1"):

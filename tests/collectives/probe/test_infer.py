@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from probe_network import Network, found
 
-from trainkit.collectives._probe._conductor import RoundTrips
+from trainkit.collectives._probe._coordinator import RoundTrips
 from trainkit.collectives._probe._infer import Declared, infer
-from trainkit.collectives._probe._lead import _claimed_by_hops
+from trainkit.collectives._probe._leader import _claimed_by_hops
 from trainkit.collectives._probe._result import HostFacts, topology
 from trainkit.collectives._probe._rounds import Plan, inward, outward, tournament
 from trainkit.collectives._probe._tree import Flows, crossings, shares

@@ -1,5 +1,6 @@
 """The probe's protocol over loopback: results, strangers, hosts that die, freeze, or do not come."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -14,9 +15,10 @@ from execute_ranks import start
 
 from trainkit.collectives import Topology
 from trainkit.collectives._probe import ProbeError, probe_hosts
-from trainkit.collectives._probe._conductor import Conductor
+from trainkit.collectives._probe._agent import Agent
+from trainkit.collectives._probe._coordinator import Coordinator
 from trainkit.collectives._probe._streams import receive_rate, send_until
-from trainkit.collectives._probe._wire import Channel, Gone, accept_channel, number, open_channel, whole
+from trainkit.collectives._probe._wire import Channel, Gone, Strangers, accept_channel, number, open_channel, whole
 
 QUICK = {"warm_s": 0.02, "measure_s": 0.04, "join_s": 60.0}
 
@@ -69,6 +71,53 @@ def test_hosts_without_a_rank_fill_the_gaps_and_equal_names_are_told_apart() -> 
     port = free_port()
     networks = together(*[host(port, rank, 3, name="same", streams=2) for rank in (0, None, None)])
     assert networks[0].compute_nodes == ("same-0", "same-1", "same-2")
+
+
+@pytest.mark.parametrize("noise", [b"", b"GET / HTTP/1.0\r\n\r\n", struct.pack(">I", 2**31)])
+def test_twenty_strangers_delay_nobody(noise: bytes) -> None:
+    port = free_port()
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", port), backlog=64))
+        callers = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(20)]
+        for caller in callers:
+            caller.sendall(noise)
+        coordinator = Coordinator(listener, b"k" * 16, 20.0)
+        begun = time.monotonic()
+        about = {"devices": {}}
+        agents = [
+            threading.Thread(
+                target=lambda rank=rank: together(
+                    lambda: Agent(
+                        ("127.0.0.1", port), b"k" * 16, {**about, "name": f"h{rank}", "rank": rank}, 20.0, 20.0
+                    ).run()
+                )
+            )
+            for rank in range(2)
+        ]
+        for agent in agents:
+            agent.start()
+        coordinator.collect(2, 20.0)
+        assert time.monotonic() - begun < 2.0
+        assert [member.name for member in coordinator.members] == ["h0", "h1"]
+        coordinator.abort("enough")
+        for agent in agents:
+            agent.join()
+        coordinator.close()
+
+
+def test_of_too_many_strangers_the_longest_silent_goes() -> None:
+    strangers, pairs = Strangers(), [socket.socketpair() for _ in range(257)]
+    with contextlib.ExitStack() as stack:
+        for ours, theirs in pairs:
+            theirs.settimeout(5)
+            stack.enter_context(strangers.admitted(ours))
+        assert pairs[0][1].recv(1) == b""  # it was shut
+        pairs[1][1].settimeout(0.05)
+        with pytest.raises(TimeoutError):
+            pairs[1][1].recv(1)
+    for ours, theirs in pairs:
+        ours.close()
+        theirs.close()
 
 
 def test_a_stranger_disturbs_nobody() -> None:
@@ -146,27 +195,27 @@ def _dying_leader(port: int) -> None:
     probe_hosts(("127.0.0.1", port), 2, rank=0, warm_s=0.02, measure_s=0.04, progress=die)
 
 
-def test_a_conductor_that_dies_is_named() -> None:
+def test_a_coordinator_that_dies_is_named() -> None:
     port = free_port()
     leader = start(_dying_leader, port)
     (said,) = together(host(port, 1, 2))
     leader.join()
-    assert "the conductor left the probe" in str(said)
+    assert "the coordinator left the probe" in str(said)
 
 
 def test_a_host_too_many_is_told_so() -> None:
     about = {"name": "first", "devices": {}, "port": 1}
     listener = socket.create_server(("127.0.0.1", 0))
-    conductor = Conductor(listener, b"", 5.0)
+    coordinator = Coordinator(listener, b"", 5.0)
     at = listener.getsockname()
     with socket.create_connection(at) as late, socket.create_connection(at) as first:
-        thread = threading.Thread(target=conductor.collect, args=(1, 5.0))
+        thread = threading.Thread(target=coordinator.collect, args=(1, 5.0))
         thread.start()
         open_channel(first, b"", about, 5.0)
         thread.join()
         channel, _ = open_channel(late, b"", {**about, "name": "late"}, 5.0)
         said = channel.receive(5.0)
-        conductor.close()
+        coordinator.close()
     assert said["do"] == "abort"
     assert "host 'late' came after the 1 that this probe is for" in said["reason"]
 
@@ -192,7 +241,7 @@ def pair() -> tuple[socket.socket, socket.socket]:
     ("sent", "what"),
     [
         (struct.pack(">I", 1 << 30), "1073741824 bytes was announced"),
-        (struct.pack(">I", 4) + b"{{{{", "not JSON"),
+        (struct.pack(">I", 4) + b"{{{{", "makes no sense"),
         (struct.pack(">I", 2) + b"[]", "must be an object, got list"),
         (b"\0\0", "nothing came in time"),
         (None, "the connection was closed"),

@@ -1,6 +1,7 @@
 """Large fabrics: a thousand GPUs, and what happens when one link breaks the symmetry."""
 
 import random
+from fractions import Fraction
 
 import pytest
 
@@ -59,3 +60,33 @@ def test_one_slow_link_both_ways_still_packs() -> None:
     trees = forest(broken)
     assert trees.inv_rate == optimum(broken).inv_rate
     assert trees.height <= 4
+
+
+def irregular(size: int, seed: int) -> Topology:
+    """A random tree with twice as many one-way links again; a third of the nodes compute."""
+    rng = random.Random(seed)
+    nodes = [f"v{i}" for i in range(size)]
+    links = []
+    for i in range(1, size):
+        u, v, capacity = nodes[i], nodes[rng.randrange(i)], rng.randint(1, 99)
+        links += [(u, v, capacity), (v, u, capacity)]
+    for _ in range(5 * size // 2):
+        u, v = rng.sample(nodes, 2)
+        links.append((u, v, rng.randint(1, 99)))
+    return Topology("irregular", nodes, nodes[: size // 3], links)
+
+
+@pytest.mark.parametrize(
+    "size", [20, 40, 60, pytest.param(80, marks=pytest.mark.slow), pytest.param(120, marks=pytest.mark.slow)]
+)
+def test_allreduce_of_irregular_networks_is_proved(size: int) -> None:
+    both = allreduce_forest(irregular(size, seed=size))
+    assert both.exact and both.certificate is not None
+
+
+def test_where_packing_takes_too_long_the_gap_is_proved() -> None:
+    # One of 1024 links at half its rate, one way: the optimum's trees would take hours.
+    broken = fabrics.dgx_h100(128).with_links({("g0_0", "IB"): 25})
+    both = allreduce_forest(broken)
+    assert not both.exact
+    assert 0 < both.bound < both.time_per_byte < both.bound * Fraction(11, 10)

@@ -22,12 +22,12 @@ def test_unbalanced_star_without_and_with_multicast() -> None:
     assert (best.inv_rate, best.achievable) == (Fraction(5, 4), 5)
     trees = forest(unbalanced_star())
     assert (trees.inv_rate, trees.exact) == (5, True)
-    copying = forest(unbalanced_star(multicast=["sw"]))
-    assert (copying.inv_rate, copying.k, copying.unit) == (Fraction(5, 4), 4, 5)
-    copying.schedule(2).verify()
+    multicast = forest(unbalanced_star(multicast=["sw"]))
+    assert (multicast.inv_rate, multicast.k, multicast.unit) == (Fraction(5, 4), 4, 5)
+    multicast.schedule(2).verify()
     # One way up for each tree, however many ways down.
-    assert copying.loads()["0", "sw"] == 4
-    assert copying.loads()["sw", "0"] == 20
+    assert multicast.loads()["0", "sw"] == 4
+    assert multicast.loads()["sw", "0"] == 20
 
 
 def test_measured_rates_lose_little_to_whole_trees() -> None:
@@ -104,6 +104,7 @@ def test_one_root(collective: str) -> None:
         ({"weights": {"x": 1}}, "weights must name compute nodes"),
         ({"weights": {"0": -1}}, "whole numbers >= 0"),
         ({"weights": {"0": 0, "1": 0, "2": 0, "3": 0}}, "must not all be 0"),
+        ({"group": "01"}, "group is a list of compute nodes, got the text '01'"),
         ({"group": ["0"]}, "at least 2 different"),
         ({"group": ["0", "switch"]}, "group must name compute nodes"),
         ({"trees_per_root": 0}, "trees_per_root must be a whole number >= 1"),
@@ -118,6 +119,9 @@ def test_wrong_questions_are_refused(arguments: dict[str, object], words: str) -
 def test_max_height_says_the_least_reached() -> None:
     mesh = fabrics.mesh([3, 3])
     assert forest(mesh, max_height=4).height == 4
+    with pytest.raises(ValueError, match="max_height=1 was not reached: the least height of all splittings tried is 2"):
+        forest(fabrics.dgx_a100(2), max_height=1)
+    assert forest(fabrics.dgx_h100(1), max_height=1).height == 1
     with pytest.raises(ValueError, match="max_height=3 was not reached: the least height of all splittings tried is 4"):
         forest(mesh, max_height=3)
 

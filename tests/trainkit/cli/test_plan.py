@@ -43,9 +43,19 @@ def test_exports(network: str, tmp_path: Path, capsys: pytest.CaptureFixture[str
     run_mscclpp(capsys.readouterr().out)
 
 
-def test_picture(network: str, tmp_path: Path) -> None:
+def test_picture(network: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--topology", network, "--draw", str(tmp_path / "trees.svg")]) == 0
     assert "<svg" in (tmp_path / "trees.svg").read_text()
+    assert f"written             {tmp_path / 'trees.svg'}" in capsys.readouterr().out
+
+
+def test_runtimes_differ(network: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for runtime, word in (("msccl", "reduce_scatter"), ("azure", "reducescatter"), ("rccl", "reducescatter")):
+        words = ["--collective", "reduce_scatter", "--export", "msccl", "--runtime", runtime]
+        assert main(["plan", "--topology", network, *words]) == 0
+        text = capsys.readouterr().out
+        run_msccl(text)
+        assert f'coll="{word}"' in text
 
 
 @pytest.mark.parametrize(
@@ -53,6 +63,9 @@ def test_picture(network: str, tmp_path: Path) -> None:
     [
         (["--collective", "gossip"], "--collective must be one of"),
         (["--export", "pdf"], "--export must be"),
+        (["--draw", "trees.txt"], "--draw must end with .svg, .png, .pdf, got 'trees.txt'"),
+        (["--runtime", "nccl"], "--runtime must be msccl, azure or rccl, got 'nccl'"),
+        (["--machines", "0"], "--machines must be at least 1, got 0"),
         (["--nbytes", "0"], "--nbytes must be at least 1"),
         (["--collective", "broadcast"], "root None: name one of g0_0"),
         (["--max-height", "0"], "max_height must be a whole number >= 1, got 0"),

@@ -28,12 +28,15 @@ def test_a_dry_run_says_rounds_bytes_and_time(capsys: pytest.CaptureFixture[str]
     [
         ([], "needs --hosts of at least 2, or torchrun around it, got 0"),
         (["--hosts", "2"], "start the probe with torchrun"),
-        (["--hosts", "2", "--rendezvous", "nowhere"], "--rendezvous is HOST:PORT, got 'nowhere'"),
+        (["--hosts", "2", "--rendezvous", "nowhere"], "--rendezvous is HOST:PORT with a port from 1 to 65535"),
         (["--hosts", "2", "--rendezvous", "a:1", "--rank", "2"], "rank must be from 0 to 1, got 2"),
         (["--hosts", "2", "--measure", "-1"], "--measure must be seconds above 0"),
         (["--hosts", "2", "--streams", "0"], "--streams must be from 1 to 64, got 0"),
         (["--hosts", "2", "--out", "missing/network.json"], "--out must be a file in a folder that exists"),
-        (["--hosts", "2", "--rendezvous", "a:1", "--interface", "nope"], "interface 'nope' has no IPv4 address"),
+        (
+            ["--hosts", "2", "--rendezvous", "a:1", "--interface", "nope"],
+            "interface must be a network interface with an address, got 'nope'",
+        ),
         (["--hosts", "2", "--rendezvous", "a:1", "--topology", "missing.yaml"], "missing.yaml"),
         (["--hosts", "2", "--dry-run", "--rate", "fast"], "a bandwidth is a number"),
     ],

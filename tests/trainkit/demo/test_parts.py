@@ -16,11 +16,11 @@ import pytest
 import torch
 from execute_ranks import RANKS, start
 
+from trainkit._processes import Workers
 from trainkit.demo import SIZES, Config, WorkerFailed, prepare
 from trainkit.demo._checkpoint import DurableCheckpointIO, newest_checkpoint
 from trainkit.demo._corpus import WindowLoader, write_corpus
 from trainkit.demo._model import GPT
-from trainkit.demo._processes import Workers
 
 TINY = {"size": "tiny", "workers": 2, "accelerator": "cpu", "steps": 40, "vocab": 256, "seed": 0, "deadline_s": 20.0}
 
@@ -143,7 +143,7 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A worker module: rank 1 does what the job says, the others wait for a minute."""
     (tmp_path / "stub_worker.py").write_text(
         "import json, os, pathlib, sys, time\n"
-        "from trainkit.demo._processes import die_with_parent\n"
+        "from trainkit._processes import die_with_parent\n"
         "job = json.loads(sys.argv[1]); die_with_parent(job['parent'])\n"
         "pathlib.Path(job['logs'], f\"pid-{job['rank']}\").write_text(str(os.getpid()))\n"
         "if job['rank'] == 1: exec(job['code'])\n"
@@ -185,7 +185,7 @@ def test_a_failed_worker_is_named_and_the_rest_end(stub: str, code: str, what: s
 def test_workers_die_with_their_parent(stub: str, tmp_path: Path) -> None:
     job = {"code": "time.sleep(60)", "logs": str(tmp_path), "others": 60}
     code = (
-        "import json, sys, pathlib; from trainkit.demo._processes import Workers\n"
+        "import json, sys, pathlib; from trainkit._processes import Workers\n"
         f"logs = pathlib.Path({str(tmp_path)!r})\n"
         f"with Workers({stub!r}, json.loads(sys.argv[1]), count=2, logs=logs, grace_s=1) as w: w.wait()"
     )

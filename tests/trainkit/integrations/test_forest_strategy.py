@@ -20,7 +20,7 @@ class Counted(Net):
 
 
 def _train(rank: int, what: dict[str, Any], dies: int) -> tuple[list[int], int] | tuple[str, int]:
-    strategy = ForestStrategy(**what, deadline_s=10.0, cluster_environment=LightningEnvironment())
+    strategy = ForestStrategy(**what, timeout_s=10.0, cluster_environment=LightningEnvironment())
     try:
         bits, net = fit(strategy, lambda: Counted(dies == rank))
     except PeerLost as error:
@@ -31,7 +31,7 @@ def _train(rank: int, what: dict[str, Any], dies: int) -> tuple[list[int], int] 
 @pytest.fixture
 def pair(tmp_path: Path) -> Topology:
     """Two nodes; their network and its ring are in files, too."""
-    made = Topology("pair", "ab", "ab", [("a", "b", 1), ("b", "a", 1)])
+    made = Topology("pair", list("ab"), list("ab"), [("a", "b", 1), ("b", "a", 1)])
     made.save(tmp_path / "pair.json")
     ring_schedule(made).save(tmp_path / "ring.json")
     return made

@@ -9,9 +9,9 @@ from trainkit import SwitchMLStrategy
 from trainkit.switchml import SoftwareSwitch
 
 
-def _train(rank: int, switch: str, deadline_s: float, dies: int) -> tuple[list[int], dict[str, int]] | str:
+def _train(rank: int, switch: str, timeout_s: float, dies: int) -> tuple[list[int], dict[str, int]] | str:
     """Bits of the parameters and the counters, or the error that ended the training."""
-    strategy = SwitchMLStrategy(switch, deadline_s=deadline_s, cluster_environment=LightningEnvironment())
+    strategy = SwitchMLStrategy(switch, timeout_s=timeout_s, cluster_environment=LightningEnvironment())
     try:
         return fit(strategy, lambda: Net(dies == rank))[0], strategy.counters()
     except Exception as error:

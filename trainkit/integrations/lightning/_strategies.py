@@ -1,162 +1,72 @@
-"""Lightning strategies that carry gradients over something better than a ring."""
+"""Lightning strategies that carry gradients over something better than a ring, for `pytorch_lightning`'s Trainer."""
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from pytorch_lightning.strategies import DDPStrategy, StrategyRegistry
 
-import torch
-from pytorch_lightning.strategies import DDPStrategy
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
-
-from trainkit.collectives import ForestState, Schedule, Topology, forest_hook
-from trainkit.switchml import SwitchMLState, switchml_hook
-
-if TYPE_CHECKING:
-    _Base = DDPStrategy
-else:
-    _Base = object
+from trainkit.integrations.lightning._hooked import AlongSchedule, AutoNetwork, ThroughSwitch
 
 
-class _Hooked(_Base):
-    """A DDPStrategy whose hook works on the CPU too and whose state has `connect`, `close` and `error`."""
-
-    def _register_ddp_hooks(self) -> None:
-        # Lightning's own method does nothing unless the device is a GPU
-        assert isinstance(self.model, DistributedDataParallel)
-        state: Any = self._ddp_comm_state
-        hook: Any = self._ddp_comm_hook
-        state.connect()
-        self.model.register_comm_hook(state, self._ddp_comm_wrapper(hook) if self._ddp_comm_wrapper else hook)
-
-    def backward(
-        self, closure_loss: torch.Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
-        """Backward of the strategy; a failed bucket raises the state's own error, not C++'s rendering of it."""
-        state: Any = self._ddp_comm_state
-        try:
-            return super().backward(closure_loss, optimizer, *args, **kwargs)
-        except RuntimeError as error:
-            if state.error is not None:
-                raise state.error from error
-            raise
-
-    def teardown(self) -> None:
-        """Let the connections go, then what DDP does."""
-        state: Any = self._ddp_comm_state
-        state.close()
-        super().teardown()
-
-
-class _ThroughSwitch(_Hooked):
-    """What SwitchMLStrategy adds to a DDPStrategy, whichever package that comes from."""
-
-    def __init__(
-        self,
-        switch: str,
-        session: str = "default",
-        *,
-        token_file: str | None = None,
-        interface: str | None = None,
-        elements: int | None = None,
-        slots: int | None = None,
-        deadline_s: float = 30.0,
-        fallback: Literal["allreduce"] | None = None,
-        wire: Literal["int32", "int16", "int8"] = "int32",
-        profile: Literal["core", "full"] = "full",
-        **ddp: Any,
-    ) -> None:
-        self.switchml_state = SwitchMLState(
-            switch, session=session, token_file=token_file, interface=interface, elements=elements, slots=slots,
-            deadline_s=deadline_s, fallback=fallback, wire=wire, profile=profile,
-        )  # fmt: skip
-        super().__init__(ddp_comm_state=self.switchml_state, ddp_comm_hook=switchml_hook, **ddp)
-
-    def counters(self) -> dict[str, float]:
-        """What this rank has exchanged with the switch so far: `SwitchMLState.counters`."""
-        return self.switchml_state.counters()
-
-
-class SwitchMLStrategy(_ThroughSwitch, DDPStrategy):
+class SwitchMLStrategy(ThroughSwitch, DDPStrategy):
     """DDP whose gradients are summed by a switch: `Trainer(strategy=SwitchMLStrategy("10.0.0.1:48864"))`.
 
     Args:
-        switch: "host:port" of `trainkit switch` or of a P4 switch's control.
-        session: name under which the workers meet; the same on all.
-        token_file: file with the secret shared with the switch.
-        interface: network interface to send from.
-        elements: values a packet; None finds the most that the path carries.
-        slots: packets in flight; None: as many as the receive buffers hold.
-        deadline_s: seconds without progress after which training ends with a named error.
-        fallback: "allreduce" goes on with torch.distributed when the switch fails.
-        wire: integers from worker to switch: "int32", or "int16" or "int8" with error feedback.
-        profile: "full", or "core" for a P4 or XDP switch.
-        **ddp: arguments of `pytorch_lightning.strategies.DDPStrategy`.
+        switch: "host:port" of `trainkit switch` or of a P4 switch's control; or a `SwitchMLState`.
+        session: name under which the workers meet.
+        **arguments: options of `SwitchMLState`, such as `fallback="allreduce"`, and arguments of
+            `pytorch_lightning.strategies.DDPStrategy`.
 
     Raises:
         ValueError: an argument is outside its range.
+        TypeError: there is no such argument.
 
     Example:
         >>> Trainer(accelerator="cpu", devices=2, strategy=SwitchMLStrategy("127.0.0.1:48864"))
     """
 
-
-def strategy_for(ddp_strategy: type) -> type:
-    """`SwitchMLStrategy` over another package's DDPStrategy.
-
-    Args:
-        ddp_strategy: for example `lightning.pytorch.strategies.DDPStrategy`, whose classes are not those of
-            `pytorch_lightning`.
-
-    Returns:
-        A subclass with the same arguments.
-
-    Example:
-        >>> from lightning.pytorch.strategies import DDPStrategy
-        >>> Trainer(strategy=strategy_for(DDPStrategy)("10.0.0.1:48864"))
-    """
-    return type("SwitchMLStrategy", (_ThroughSwitch, ddp_strategy), {"__doc__": SwitchMLStrategy.__doc__})
+    package = "pytorch_lightning"
 
 
-class _AlongSchedule(_Hooked):
-    """What ForestStrategy adds to a DDPStrategy, whichever package that comes from."""
-
-    def __init__(
-        self,
-        topology: str | Path | Topology | None = None,
-        schedule: str | Path | Schedule | None = None,
-        *,
-        ranks: Mapping[str, int] | None = None,
-        deadline_s: float = 30.0,
-        fallback: Literal["error", "allreduce"] = "error",
-        transport: Literal["auto", "tcp", "gloo", "nccl"] = "auto",
-        interface: str | None = None,
-        **ddp: Any,
-    ) -> None:
-        self.forest_state = ForestState(
-            Schedule.load(schedule) if isinstance(schedule, str | Path) else schedule,
-            Topology.load(topology) if isinstance(topology, str | Path) else topology,
-            ranks=ranks, deadline_s=deadline_s, fallback=fallback, transport=transport, interface=interface,
-        )  # fmt: skip
-        super().__init__(ddp_comm_state=self.forest_state, ddp_comm_hook=forest_hook, **ddp)
-
-
-class ForestStrategy(_AlongSchedule, DDPStrategy):
+class ForestStrategy(AlongSchedule, DDPStrategy):
     """DDP whose gradients follow the network: `Trainer(strategy=ForestStrategy(topology="network.json"))`.
 
     Args:
         topology: the network, or its file: the best all-reduce along trees is found for it.
         schedule: an all-reduce to run instead, or its file.
-        ranks: compute node -> rank; None takes the order of the compute nodes.
-        deadline_s: seconds without progress after which training ends with a named error on every rank.
-        fallback: "allreduce" goes on with the process group's all-reduce when the schedule's connections fail.
-        transport: "tcp", "gloo" or "nccl"; "auto" takes "nccl" for gradients on GPUs and "tcp" for others.
-        interface: network interface to be reached at; None takes the one that leads to MASTER_ADDR.
-        **ddp: arguments of `pytorch_lightning.strategies.DDPStrategy`.
+        options: see `ForestOptions`.
+        **arguments: single ones of these options, such as `timeout_s=60`, and arguments of
+            `pytorch_lightning.strategies.DDPStrategy`.
 
     Raises:
         ValueError: an argument is outside its range.
+        TypeError: there is no such argument.
 
     Example:
         >>> Trainer(accelerator="cpu", devices=8, strategy=ForestStrategy(topology="network.json"))
     """
+
+    package = "pytorch_lightning"
+
+
+class AutoNetworkStrategy(AutoNetwork, DDPStrategy):
+    """DDP that finds out how to reduce its gradients: `Trainer(strategy=AutoNetworkStrategy())`.
+
+    The first two steps run on the process group's ring. Then the network is probed (or read from `network`), the time
+    of every all-reduce algorithm is predicted for the model's own buckets, and the best is taken: see
+    `trainkit._planner`. After 50 steps the prediction is compared with what happened; when the network drifts, it is
+    probed and planned anew.
+
+    Args:
+        network: file written by `trainkit probe`, or a Topology, with one compute node a rank (of the probe's, a rank
+            finds its own by its host's address; otherwise the order is the ranks'); None probes.
+        options: see `NetworkOptions`.
+        **arguments: single ones of these options, such as `window=100`, and arguments of
+            `pytorch_lightning.strategies.DDPStrategy`.
+
+    Raises:
+        ValueError: an argument is outside its range, or the network's file breaks a rule.
+        TypeError: there is no such argument.
+    """
+
+    package = "pytorch_lightning"
+
+
+StrategyRegistry.register("auto_network", AutoNetworkStrategy, description="DDP on the best all-reduce for the network")
