@@ -14,6 +14,7 @@ from trainkit.kernels._attention._dropout import threshold
 from trainkit.kernels._attention._spec import Spec
 from trainkit.kernels._grid import flat
 from trainkit.kernels._launch import Template
+from trainkit.kernels.fused._launch import transformed
 
 LARGEST_HEAD = 256
 
@@ -24,7 +25,9 @@ def _installed() -> bool:
 
 
 def interpreted() -> bool:
-    """Whether Triton runs its kernels on the CPU, in Python."""
+    """Whether Triton runs its kernels on the CPU, in Python; a compiler has the plain formulas there."""
+    if torch.compiler.is_compiling() or not _installed():
+        return False
     import triton
 
     return bool(triton.knobs.runtime.interpret)
@@ -34,6 +37,8 @@ def why_not(q: Tensor, v: Tensor, spec: Spec) -> str | None:
     """The reason the Triton path cannot serve the call, or None."""
     if not _installed():
         return "Triton is not installed (pip install 'trainkit[kernels]')"
+    if transformed(q):
+        return "torch.func's transforms go through plain PyTorch"
     if not q.is_cuda and not interpreted():
         return f"Triton has no kernels on {q.device.type}"
     if q.dtype == torch.float64:
