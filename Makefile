@@ -8,13 +8,20 @@ TORCH = torch==2.13.0
 SOURCES = pyproject.toml constraints.txt $(shell find CMakeLists.txt autolrs switchml collectives kernels p4 trainkit/ \
 	-name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.p4' -o -name '*.bpf.c' -o -name 'CMakeLists.txt')
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test test-gpu lint setup clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/trainkit demo --out runs/demo --overwrite
 
 test: $(VENV)/installed-for-tests
 	$(VENV)/bin/python -m pytest $(PYTEST)
+
+# In parts that compile their kernels in less than nine minutes on 16 cores, nothing cached.
+GPU_TESTS = $(VENV)/bin/python -m pytest --numprocesses=logical --dist=worksteal
+test-gpu: $(VENV)/installed-for-tests
+	$(GPU_TESTS) tests/kernels/test_gpu.py
+	$(GPU_TESTS) tests/kernels/test_gpu_launch.py tests/kernels/test_attention.py tests/kernels/test_attention_hooks.py \
+		tests/kernels/test_attention_ops.py tests/kernels/test_bits.py tests/kernels/test_fused.py
 
 lint: $(VENV)/installed-for-tests
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy && $(VENV)/bin/lint-imports
