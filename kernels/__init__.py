@@ -1,6 +1,15 @@
 """Fused kernels for training: attention in every variant, and what else a step spends its time in.
 
 Imports torch; Triton only when a kernel is first used.
+
+Notation, here and in the kernels:
+
+- B batch entries (or packed sequences, requests), S tokens (Sq queries, Sk keys), Hq and Hkv heads, GROUP = Hq / Hkv,
+  D head dimension of q and k, Dv of v. Tensors are `[B, S, H, D]`.
+- BM queries by BN keys: a tile's (or block's) sides; a full block is seen wholly, a partial one in part, an empty one not.
+- s scores, p = exp(s - m) weights, m a row's maximum so far, l its sum of weights, alpha what rescales old sums under a new
+  maximum; lse = m + log(l), natural where it leaves a kernel, base 2 within.
+- off = Sk - Sq: query i stands at key i + off. w: the window. delta = rowsum(out * dout) - dlse.
 """
 
 from trainkit.kernels._attention._dispatch import Explanation as Explanation

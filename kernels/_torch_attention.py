@@ -37,6 +37,12 @@ def _call(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, is_causal: bool, sc
     return make_call(q, k, v, None, None, None, None, options)
 
 
+def _laid_out(x: Tensor, like: Tensor) -> Tensor:
+    """Laid out as PyTorch says of its own kernels, which compiled graphs count on: as the input is."""
+    wanted = torch.empty_like(like[..., : x.shape[3]], dtype=x.dtype) if like.shape[3] >= x.shape[3] else x
+    return x if wanted.stride() == x.stride() else wanted.copy_(x)
+
+
 def forward(
     query: Tensor, key: Tensor, value: Tensor, dropout_p: float = 0.0, is_causal: bool = False,
     return_debug_mask: bool = False, *, scale: float | None = None,
@@ -46,7 +52,7 @@ def forward(
     out, lse = run_forward(q, k, v, None, _call(q, k, v, dropout_p, is_causal, scale))
     none = torch.empty(0, dtype=torch.uint64, device=q.device)
     debug = torch.empty(0, dtype=q.dtype, device=q.device)
-    return out.transpose(1, 2), lse, None, None, q.shape[1], k.shape[1], none, none, debug
+    return _laid_out(out.transpose(1, 2), query), lse, None, None, q.shape[1], k.shape[1], none, none, debug
 
 
 def backward(
@@ -58,7 +64,8 @@ def backward(
     q, k, v, o, g = (x.transpose(1, 2) for x in (query, key, value, out, grad_out))
     call = _call(q, k, v, dropout_p, is_causal, scale)
     dq, dk, dv, _, _ = run_backward(q, k, v, None, o, logsumexp, g, None, call)
-    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+    pairs = zip((dq, dk, dv), (query, key, value), strict=True)
+    return tuple(_laid_out(x.transpose(1, 2), like) for x, like in pairs)
 
 
 def _activate() -> Handle:

@@ -51,7 +51,8 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, call: Call, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *learned: Tensor) -> Any:
         out, lse = run_forward(q, k, v, sinks, call)
         # What functions captured is read again in backward: PyTorch then says if it has changed.
-        ctx.save_for_backward(q, k, v, sinks, out, lse, *call.variant.score_tables, *call.variant.mask_tables)
+        captured = (*call.variant.score_tables, *call.variant.mask_tables)
+        ctx.save_for_backward(q, k, v, sinks, out, lse, *(t for t in captured if not t.is_inference()))
         ctx.call = call
         ctx.set_materialize_grads(False)
         return out, lse

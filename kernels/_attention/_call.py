@@ -1,5 +1,6 @@
 """One call of the kernels: what forward and backward share, and which work its programs do; for both dialects."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -52,8 +53,22 @@ _TILES: Cache[Tensor] = Cache(64)
 def _packed_tiles(bounds: tuple[int, ...], size: int, device: torch.device) -> Tensor:
     tiles = [(i, t) for i in range(len(bounds) - 1) for t in range(-(-(bounds[i + 1] - bounds[i]) // size))]
     tiles.sort(key=lambda pair: -pair[1])
-    work = [(i, t, 0, ALL_KEYS, 0) for i, t in tiles]
-    return torch.tensor(work, dtype=torch.int32, device=device).reshape(-1, ITEM)
+    work = [n for i, t in tiles for n in (i, t, 0, ALL_KEYS, 0)]
+    return from_host(work, device).reshape(-1, ITEM)
+
+
+_PINNED: list[Tensor] = []
+"""What captured graphs copy from at each replay."""
+
+
+def from_host(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """Numbers as an int32 tensor; in a graph that is being captured, copied at every replay."""
+    x = torch.tensor(numbers, dtype=torch.int32)
+    if not capturing(device):
+        return x.to(device)
+    x = x.pin_memory()
+    _PINNED.append(x)
+    return x.to(device, non_blocking=True)
 
 
 def layout(call: Call, q: Tensor, k: Tensor, tiling: Tiling, by_keys: bool) -> tuple[Any, ...]:

@@ -1,6 +1,6 @@
 """`attention`: checks once, then takes the fastest path that computes exactly what was asked."""
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -11,8 +11,32 @@ from trainkit.kernels._attention._hooks import Hook
 from trainkit.kernels._attention._packed import make_packed
 from trainkit.kernels._attention._reference import reference
 from trainkit.kernels._attention._spec import MaskMod, Packed, ScoreMod, Spec, check_tensors, make_spec
+from trainkit.kernels.fused._launch import autocast_dtype
 
 BACKENDS = ("auto", "hopper", "triton", "sdpa", "reference")
+
+
+class Options(TypedDict, total=False):
+    """What `attention` takes by name, but what its results depend on."""
+
+    causal: bool
+    window: int | None
+    softcap: float | None
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+    score_mod: ScoreMod | None
+    mask_mod: MaskMod | None
+    rope: tuple[Tensor, Tensor] | None
+    query_mod: Hook | None
+    key_mod: Hook | None
+    output_mod: Hook | None
+    cu_seqlens: Tensor | tuple[Tensor, Tensor] | None
+    scale: float | None
+    softmax: Literal["softmax", "sigmoid"]
+    dropout_p: float
+    seed: int | None
+    deterministic: bool
+    backend: str
 
 
 class Explanation(NamedTuple):
@@ -50,6 +74,35 @@ def _choose(
     return Explanation("reference", f"{refusal}; {lacks['triton']}")
 
 
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = ..., explain: Literal[False] = ...,
+    **options: Unpack[Options],
+) -> Tensor: ...  # fmt: skip
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[True],
+    explain: Literal[False] = ...,
+    **options: Unpack[Options],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[False] = ...,
+    explain: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Tensor, Explanation]: ...
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], explain: Literal[True], **options: Unpack[Options]
+) -> tuple[Tensor, Tensor, Explanation]: ...
 def attention(
     q: Tensor,
     k: Tensor,
@@ -79,7 +132,8 @@ def attention(
     """Differentiable attention with every variant, on the fastest path that computes exactly that.
 
     Args:
-        q: queries `[B, Sq, Hq, D]`, bf16, fp16, fp32 (fp64 on the reference path).
+        q: queries `[B, Sq, Hq, D]`, bf16, fp16, fp32 (fp64 on the reference path). Under autocast q, k and v are cast, as
+            PyTorch's own attention casts them.
         k: keys `[B, Sk, Hkv, D]`; Hq a multiple of Hkv.
         v: values `[B, Sk, Hkv, Dv]`.
         causal: query i sees key j iff `j <= p`, where `p = i + Sk - Sq`.
@@ -115,12 +169,18 @@ def attention(
     Example:
         >>> out = attention(q, k, v, causal=True, window=1024)
     """
+    cast = autocast_dtype(q)
+    if cast is not None:
+        # As PyTorch casts its own attention's inputs; what follows is computed as it is written.
+        q, k, v = (x if x.dtype == torch.float64 else x.to(cast) for x in (q, k, v))
     check_tensors(q, k, v)
     # In a compiled graph lengths cannot be read back: the operator checks them when it runs.
     functions = (score_mod, mask_mod, query_mod, key_mod, output_mod)
     traced = torch.compiler.is_compiling() and q.is_cuda and all(f is None for f in functions)
     cu_q, cu_k = cu_seqlens if isinstance(cu_seqlens, tuple | list) else (cu_seqlens, cu_seqlens)
     packed = None if traced else make_packed(cu_seqlens, q, k)
+    if packed is not None:
+        cu_q, cu_k = packed.cu_q, packed.cu_k
     sequences = q.shape[0] if cu_q is None else cu_q.shape[0] - 1
     if traced and dropout_p > 0 and seed is None:
         raise ValueError("dropout in a compiled graph needs its seed as an argument, got seed=None")

@@ -11,13 +11,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trainkit.kernels._attention import _codegen, _triton
+from trainkit.kernels._attention import _codegen
 from trainkit.kernels._attention._captures import remembered
 from trainkit.kernels._attention._program import LARGEST, Program, Table, Value, differentiate
 from trainkit.kernels._attention._scalars import ScalarIndex
 from trainkit.kernels._attention._spec import Packed
 from trainkit.kernels._attention._trace import Untraceable, append
+from trainkit.kernels._grid import flat
 from trainkit.kernels._once import only_once
+from trainkit.kernels.fused._launch import fusible, on
 from trainkit.kernels.fused._rope import reference as rotate
 from trainkit.kernels.fused._rope import rope as fused_rope
 from trainkit.kernels.fused._rope import rotated
@@ -183,7 +185,8 @@ def _run(hook: Captured, x: Tensor, g: Tensor | None, cu: Tensor | None) -> Tens
         sequence, index = (None, None) if cu is None else rows_of(x, cu)
         other = x if g is None else g
         module = hook.compiled.module
-        _triton_hooks.transform[(B * S,)](
+        with on(x):
+            _triton_hooks.transform[flat((B * S,))](
             x, other, y, sequence, index, *x.stride()[:3], *other.stride()[:3], S, H, _codegen.arguments(hook.tables),
             D=D, BD=triton.next_power_of_2(D), BH=min(triton.next_power_of_2(H), 16), BACKWARD=g is not None,
             PACKED=cu is not None, HOOK=module.hook, BY_X=module.by_x, BY_PAIR=module.by_pair,
@@ -248,6 +251,6 @@ def apply(x: Tensor, hook: Hook, cu: Tensor | None, plain: bool) -> Tensor:
     """
     if x.shape[3] % 2:
         raise ValueError(f"a hook pairs the halves of a head and needs an even head_dim, got {x.shape[3]}")
-    if plain or x.dtype == torch.float64 or not (x.is_cuda or _triton.interpreted()):
+    if plain or not fusible(x):
         return reference(x, hook, cu) if x.numel() else x
     return _Transform.apply(x, trace(hook, x.device), cu)  # type: ignore[no-untyped-call, no-any-return]

@@ -5,8 +5,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from trainkit.kernels._attention._call import from_host
 from trainkit.kernels._attention._spec import Packed
-from trainkit.kernels._cache import Cache, contents
+from trainkit.kernels._cache import Cache, capturing, contents
 
 # Reading a CUDA tensor waits for the device: one pair of lengths serves every layer of a step, so it is read once.
 _SEEN: Cache[tuple[int, ...]] = Cache(64)
@@ -18,6 +19,11 @@ def _host(cu: Tensor) -> tuple[int, ...]:
 
 
 def _check(name: str, cu: Tensor, tokens: int) -> tuple[int, ...]:
+    if isinstance(cu, Tensor) and capturing(cu.device):
+        raise ValueError(
+            f"cu_seqlens of {name} cannot be read from a GPU while a CUDA graph is captured: pass a CPU tensor (the graph then"
+            " keeps its lengths)"
+        )
     if not isinstance(cu, Tensor) or cu.dtype != torch.int32 or cu.dim() != 1 or cu.numel() < 2:
         got = f"{cu.dtype} {list(cu.shape)}" if isinstance(cu, Tensor) else type(cu).__name__
         raise ValueError(f"cu_seqlens of {name} must be an int32 [sequences + 1] tensor, got {got}")
@@ -49,4 +55,9 @@ def make_packed(cu_seqlens: Tensor | tuple[Tensor, Tensor] | None, q: Tensor, k:
         raise ValueError(
             f"cu_seqlens must name as many sequences of q as of k, got {len(bounds_q) - 1}, {len(bounds_k) - 1}"
         )
-    return Packed(cu_q.to(q.device).contiguous(), cu_k.to(q.device).contiguous(), bounds_q, bounds_k)
+    return Packed(_on(cu_q, bounds_q, q), _on(cu_k, bounds_k, k), bounds_q, bounds_k)
+
+
+def _on(cu: Tensor, bounds: tuple[int, ...], x: Tensor) -> Tensor:
+    """The lengths where x lies."""
+    return from_host(bounds, x.device) if cu.device != x.device else cu.contiguous()

@@ -9,11 +9,13 @@ ITEM = 5
 
 
 def ranges(jit, tl=triton_language):
-    """The functions `key_range`, `query_range` and `visible` in a dialect: its `jit` and language.
-
-    Triton's own language is the default, because its interpreter wants to find it in this module.
+    """The functions `key_range`, `query_range` and `visible` in a dialect.
 
     With off = Sk - Sq, query q sees key k iff 0 <= q + off - k if CAUSAL, and |q + off - k| < w with a WINDOW.
+
+    Args:
+        jit: the dialect's decorator.
+        tl: its language; Triton's interpreter wants its own to be found in this module.
     """
 
     @jit
@@ -33,7 +35,8 @@ def ranges(jit, tl=triton_language):
                 hi = tl.minimum(hi, tl.maximum(m0 + BM - 1 + off + w, 0))
                 full_hi = tl.minimum(full_hi, tl.maximum(m0 + off + w, 0) // BN)
         hi = tl.maximum(tl.cdiv(hi, BN), lo)
-        full_lo = tl.minimum(tl.maximum(full_lo, lo), hi)
+        if WINDOW:
+            full_lo = tl.minimum(tl.maximum(full_lo, lo), hi)
         full_hi = tl.minimum(tl.maximum(full_hi, full_lo), hi)
         return lo, full_lo, full_hi, hi
 
@@ -54,7 +57,8 @@ def ranges(jit, tl=triton_language):
                 lo = tl.maximum(n0 - w - off + 1, 0) // BM
                 full_lo = tl.cdiv(tl.maximum(n0 + BN - w - off, 0), BM)
         hi = tl.maximum(tl.cdiv(hi, BM), lo)
-        full_lo = tl.minimum(tl.maximum(full_lo, lo), hi)
+        if CAUSAL or WINDOW:
+            full_lo = tl.minimum(tl.maximum(full_lo, lo), hi)
         full_hi = tl.minimum(tl.maximum(full_hi, full_lo), hi)
         return lo, full_lo, full_hi, hi
 

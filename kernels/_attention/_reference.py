@@ -90,13 +90,14 @@ def reference(q: Tensor, k: Tensor, v: Tensor, spec: Spec, packed: Packed | None
     group = q.shape[2] // k.shape[2]
     qw = q.to(work).transpose(1, 2)
     kw, vw = (x.to(work).transpose(1, 2).repeat_interleave(group, 1) for x in (k, v))
-    if packed is None:
-        out, lse = _attend(qw, kw, vw, spec, 0)
-    else:
-        parts = []
-        for i in range(len(packed.bounds_q) - 1):
-            rows = slice(packed.bounds_q[i], packed.bounds_q[i + 1])
-            cols = slice(packed.bounds_k[i], packed.bounds_k[i + 1])
-            parts.append(_attend(qw[:, :, rows], kw[:, :, cols], vw[:, :, cols], spec, i))
-        out, lse = (torch.cat(x, 2) for x in zip(*parts, strict=True))
+    with torch.autocast(q.device.type, enabled=False):
+        if packed is None:
+            out, lse = _attend(qw, kw, vw, spec, 0)
+        else:
+            parts = []
+            for i in range(len(packed.bounds_q) - 1):
+                rows = slice(packed.bounds_q[i], packed.bounds_q[i + 1])
+                cols = slice(packed.bounds_k[i], packed.bounds_k[i + 1])
+                parts.append(_attend(qw[:, :, rows], kw[:, :, cols], vw[:, :, cols], spec, i))
+            out, lse = (torch.cat(x, 2) for x in zip(*parts, strict=True))
     return out.transpose(1, 2).to(q.dtype), lse

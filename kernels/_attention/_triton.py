@@ -13,13 +13,14 @@ from trainkit.kernels._attention._spec import Spec
 from trainkit.kernels._grid import flat
 from trainkit.kernels._installed import lacking
 from trainkit.kernels._launch import Template
+from trainkit.kernels.fused._launch import transformed
 
 LARGEST_HEAD = 256
 
 
 def interpreted() -> bool:
-    """Whether Triton runs its kernels on the CPU, in Python."""
-    if lacking():
+    """Whether Triton runs its kernels on the CPU, in Python; a compiler has the plain formulas there."""
+    if torch.compiler.is_compiling() or lacking():
         return False
     import triton
 
@@ -30,6 +31,8 @@ def why_not(q: Tensor, v: Tensor, spec: Spec) -> str | None:
     """The reason the Triton path cannot serve the call, or None."""
     if lack := lacking():
         return lack
+    if transformed(q):
+        return "torch.func's transforms go through plain PyTorch"
     if not q.is_cuda and not interpreted():
         return f"Triton has no kernels on {q.device.type}"
     if q.dtype == torch.float64:

@@ -8,8 +8,8 @@ import triton.language as tl
 from trainkit.kernels._attention._triton_forward import LOG2E
 from trainkit.kernels._attention._triton_tiles import (
     Problem,
-    block_at,
     block_spans,
+    first_of,
     keep,
     key_rows,
     load_rows,
@@ -81,8 +81,9 @@ def gradient_of(s, dp, lse, total, c: tl.constexpr):
 def key_span(dk, dv, k, v, queries, grads, LSE, DELTA, start, stop, blocks, cols, problem, MASKED: tl.constexpr,
              c: tl.constexpr):  # fmt: skip
     """Add to (dk, dv) of one tile of keys what the query blocks number [start, stop) bring."""
-    for i in range(start, stop):
-        m0 = block_at(blocks, i, c) * c.BM
+    step: tl.constexpr = 1 if c.BLOCK_SPARSE else c.BM
+    for i in range(start * step, stop * step, step):
+        m0 = first_of(blocks, i, c.BM, c)
         rows = m0 + tl.arange(0, c.BM)
         q = load_rows(queries, m0, problem.Sq, c.BM, c.D, c.BD, 0, MASKED)
         do = load_rows(grads, m0, problem.Sq, c.BM, c.DV, c.BDV, 0, MASKED)
@@ -133,6 +134,8 @@ def backward_keys(
         queries = rows_of(q, work.entry, work.q0, h)
         grads = rows_of(do, work.entry, work.q0, h)
         stats = (work.entry * Hq + h) * Sq + work.q0
+        lse = LSE + stats
+        total = DELTA + stats
         problem = Problem(
             work.request, h, work.request * Hq + h, work.Sq, work.Sk, off, w, scale, seed, threshold, keep_scale, score_args,
             mask_args,
@@ -142,9 +145,9 @@ def backward_keys(
             blocks = BLOCKS + row.to(tl.int64) * NB
             full = tl.load(FULL + row)
             count = tl.load(COUNTS + row)
-            dk, dv = key_span(dk, dv, keys, values, queries, grads, LSE + stats, DELTA + stats, 0, full, blocks, cols, problem,
+            dk, dv = key_span(dk, dv, keys, values, queries, grads, lse, total, 0, full, blocks, cols, problem,
                               False, c)  # fmt: skip
-            dk, dv = key_span(dk, dv, keys, values, queries, grads, LSE + stats, DELTA + stats, full, count, blocks, cols,
+            dk, dv = key_span(dk, dv, keys, values, queries, grads, lse, total, full, count, blocks, cols,
                               problem, True, c)  # fmt: skip
         else:
             lo, full_lo, full_hi, hi = query_range(n0, c.BN, c.BM, work.Sq, off, w, c.CAUSAL, c.WINDOW)
@@ -152,12 +155,12 @@ def backward_keys(
                 full_lo = lo
                 full_hi = lo
             if c.CAUSAL or c.WINDOW:
-                dk, dv = key_span(dk, dv, keys, values, queries, grads, LSE + stats, DELTA + stats, lo, full_lo, n0, cols,
+                dk, dv = key_span(dk, dv, keys, values, queries, grads, lse, total, lo, full_lo, n0, cols,
                                   problem, True, c)  # fmt: skip
             if c.MASK is None:
-                dk, dv = key_span(dk, dv, keys, values, queries, grads, LSE + stats, DELTA + stats, full_lo, full_hi, n0, cols,
+                dk, dv = key_span(dk, dv, keys, values, queries, grads, lse, total, full_lo, full_hi, n0, cols,
                                   problem, False, c)  # fmt: skip
-            dk, dv = key_span(dk, dv, keys, values, queries, grads, LSE + stats, DELTA + stats, full_hi, hi, n0, cols,
+            dk, dv = key_span(dk, dv, keys, values, queries, grads, lse, total, full_hi, hi, n0, cols,
                               problem, True, c)  # fmt: skip
     store_rows(key_rows(dk_out, paging, work, work.head, c), dk * scale, n0, work.Sk, c.BN, c.D, c.BD, c.PAGE)
     store_rows(key_rows(dv_out, paging, work, work.head, c), dv, n0, work.Sk, c.BN, c.DV, c.BDV, c.PAGE)
@@ -167,8 +170,9 @@ def backward_keys(
 def query_span(dq, q, do, lse, total, keys, values, start, stop, blocks, rows, inside, problem, table_grads,
                MASKED: tl.constexpr, c: tl.constexpr):  # fmt: skip
     """Add to dq of one tile of queries what the key blocks number [start, stop) bring."""
-    for i in range(start, stop):
-        n0 = block_at(blocks, i, c) * c.BN
+    step: tl.constexpr = 1 if c.BLOCK_SPARSE else c.BN
+    for i in range(start * step, stop * step, step):
+        n0 = first_of(blocks, i, c.BN, c)
         cols = n0 + tl.arange(0, c.BN)
         k = load_rows(keys, n0, problem.Sk, c.BN, c.D, c.BD, c.PAGE, MASKED)
         v = load_rows(values, n0, problem.Sk, c.BN, c.DV, c.BDV, c.PAGE, MASKED)

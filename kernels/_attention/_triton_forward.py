@@ -9,8 +9,8 @@ import triton.language as tl
 
 from trainkit.kernels._attention._triton_tiles import (
     Problem,
-    block_at,
     block_spans,
+    first_of,
     keep,
     key_rows,
     load_rows,
@@ -59,8 +59,9 @@ def fold(state, s, p_scale, value, problem, q, k, c: tl.constexpr):
 @triton.jit
 def span(state, q, keys, values, start, stop, blocks, rows, problem, MASKED: tl.constexpr, c: tl.constexpr):
     """Fold the key blocks number [start, stop) into the softmax."""
-    for i in range(start, stop):
-        n0 = block_at(blocks, i, c) * c.BN
+    step: tl.constexpr = 1 if c.BLOCK_SPARSE else c.BN
+    for i in range(start * step, stop * step, step):
+        n0 = first_of(blocks, i, c.BN, c)
         cols = n0 + tl.arange(0, c.BN)
         k = load_rows(keys, n0, problem.Sk, c.BN, c.D, c.BD, c.PAGE, MASKED)
         s = tl.dot(q, tl.trans(k), input_precision=c.PRECISION)

@@ -208,10 +208,12 @@ def block_spans(work, m0, w, lists, h, c: tl.constexpr):
 
 
 @triton.jit
-def block_at(blocks, i, c: tl.constexpr):
-    """The i-th block to visit."""
+def first_of(blocks, i, SIZE: tl.constexpr, c: tl.constexpr):
+    """Where a block begins: listed, the i-th of the list; otherwise i itself, which the loop counts in whole blocks (and not
+    block by block: its registers did not suffice).
+    """
     if c.BLOCK_SPARSE:
-        return tl.load(blocks + i)
+        return tl.load(blocks + i) * SIZE
     else:
         return i
 

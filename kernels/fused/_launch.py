@@ -9,9 +9,16 @@ from torch import Tensor
 from trainkit.kernels._installed import lacking
 
 
+def transformed(x: Tensor) -> bool:
+    """Whether x is what torch.func's transforms make of a tensor, which has no memory for a kernel."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
 def fusible(*tensors: Tensor) -> bool:
     """Whether Triton serves these tensors: one CUDA device (or its interpreter, asked for), 16 or 32 bits."""
     if not torch.compiler.is_compiling() and lacking():
+        return False
+    if any(map(transformed, tensors)):
         return False
     if any(x.dtype not in (torch.bfloat16, torch.float16, torch.float32) or x.numel() == 0 for x in tensors):
         return False

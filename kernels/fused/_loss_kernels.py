@@ -33,13 +33,13 @@ def cross_entropy(
     counted = target != ignore_index
     # A target outside the vocabulary gives NaN, not a neighbour's logit. Read before anything is written over it.
     known = counted & (target >= 0) & (target < V)
-    chosen, _ = capped(tl.load(LOGITS + target, mask=known, other=float("nan")).to(tl.float32), cap, CAP)
+    chosen, _slope = capped(tl.load(LOGITS + target, mask=known, other=float("nan")).to(tl.float32), cap, CAP)
     m = float("-inf")
     total = 0.0
     spread = 0.0
     for start in range(0, V, BLOCK):
         cols = start + tl.arange(0, BLOCK)
-        x, _ = capped(tl.load(LOGITS + cols, mask=cols < V, other=float("-inf")).to(tl.float32), cap, CAP)
+        x, _slopes = capped(tl.load(LOGITS + cols, mask=cols < V, other=float("-inf")).to(tl.float32), cap, CAP)
         x = tl.where(cols < V, x, float("-inf"))
         top = tl.maximum(m, tl.max(x, 0))
         total = total * tl.exp(m - top) + tl.sum(tl.exp(x - top), 0)

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainkit.kernels._grid import flat as flat_grid
 from trainkit.kernels._once import only_once
-from trainkit.kernels.fused._launch import fusible, programs, warps
+from trainkit.kernels.fused._launch import fusible, on, programs, warps
 
 WIDEST = 65536
 """Elements of a row that one program holds in registers."""
@@ -29,7 +30,10 @@ class _RMSNorm(torch.autograd.Function):
         flat = x.contiguous().view(-1, n)
         y, scale = torch.empty_like(flat), torch.empty(flat.shape[0], dtype=torch.float32, device=x.device)
         block = triton.next_power_of_2(n)
-        kernels.forward[(flat.shape[0],)](flat, weight, y, scale, eps, N=n, BLOCK=block, num_warps=warps(block))
+        with on(x):
+            kernels.forward[flat_grid((flat.shape[0],))](
+                flat, weight, y, scale, eps, N=n, BLOCK=block, num_warps=warps(block)
+            )
         ctx.save_for_backward(x, weight, scale)
         return y.view(x.shape)
 
@@ -49,7 +53,10 @@ class _RMSNorm(torch.autograd.Function):
         shares = programs(flat, rows)
         dw = torch.empty(shares, n, dtype=torch.float32, device=flat.device)
         block = triton.next_power_of_2(n)
-        kernels.backward[(shares,)](flat, weight, scale, grad, dx, dw, rows, N=n, BLOCK=block, num_warps=warps(block))
+        with on(flat):
+            kernels.backward[(shares,)](
+                flat, weight, scale, grad, dx, dw, rows, N=n, BLOCK=block, num_warps=warps(block)
+            )
         return dx.view(grad.shape), dw.sum(0).to(weight.dtype), None
 
 

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainkit.kernels.fused._launch import fusible
+from trainkit.kernels._grid import flat
+from trainkit.kernels.fused._launch import fusible, on
 
 
 def reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -25,7 +26,8 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     x = x if x.stride(-1) == 1 else x.contiguous()
     B, S, H, D = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    kernels.rotate[(B * S,)](
+    with on(x):
+        kernels.rotate[flat((B * S,))](
         x, y, cos, sin, *x.stride()[:3], S, H, S if cos.dim() == 3 else 0, SIGN=sign, D=D,
         HALF=triton.next_power_of_2(D // 2), BH=triton.next_power_of_2(H),
     )  # fmt: skip

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from trainkit.kernels._grid import flat
 from trainkit.kernels._once import only_once
-from trainkit.kernels.fused._launch import fusible
+from trainkit.kernels.fused._launch import fusible, on
 
 BLOCK = 2048
 """Columns a program, at most."""
@@ -32,7 +32,8 @@ def _run(kernel: Any, *matrices: Tensor) -> None:
         return
     block = min(BLOCK, max(16, 1 << (columns - 1).bit_length()))
     blocks = -(-columns // block)
-    kernel[flat((blocks, rows))](*matrices, *(x.stride(0) for x in matrices), columns, blocks, BLOCK=block)
+    with on(matrices[0]):
+        kernel[flat((blocks, rows))](*matrices, *(x.stride(0) for x in matrices), columns, blocks, BLOCK=block)
 
 
 def _forward(gate: Tensor, up: Tensor) -> Tensor:

@@ -176,3 +176,76 @@ def test_streams_do_not_share_a_counter_of_tiles():
     tensors = inputs(2, 2000, 2000, 8, 8, 128, 128, torch.bfloat16)
     want = attention(*tensors, causal=True)
     assert all(torch.equal(out, want) for out in on_streams(20, lambda: attention(*tensors, causal=True)))
+
+
+@pytest.mark.parametrize("path", ["hopper", "triton"])
+def test_a_cuda_graph_of_packed_sequences(path):
+    """Lengths of the CPU are the graph's for good; those of the GPU cannot be read while it is captured."""
+    available(path)
+    leaves = [x.requires_grad_() for x in inputs(1, 600, 600, 4, 2, 128, 128, torch.bfloat16)]
+    cu, grad = torch.tensor([0, 100, 100, 600], dtype=torch.int32), torch.randn_like(leaves[0])
+
+    def step():
+        out = attention(*leaves, causal=True, cu_seqlens=cu, backend=path)
+        return (out, *torch.autograd.grad(out, leaves, grad))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        want = [x.clone() for x in step()]
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+        with pytest.raises(ValueError, match="cannot be read from a GPU while a CUDA graph is captured"):
+            attention(*leaves, causal=True, cu_seqlens=CU, backend=path)
+    for _ in range(3):
+        for x in results:
+            x.detach().zero_()
+        graph.replay()
+        for got, exact in zip(results, want, strict=True):
+            assert (got - exact).norm() <= 5e-3 * exact.norm()
+
+
+CU = torch.tensor([0, 600], dtype=torch.int32, device="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_blocks_made_on_one_stream_are_not_used_on_another():
+    """The second stream would read lists and bits before the first, which is kept busy, has made them."""
+    available("hopper")
+    q, k, v = inputs(1, 2000, 2000, 4, 4, 128, 128, torch.bfloat16)
+    document = torch.arange(2000, device="cuda") // 300
+    want = attention(q, k, v, mask_mod=lambda b, h, i, j: document[i] == document[j])
+    for n in range(4):
+        document = (torch.arange(2000, device="cuda") // 300).clone()
+        mask = lambda b, h, i, j: document[i] == document[j]  # noqa: E731, B023
+        first, second = torch.cuda.Stream(), torch.cuda.Stream()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(first):
+            torch.cuda._sleep(10**8)
+            attention(q, k, v, mask_mod=mask, backend="triton" if n % 2 else "hopper")
+        with torch.cuda.stream(second):
+            got = attention(q, k, v, mask_mod=mask, backend="triton" if n % 2 else "hopper")
+        torch.cuda.synchronize()
+        assert (got - want).norm() <= 5e-3 * want.norm()
+
+
+@pytest.mark.parametrize("path", ["hopper", "triton"])
+def test_wide_windows_and_many_batch_entries(path):
+    available(path)
+    leaves = [x.requires_grad_() for x in inputs(1, 300, 300, 2, 2, 64, 64, torch.bfloat16)]
+    grad = torch.randn_like(leaves[0])
+    want = torch.autograd.grad(attention(*leaves, causal=True, backend=path), leaves, grad)
+    for window in (2**31 - 1, 2**31 - 40, 2**40):
+        got = torch.autograd.grad(attention(*leaves, causal=True, window=window, backend=path), leaves, grad)
+        for a, b in zip(got, want, strict=True):
+            assert (a - b).norm() <= 5e-3 * b.norm()
+    q, k, v = (x.requires_grad_() for x in inputs(70_000, 4, 4, 1, 1, 64, 64, torch.bfloat16))
+    mask = lambda b, h, i, j: (j <= i) | (b % 2 == 0)  # noqa: E731
+    grads = torch.autograd.grad(attention(q, k, v, mask_mod=mask, backend=path).sum(), (q, k, v))
+    part = [x[-9:].detach().requires_grad_() for x in (q, k, v)]
+    odd = lambda b, h, i, j: (j <= i) | ((b + 69_991) % 2 == 0)  # noqa: E731
+    for a, b in zip(
+        grads, torch.autograd.grad(attention(*part, mask_mod=odd, backend="reference").sum(), part), strict=True
+    ):
+        assert (a[-9:] - b).norm() <= 1e-2 * b.norm()
