@@ -42,7 +42,8 @@ def on(x: Tensor) -> AbstractContextManager[Any]:
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast casts x to, as it does for a matrix product; None outside of autocast."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
 
 
 def warps(block: int) -> int:

@@ -202,7 +202,8 @@ def test_what_is_kept_holds_no_tensor_and_is_bounded(recorder, monkeypatch):
         for _ in range(2):
             launched(recorder, arranged({"sinks": torch.float32, "rope": True}, (1, S, 300, 4, 2, 64, 64)))
     assert len(_hopper.PLANS) == 100
-    assert tensors() == before
+    # What earlier tests left may go meanwhile.
+    assert tensors() <= before
 
 
 @pytest.mark.parametrize("why", ["scratch", "version"])
