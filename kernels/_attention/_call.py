@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from trainkit.kernels._attention import _block_lists
-from trainkit.kernels._attention._ranges import ITEM
 from trainkit.kernels._attention._spec import Packed, Spec
 from trainkit.kernels._attention._variant import Variant
+from trainkit.kernels._attention._work import ITEM
 from trainkit.kernels._cache import Cache, capturing, stream
 
 ALL_KEYS = (1 << 31) - 1

@@ -6,8 +6,8 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from trainkit.kernels._attention._ranges import ITEM as _ITEM
 from trainkit.kernels._attention._ranges import ranges
+from trainkit.kernels._attention._work import ITEM as _ITEM
 
 ITEM = gl.constexpr(_ITEM)
 LOG2E = gl.constexpr(1.4426950408889634)

@@ -4,9 +4,6 @@
 
 import triton.language as triton_language
 
-ITEM = 5
-"""Numbers of a listed piece of work: see `_call.packed_tiles`."""
-
 
 def ranges(jit, tl=triton_language):
     """The functions `key_range`, `query_range` and `visible` in a dialect.

@@ -21,8 +21,8 @@ from trainkit.kernels._attention._dropout import HEAD as _HEAD
 from trainkit.kernels._attention._dropout import MIX_A as _MIX_A
 from trainkit.kernels._attention._dropout import MIX_B as _MIX_B
 from trainkit.kernels._attention._dropout import ROW as _ROW
-from trainkit.kernels._attention._ranges import ITEM as _ITEM
 from trainkit.kernels._attention._ranges import ranges
+from trainkit.kernels._attention._work import ITEM as _ITEM
 
 HEAD: tl.constexpr = tl.constexpr(_HEAD)
 MIX_A: tl.constexpr = tl.constexpr(_MIX_A)

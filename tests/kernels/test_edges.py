@@ -11,7 +11,7 @@ import weakref
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="Triton is not installed: pip install 'trainkit[kernels]'")
+pytest.importorskip("triton", reason="Triton is not installed: pip install 'triton>=3.6'")
 
 from kernels_interpreter import interpreter
 from torch.nn.attention.flex_attention import and_masks, noop_mask, or_masks

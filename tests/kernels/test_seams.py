@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="Triton is not installed: pip install 'trainkit[kernels]'")
+pytest.importorskip("triton", reason="Triton is not installed: pip install 'triton>=3.6'")
 
 import itertools
 

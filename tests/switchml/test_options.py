@@ -13,9 +13,16 @@ from trainkit.switchml import Options, SwitchMLState
 FIELDS = {field.name: field.default for field in dataclasses.fields(Options)}
 
 
-@pytest.mark.parametrize("owner", [SwitchMLState, SwitchMLStrategy])
-def test_arguments_and_defaults_are_those_of_the_options(owner: type) -> None:
-    given = {p.name: p.default for p in inspect.signature(owner).parameters.values() if p.kind is not p.VAR_KEYWORD}
+def test_the_strategy_hands_every_option_on() -> None:
+    given = {name: value for name, value in FIELDS.items() if value is not dataclasses.MISSING}
+    changed = {**given, "channels": 2, "timeout_s": 7.0, "wire": "int16", "fallback": "allreduce"}
+    assert SwitchMLStrategy("127.0.0.1:1", **changed).switchml_state.options == Options("127.0.0.1:1", **changed)
+
+
+def test_arguments_and_defaults_are_those_of_the_options() -> None:
+    given = {
+        p.name: p.default for p in inspect.signature(SwitchMLState).parameters.values() if p.kind is not p.VAR_KEYWORD
+    }
     given.pop("self", None)
     beside = {"rank", "world_size", "process_group"}
     assert {name: value for name, value in given.items() if name not in beside} == {

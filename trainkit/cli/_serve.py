@@ -42,7 +42,9 @@ def run(options: Options) -> int:
     try:
         from trainkit.serving.engine import ModelSource, ServeOptions, serve
     except ModuleNotFoundError as error:
-        raise ValueError(f"serving needs the package {error.name}: pip install 'trainkit[serve]'") from None
+        raise ValueError(
+            f"serving needs the package {error.name}: pip install 'litserve>=0.2.19,<0.3' prometheus-client"
+        ) from None
 
     models = {}
     for part in options.models.split(","):

@@ -391,7 +391,7 @@ def test_control_frames_that_nobody_knows_have_names(kind: int, words: str) -> N
 
 def test_what_nobody_waits_for_is_no_later_collectives_data() -> None:
     """Both ranks broadcast: neither expects what the other sends, and the next collective must not take it."""
-    pair = Topology("pair", "ab", "ab", [("a", "b", 1), ("b", "a", 1)])
+    pair = Topology("pair", list("ab"), list("ab"), [("a", "b", 1), ("b", "a", 1)])
     sends = [forest(pair, "broadcast", root=root).schedule(1) for root in "ab"]
     with engines(2) as both:
         works = [both.transports[rank].start(compile_rank(sends[rank], rank), torch.ones(10)) for rank in (0, 1)]

@@ -61,7 +61,7 @@ def test_the_example_parses(name: str) -> None:
     ("name", "says", "writes"),
     [
         ("check", "passed", []),
-        ("docs", "# The network", []),
+        ("docs", "# The automatic network", []),
         ("doctor", '"part": "training"', []),
         ("order", "rank_order.json", ["rank_order.json"]),
         ("plan", "forest.xml", ["forest.xml"]),

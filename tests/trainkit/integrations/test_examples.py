@@ -23,7 +23,7 @@ LIGHTNING = ["forest_lightning.py", "forest_lightning_unified.py"]
 @pytest.fixture
 def pair(tmp_path: Path) -> str:
     """A network of two."""
-    Topology("pair", "ab", "ab", [("a", "b", 1), ("b", "a", 1)]).save(tmp_path / "pair.json")
+    Topology("pair", list("ab"), list("ab"), [("a", "b", 1), ("b", "a", 1)]).save(tmp_path / "pair.json")
     return str(tmp_path / "pair.json")
 
 
