@@ -402,10 +402,10 @@ language = SimpleNamespace(
     fma=wrapped(multiply_add), constexpr=identity, convert_layout=identity, static_range=range, thread_barrier=unmodelled,
     BlockedLayout=unmodelled, SliceLayout=unmodelled, DotOperandLayout=unmodelled, NVMMADistributedLayout=unmodelled,
     SwizzledSharedLayout=unmodelled, NVMMASharedLayout=SimpleNamespace(get_default_for=unmodelled),
-    maximum=wrapped(np.fmax), minimum=wrapped(np.fmin), max=reduced(np.fmax), sum=reduced(np.add),
-    cdiv=lambda a, b: tensor(a + b - 1) // b, full=lambda shape, x, kind, layout: kind.rounded(np.full([int(n) for n in shape], x)),
-    zeros=lambda shape, kind, layout: kind.rounded(np.zeros([int(n) for n in shape])), arange=lambda a, b, layout: tensor(np.arange(a, b)),
-    join=lambda a, b: tensor(np.stack([a, b], -1)), load=load, store=store, atomic_add=atomic_add, inline_asm_elementwise=inline_asm,
+    maximum=wrapped(np.fmax), minimum=wrapped(np.fmin), max=reduced(np.fmax), sum=reduced(np.add), load=load, store=store,
+    cdiv=lambda a, b: tensor(a + b - 1) // b, arange=lambda a, b, layout: tensor(np.arange(a, b)), atomic_add=atomic_add,
+    full=lambda shape, x, kind, layout: kind.rounded(np.full([*map(int, shape)], x)), inline_asm_elementwise=inline_asm,
+    zeros=lambda shape, kind, layout: kind.rounded(np.zeros([*map(int, shape)])), join=lambda a, b: tensor(np.stack([a, b], -1)),
     program_id=lambda axis: tensor(Chip.active.current.program), num_programs=lambda axis: tensor(Chip.active.current.programs),
 )  # fmt: skip
 

@@ -28,7 +28,7 @@ def test_arguments_and_defaults_are_those_of_the_options() -> None:
     assert {name: value for name, value in given.items() if name not in beside} == {
         name: inspect.Parameter.empty if value is dataclasses.MISSING else value for name, value in FIELDS.items()
     }
-    described = re.findall(r"^        (\w+): ", str(owner.__doc__), re.M)
+    described = re.findall(r"^        (\w+): ", str(SwitchMLState.__doc__), re.M)
     assert set(FIELDS) <= set(described)
 
 
