@@ -270,6 +270,7 @@ def test_sizes_between_measured_ones_count_as_the_next_larger() -> None:
 
 def test_open_requests_are_answered_before_the_end(server: Server) -> None:
     """The last test of this server."""
+    assert server.predict(3)[0] == 200
     with ThreadPoolExecutor(4) as pool:
         answers = [pool.submit(server.predict, "long") for n in range(2)]
         time.sleep(0.5)
