@@ -215,16 +215,6 @@ class Controller:
             self._schedule = self._make_schedule()
         return self._schedule
 
-    def anneal_from(self, step: int, steps: int) -> None:
-        """Ends the run early: from committed step `step` the rate falls to zero within `steps`."""
-        assert self.plan is not None
-        self._next = len(self.plan.searches)
-        now = self.schedule.rate(step)
-        stages = [s for s in self._record.stages if s.start < step] or [StageRecord(0, step, now, False)]
-        stages[-1] = replace(stages[-1], steps=step - stages[-1].start, anneal=False)
-        self._record = replace(self._record, stages=(*stages, StageRecord(step, steps, now, True)))
-        self._schedule = None
-
     def follow_groups(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Takes in parameter groups that were added since the start: their rate over the one in force is their ratio."""
         rate = self.rate(step)

@@ -10,8 +10,9 @@ from pathlib import Path
 class Prior:
     """Constants of the Bayesian strategy.
 
-    Fitted by `benchmarks/autolrs/prior.py fit` on recorded runs, where no other source is given. Rates are log10, so
-    distances are decades; progress and lag are nepers (differences of natural logarithms) of a sum of rates.
+    `growth`, the two weights and the usual rate's offset and std are fitted by `benchmarks/autolrs/prior.py fit` on
+    recorded runs; the others were set by hand after looking at the same runs. Rates are log10, so distances are
+    decades; progress and lag are nepers (differences of natural logarithms) of a sum of rates.
 
     Attributes:
         growth: exponent with which a rate's lag grows with the rate.
