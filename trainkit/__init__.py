@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from trainkit.integrations._network import NetworkState as NetworkState
     from trainkit.integrations._network import auto_network_hook as auto_network_hook
     from trainkit.integrations.lightning._callback import AutoLRS as AutoLRS
+    from trainkit.integrations.lightning._report import RunReport as RunReport
     from trainkit.integrations.lightning._strategies import AutoNetworkStrategy as AutoNetworkStrategy
     from trainkit.integrations.lightning._strategies import ForestStrategy as ForestStrategy
     from trainkit.integrations.lightning._strategies import SwitchMLStrategy as SwitchMLStrategy
@@ -22,6 +23,7 @@ __all__ = [
     "ForestStrategy",
     "NetworkOptions",
     "NetworkState",
+    "RunReport",
     "SwitchMLStrategy",
     "auto_network_hook",
 ]
@@ -32,6 +34,7 @@ _HOMES = {
     "ForestStrategy": "trainkit.integrations.lightning._strategies",
     "NetworkOptions": "trainkit.integrations._network",
     "NetworkState": "trainkit.integrations._network",
+    "RunReport": "trainkit.integrations.lightning._report",
     "SwitchMLStrategy": "trainkit.integrations.lightning._strategies",
     "auto_network_hook": "trainkit.integrations._network",
 }

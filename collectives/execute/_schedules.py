@@ -43,6 +43,8 @@ class Schedules:
         self._placement, self._timeout_s = placement, timeout_s
         self._trees: dict[str, Any] = {}
         self._kept: dict[tuple[str, int], Schedule] = {}
+        self.newest: Schedule | None = None
+        """What `get` gave last."""
 
     def get(self, collective: str, nbytes: int, root: int | None = None, device: str = "cpu") -> Schedule:
         """The schedule of "allreduce", "allgather", "reduce_scatter" or "broadcast" (from rank `root` of the schedule).
@@ -66,7 +68,8 @@ class Schedules:
             chunks *= 2
         if (name, chunks) not in self._kept:
             self._kept[name, chunks] = trees.schedule(chunks)
-        return self._kept[name, chunks]
+        self.newest = self._kept[name, chunks]
+        return self.newest
 
     def _made(self, name: str, collective: str, root: int | None) -> tuple[Any, float]:
         """The trees, and the greatest part of the message that one carries."""

@@ -101,6 +101,11 @@ class ForestState:
         if self.options.fallback == "allreduce":
             self._failover = Failover(self.runner)
 
+    @property
+    def ran(self) -> Schedule | None:
+        """The schedule of the newest bucket; None before there is one."""
+        return self.schedule or (self._schedules.newest if self._schedules is not None else None)
+
     def schedule_for(self, nbytes: int, device: str = "cpu") -> Schedule:
         """The schedule that a bucket of `nbytes` runs on, in the memory of that type of device."""
         self.connect()

@@ -1,8 +1,8 @@
 """Checkpoints that survive a kill at any moment: written beside, synced, renamed; two kept; the newest whole one read."""
 
+import hashlib
 import os
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,10 @@ class RollingCheckpoint(Checkpoint):
     Args:
         folder: where to.
         every: optimiser steps between two checkpoints.
-        before_save: called on rank 0 just before each one, to bring files that go with it up to date.
     """
 
-    def __init__(self, folder: Path, every: int, before_save: Callable[[], None]) -> None:
-        self._folder, self._every, self._before_save = folder, every, before_save
+    def __init__(self, folder: Path, every: int) -> None:
+        self._folder, self._every = folder, every
         self._last = 0
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
@@ -51,8 +50,6 @@ class RollingCheckpoint(Checkpoint):
         if step // self._every == self._last // self._every:
             return
         self._last = step
-        if trainer.is_global_zero:
-            self._before_save()
         trainer.save_checkpoint(self._folder / f"step-{step:08d}.ckpt")
         if trainer.is_global_zero:
             for old in _by_age(self._folder)[:-_KEPT]:
@@ -85,3 +82,11 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 def _by_age(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.ckpt"))
+
+
+def parameters_digest(module: torch.nn.Module) -> str:
+    """SHA-256 of all parameters, in order: equal on two ranks iff they hold the same bits."""
+    digest = hashlib.sha256()
+    for parameter in module.parameters():
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

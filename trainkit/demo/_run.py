@@ -97,10 +97,11 @@ def run(config: Config, folder: Path, *, switch: str | None = None, port: int = 
 
 
 def _finish(config: Config, folder: Path, results: list[dict[str, Any]]) -> None:
-    from trainkit.report import demo_report
+    from trainkit.report import Run, report
 
     shutil.copyfile(folder / "autolrs" / "metrics.csv", folder / "metrics.csv")
-    write_text_atomically(folder / "report.html", demo_report(folder, ARMS))
+    title = f"Trainkit demo: a byte-level GPT of {results[0]['parameters']:,} parameters"
+    write_text_atomically(folder / "report.html", report([Run.load(folder / arm) for arm in ARMS], title))
 
 
 def _table(results: list[dict[str, Any]]) -> Table:

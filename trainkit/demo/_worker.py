@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -54,12 +55,12 @@ def train(job: Job) -> None:
     from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 
     from trainkit._files import write_text_atomically
-    from trainkit.demo._checkpoint import DurableCheckpointIO, RollingCheckpoint, newest_checkpoint
-    from trainkit.demo._config import USELESS_RATE, Config
+    from trainkit.demo._checkpoint import DurableCheckpointIO, RollingCheckpoint, newest_checkpoint, parameters_digest
+    from trainkit.demo._config import ARMS, USELESS_RATE, Config
     from trainkit.demo._corpus import WindowLoader, read_corpus
     from trainkit.demo._model import GPT
-    from trainkit.demo._recorder import Recorder, parameters_digest
     from trainkit.integrations.lightning._callback import AutoLRS
+    from trainkit.integrations.lightning._report import RunReport
     from trainkit.integrations.lightning._strategies import SwitchMLStrategy
 
     _quiet()
@@ -92,8 +93,10 @@ def train(job: Job) -> None:
         # resume, and the fixed-point blocks, which follow the buckets, would round differently
         find_unused_parameters=True,
     )
-    recorder = Recorder(arm_folder / "metrics.csv", strategy.counters)
-    rolling = RollingCheckpoint(arm_folder, every=max(10, config.steps // 12), before_save=recorder.write)
+    recorder = RunReport(
+        arm_folder, name=ARMS[job.arm], loss="val_bits", loss_unit="bits a byte", scale=1 / math.log(2)
+    )
+    rolling = RollingCheckpoint(arm_folder, every=max(10, config.steps // 12))
     search = [AutoLRS(count="all", seed=config.seed)] if job.arm == "autolrs" else []
     trainer = pl.Trainer(
         accelerator=config.accelerator if config.accelerator == "cpu" else "gpu",
@@ -128,7 +131,7 @@ def train(job: Job) -> None:
     bits = trainer.validate(module, validation, verbose=False)[0]["val_bits"]
     trainer.save_checkpoint(folder / f"{job.arm}.ckpt")
     if trainer.is_global_zero:
-        recorder.write()
+        recorder.run(trainer, {"held-out bits a byte": bits}).save(arm_folder)
         history = search[0].history.as_dict() if search else None
         if search:
             search[0].schedule.save(folder / "lr_schedule.json")

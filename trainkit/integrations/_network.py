@@ -154,6 +154,11 @@ class NetworkState:
         """What the switch or the executor failed with."""
         return self._backend.error if self._backend is not None else None
 
+    @property
+    def ran(self) -> Any:
+        """The schedule of the newest bucket, where the network's plan has one."""
+        return getattr(self._backend, "ran", None)
+
     def counters(self) -> dict[str, float]:
         """What the executor or the switch has counted, so far."""
         return dict(self._backend.counters()) if self._backend is not None else {}

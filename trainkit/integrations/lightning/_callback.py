@@ -1,9 +1,9 @@
 """AutoLRS as a Lightning callback."""
 
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -16,24 +16,16 @@ from trainkit.autolrs._plan import LEAST_TRIAL, Search
 from trainkit.autolrs._plot import plot
 from trainkit.autolrs._schedule import set_rate
 from trainkit.autolrs._snapshot import Where, check_where, rng_state, set_rng_state
+from trainkit.integrations.lightning._base import Callback
 from trainkit.integrations.lightning._lookahead import Lookahead
 from trainkit.integrations.lightning._replay import Replay
+from trainkit.integrations.lightning._report import attach
 from trainkit.integrations.lightning._trials import SearchLoss, TrainerTrials
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from pytorch_lightning import Callback, LightningModule, Trainer
+    from pytorch_lightning import LightningModule, Trainer
 else:
-
-    def _callback_base() -> type:
-        """The Callback class of the Lightning package in use: `pytorch_lightning` and `lightning` are two packages."""
-        if "lightning.pytorch" in sys.modules and "pytorch_lightning" not in sys.modules:
-            from lightning.pytorch import Callback
-        else:
-            from pytorch_lightning import Callback
-        return Callback
-
-    Callback = _callback_base()
     Trainer = LightningModule = Any
 
 _KEY = "trainkit.autolrs"
@@ -79,6 +71,7 @@ class AutoLRS(Callback):
         seed: of the search; the same seed asks the same rates.
         memory_mib: MiB of batches that a search may hold; trials that need more end earlier, which is said.
         snapshot: where snapshots lie: "device", "cpu" (pinned) or "disk".
+        report: whether the run gets a report in its logger's folder (see `RunReport`), or the folder of the report.
 
     Attributes:
         history: frozen record of stages, trials and counted steps; `history.as_dict()` is JSON-able.
@@ -105,6 +98,7 @@ class AutoLRS(Callback):
         seed: int = 0,
         memory_mib: int = 256,
         snapshot: Where = "device",
+        report: bool | str | Path = True,
     ) -> None:
         super().__init__()
         self._options = Options(
@@ -123,6 +117,7 @@ class AutoLRS(Callback):
         )
         self._loss: SearchLoss = "train" if preset == "paper" and search_loss == "auto" else search_loss
         self._where: Where = snapshot
+        self._report = report
         self._controller: Controller | None = None
         self._loaded: dict[str, Any] | None = None
         self._replay = Replay()
@@ -173,6 +168,7 @@ class AutoLRS(Callback):
                 "use automatic optimisation, or trainkit.autolrs.Tuner in your own loop"
             )
         self._controller, self._event = Controller(self._options), 0.0
+        attach(trainer, self._report)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts back the random numbers of a checkpoint taken at an epoch's end, before the next epoch is shuffled."""

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from trainkit.collectives import ForestState, Schedule, Topology, forest_hook
 from trainkit.collectives.execute import ForestOptions
 from trainkit.integrations._network import NetworkOptions, NetworkState, auto_network_hook
+from trainkit.integrations.lightning._report import attach
 from trainkit.switchml import SwitchMLState, switchml_hook
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class Hooked(_Base):
         state: of the hook.
         hook: reduces a bucket.
         ddp: arguments of the DDPStrategy; `ddp_comm_wrapper` wraps the hook.
+        report: whether a fit gets a report in its logger's folder (see `RunReport`), or the folder of the report.
 
     Raises:
         TypeError: a hook or state in `ddp`, whose place is taken.
@@ -37,13 +39,16 @@ class Hooked(_Base):
     hook_state: Any
     package: str
 
-    def __init__(self, state: Any, hook: Callable[[Any, Any], Any], ddp: Mapping[str, Any]) -> None:
+    def __init__(
+        self, state: Any, hook: Callable[[Any, Any], Any], ddp: Mapping[str, Any], report: bool | str | Path
+    ) -> None:
         for name in ("ddp_comm_state", "ddp_comm_hook"):
             if ddp.get(name) is not None:
                 raise TypeError(f"{type(self).__name__} brings its own hook: leave {name}= out")
         wrapper = ddp.get("ddp_comm_wrapper")
         self.hook_state, self._hook = state, wrapper(hook) if wrapper is not None else hook
         self._fitted: Any = None
+        self._report = report
         self._handed: dict[str, float] = {}
         taken = ("ddp_comm_state", "ddp_comm_hook", "ddp_comm_wrapper")
         super().__init__(**{name: value for name, value in ddp.items() if name not in taken})
@@ -64,6 +69,8 @@ class Hooked(_Base):
         """Remember whose training this is."""
         super().setup(trainer)
         self._fitted = trainer
+        if trainer.state.fn == "fit":
+            attach(trainer, self._report)
 
     def configure_ddp(self) -> None:
         """Wrap the model, meet the other ranks, and register the hook; Lightning's own does so on GPUs alone."""
@@ -118,7 +125,14 @@ class _Launcher:
 class ThroughSwitch(Hooked):
     """What SwitchMLStrategy adds."""
 
-    def __init__(self, switch: str | SwitchMLState, session: str = "default", **arguments: Any) -> None:
+    def __init__(
+        self,
+        switch: str | SwitchMLState,
+        session: str = "default",
+        *,
+        report: bool | str | Path = True,
+        **arguments: Any,
+    ) -> None:
         settings, ddp = parted(type(self), arguments)
         if isinstance(switch, SwitchMLState):
             if settings or session != "default":
@@ -128,7 +142,7 @@ class ThroughSwitch(Hooked):
             self.switchml_state = switch
         else:
             self.switchml_state = SwitchMLState(switch, session=session, **settings)
-        super().__init__(self.switchml_state, switchml_hook, ddp)
+        super().__init__(self.switchml_state, switchml_hook, ddp, report)
 
 
 class AlongSchedule(Hooked):
@@ -140,6 +154,7 @@ class AlongSchedule(Hooked):
         schedule: str | Path | Schedule | None = None,
         *,
         options: ForestOptions | None = None,
+        report: bool | str | Path = True,
         **arguments: Any,
     ) -> None:
         settings, ddp = parted(type(self), arguments)
@@ -149,18 +164,23 @@ class AlongSchedule(Hooked):
             options=options,
             **settings,
         )
-        super().__init__(self.forest_state, forest_hook, ddp)
+        super().__init__(self.forest_state, forest_hook, ddp, report)
 
 
 class AutoNetwork(Hooked):
     """What AutoNetworkStrategy adds."""
 
     def __init__(
-        self, network: str | Path | Topology | None = None, *, options: NetworkOptions | None = None, **arguments: Any
+        self,
+        network: str | Path | Topology | None = None,
+        *,
+        options: NetworkOptions | None = None,
+        report: bool | str | Path = True,
+        **arguments: Any,
     ) -> None:
         settings, ddp = parted(type(self), arguments)
         self.network_state = NetworkState(network, options=options, **settings)
-        super().__init__(self.network_state, auto_network_hook, ddp)
+        super().__init__(self.network_state, auto_network_hook, ddp, report)
 
 
 def parted(strategy: type, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

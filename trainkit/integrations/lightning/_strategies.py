@@ -11,6 +11,7 @@ class SwitchMLStrategy(ThroughSwitch, DDPStrategy):
     Args:
         switch: "host:port" of `trainkit switch` or of a P4 switch's control; or a `SwitchMLState`.
         session: name under which the workers meet.
+        report: whether a fit gets a report in its logger's folder (see `RunReport`), or the folder of the report.
         **arguments: options of `SwitchMLState`, such as `fallback="allreduce"`, and arguments of
             `pytorch_lightning.strategies.DDPStrategy`.
 
@@ -32,6 +33,7 @@ class ForestStrategy(AlongSchedule, DDPStrategy):
         topology: the network, or its file: the best all-reduce along trees is found for it.
         schedule: an all-reduce to run instead, or its file.
         options: see `ForestOptions`.
+        report: whether a fit gets a report in its logger's folder (see `RunReport`), or the folder of the report.
         **arguments: single ones of these options, such as `timeout_s=60`, and arguments of
             `pytorch_lightning.strategies.DDPStrategy`.
 
@@ -58,6 +60,7 @@ class AutoNetworkStrategy(AutoNetwork, DDPStrategy):
         network: file written by `trainkit probe`, or a Topology, with one compute node a rank (of the probe's, a rank
             finds its own by its host's address; otherwise the order is the ranks'); None probes.
         options: see `NetworkOptions`.
+        report: whether a fit gets a report in its logger's folder (see `RunReport`), or the folder of the report.
         **arguments: single ones of these options, such as `window=100`, and arguments of
             `pytorch_lightning.strategies.DDPStrategy`.
 
