@@ -61,6 +61,8 @@ class Options:
     """file for --export"""
     draw: Path | None = None
     """picture of the trees: .svg, .png or .pdf"""
+    html: Path | None = None
+    """page of the plan: bottleneck, trees, chunks as they move, times"""
     json: bool = False
     """print the plan as JSON on standard output"""
 
@@ -158,6 +160,11 @@ def _plan(topology: "Topology", options: Options) -> "tuple[dict[str, Any], Sche
     if options.draw is not None:
         save_picture(made.draw(_limits(topology, best, options.collective)), options.draw)
         facts["drawn"] = str(options.draw)
+    if options.html is not None:
+        from trainkit.cli._plan_page import write_plan_page
+
+        write_plan_page(options.html, topology, made, _limits(topology, best, options.collective), facts)
+        facts["page"] = str(options.html)
     return facts, made.schedule(options.chunks) if options.export == "json" else None
 
 
@@ -251,7 +258,7 @@ def _print(facts: dict[str, Any], unit: str | None) -> None:
             print(f"  {what:20}{float(facts[key] / facts['time_per_unit']):.3g} times the forest's time")
     if "seconds" in facts:
         print(f"  {facts['nbytes']} bytes take at least {float(facts['seconds']):.6g} s, latency apart")
-    for key in ("written", "drawn"):
+    for key in ("written", "drawn", "page"):
         if key in facts:
             print(f"  written             {facts[key]}")
 

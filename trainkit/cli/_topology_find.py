@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainkit.cli._quantities import bytes_per_second, seconds, size_text, sizes, time_text
@@ -33,6 +34,8 @@ class Options:
     """bandwidth of a host, all ports together"""
     bytes: str = "1KiB..1GiB"
     """message size or range of sizes to choose the best for"""
+    html: Path | None = None
+    """page of the frontier: each topology's graph and cabling list"""
     json: bool = False
     """print JSON"""
 
@@ -101,6 +104,17 @@ def run(options: Options) -> int:
         best = frontier.best(size, alpha=alpha, bandwidth=bandwidth)
         duration = best.seconds(size, alpha, bandwidth)
         choices.append({"size": size_text(size), "bytes": size, "seconds": duration, "name": best.name})
+    if options.html is not None:
+        from trainkit._files import write_text_atomically
+        from trainkit.report import frontier_page
+
+        title = f"{options.nodes} hosts of {options.degree} ports"
+        made = {one.name: one for one in (*frontier, *frontier.balanced)}
+        graphs = [(row, [(str(u), str(v)) for u, v in made[str(row["name"])].graph.edges()]) for row in _rows(frontier)]
+        times = {
+            name: (messages, [one.seconds(size, alpha, bandwidth) for size in messages]) for name, one in made.items()
+        }
+        write_text_atomically(options.html, frontier_page(title, graphs, times))
     whole = frontier.best(messages, alpha=alpha, bandwidth=bandwidth)
     if options.json:
         said = {

@@ -95,7 +95,7 @@ class Run:
     def column(self, name: str) -> tuple[list[float], list[float]]:
         """(steps, values) where there is a value."""
         values = self.columns.get(name, ())
-        steps = self.columns.get("step", range(len(values)))
+        steps = self.columns.get("step", range(len(values)))[: len(values)]
         pairs = [(step, value) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
         return [step for step, _ in pairs], [value for _, value in pairs]
 

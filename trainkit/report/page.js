@@ -31,3 +31,23 @@ for (const figure of document.querySelectorAll("figure.chart")) {
   for (const mark of figure.querySelectorAll(".mark"))
     for (const event of ["pointerenter", "focus", "click"]) mark.addEventListener(event, () => { out.textContent = mark.getAttribute("aria-label"); });
 }
+for (const box of document.querySelectorAll(".network")) {
+  const data = JSON.parse(box.querySelector("script").textContent);
+  const lines = box.querySelectorAll("line"), out = box.querySelector("output");
+  const tree = box.querySelector("select"), moment = box.querySelector("input");
+  const light = (links, root, text) => {
+    lines.forEach((line, at) => line.classList.toggle("used", links.includes(at)));
+    for (const node of box.querySelectorAll("[data-node]")) node.classList.toggle("root", node.dataset.node === root);
+    out.textContent = text;
+  };
+  tree.addEventListener("change", () => {
+    const one = data.trees[tree.value];
+    moment.value = 0;
+    one ? light(one.links, one.root, one.text + ": " + one.links.length + " links") : light([], null, "");
+  });
+  moment.addEventListener("input", () => {
+    const one = data.moments[moment.value - 1];
+    tree.value = "";
+    one ? light(one.links, null, "moment " + moment.value + " of " + data.moments.length + "\n" + one.text.join("\n")) : light([], null, "");
+  });
+}

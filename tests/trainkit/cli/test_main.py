@@ -110,7 +110,7 @@ def test_a_word_that_is_near_is_named(words: list[str], what: str, capsys: pytes
         (["p4", "deploy"], "missing PATH"),
         (["plan"], "missing --topology"),
         (["plan", "--topology", "x.json", "--buckets", "[a]"], "--buckets must be a list such as [1,2]"),
-        (["report", "runs/demo"], "there is no argument runs/demo"),
+        (["doctor", "--out", "x"], "there is no option --out"),
     ],
 )
 def test_a_wrong_option_is_one_line(words: list[str], what: str, capsys: pytest.CaptureFixture[str]) -> None:
