@@ -28,7 +28,7 @@ class Options:
     xdp: str | None = None
     """network interfaces, separated by commas, at which to add inside the kernel: profile "core"; root, clang, libbpf"""
     metrics: str | None = None
-    """HOST:PORT of Prometheus' metrics, at /metrics; default: none"""
+    """HOST:PORT of Prometheus' metrics, at /metrics, and of a page that follows them, at /; default: none"""
     json: bool = False
     """one JSON object a line: the bound address first, then counters every `interval` seconds"""
     interval: float = 2.0

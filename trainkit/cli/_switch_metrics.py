@@ -1,8 +1,10 @@
-"""The switch's counters in Prometheus' text format, over HTTP."""
+"""The switch's counters over HTTP: in Prometheus' text format, and as a page that follows them."""
 
 import contextlib
+import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,9 @@ if TYPE_CHECKING:
 _SHY_S = 2.0
 """Seconds that a caller may take to say what it wants."""
 _MOST_CALLERS = 64
+_MOST_PAGES = 16
+"""Callers that stay: so many pages follow the counters at a time, and the others still get in."""
+_HEADER = ("session", "job", "workers", "longest silence, s")
 
 
 def text(switch: "SoftwareSwitch | KernelSwitch") -> str:
@@ -28,6 +33,17 @@ def text(switch: "SoftwareSwitch | KernelSwitch") -> str:
             value = max(row[of]) if of == "silent" else row[of]
             lines.append(f"switchml_session_{gauge}{{{labels}}} {value}")
     return "\n".join(lines) + "\n"
+
+
+def event(switch: "SoftwareSwitch | KernelSwitch") -> str:
+    """What the page shows, as JSON."""
+    from trainkit.switchml import shown
+
+    rows = [
+        [shown(row["session"], 64), shown(row["job"], 64), row["world"], round(max(row["silent"]), 1)]
+        for row in switch.sessions()
+    ]
+    return json.dumps({"time": time.monotonic(), "counters": switch.counters(), "rows": rows})
 
 
 def _label(text: str) -> str:
@@ -64,22 +80,43 @@ class _Server(ThreadingHTTPServer):
 
 @contextlib.contextmanager
 def served(switch: "SoftwareSwitch | KernelSwitch", address: tuple[str, int]) -> Iterator[None]:
-    """Within, `http://address/metrics` answers.
+    """Within, `http://address/metrics` answers, and `http://address/` is a page that follows the counters.
 
     Raises:
         OSError: the address cannot be bound.
     """
+    from trainkit.report import live_page
+
+    ending, pages = threading.Event(), threading.BoundedSemaphore(_MOST_PAGES)
+    page = live_page("trainkit switch", "what the switch has done since it started", _HEADER).encode()
 
     class Answer(BaseHTTPRequestHandler):
         timeout = _SHY_S
 
         def do_GET(self) -> None:
-            body = text(switch).encode()
-            self.send_response(200 if self.path == "/metrics" else 404)
-            self.send_header("Content-Type", "text/plain; version=0.0.4")
-            self.end_headers()
             if self.path == "/metrics":
-                self.wfile.write(body)
+                self._say(200, "text/plain; version=0.0.4", text(switch).encode())
+            elif self.path == "/":
+                self._say(200, "text/html; charset=utf-8", page)
+            elif self.path == "/events" and pages.acquire(blocking=False):
+                try:
+                    self._follow()
+                finally:
+                    pages.release()
+            else:
+                self._say(503 if self.path == "/events" else 404, "text/plain", b"")
+
+        def _say(self, status: int, kind: str, body: bytes) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def _follow(self) -> None:
+            self._say(200, "text/event-stream", b"")
+            while not ending.is_set():
+                self.wfile.write(f"data: {event(switch)}\n\n".encode())
+                ending.wait(1.0)
 
         def log_message(self, *_: object) -> None:
             """Say nothing: the terminal shows the table."""
@@ -90,5 +127,6 @@ def served(switch: "SoftwareSwitch | KernelSwitch", address: tuple[str, int]) ->
         try:
             yield
         finally:
+            ending.set()
             server.shutdown()
             thread.join()

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 import pytest
 
 from trainkit.cli._main import main
+from trainkit.cli._switch_metrics import served
 from trainkit.report import Run, report
+from trainkit.switchml import SoftwareSwitch
 
 ROOT = Path(__file__).resolve().parents[3]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -134,6 +137,32 @@ def test_a_trial_tells_what_became_of_it(browser: Any, pages: dict[str, Path]) -
     tab.keyboard.press("Tab")
     assert "rate 0.001, 20 steps, not chosen" in rates.locator("output").inner_text()
     tab.close()
+
+
+def test_the_switchs_page_follows_its_counters(browser: Any) -> None:
+    """And text of strangers stays text."""
+    axe = _axe()
+    with socket.create_server(("127.0.0.1", 0)) as one:
+        address = one.getsockname()
+    with SoftwareSwitch() as switch, served(switch, address):
+        tab = browser.new_page(viewport={"width": 360, "height": 900})
+        said: list[str] = []
+        tab.on("console", lambda message: said.append(message.text))
+        tab.goto(f"http://{address[0]}:{address[1]}/")
+        malformed = tab.locator("section.tile", has=tab.get_by_role("heading", name="malformed", exact=True)).locator(
+            ".number"
+        )
+        malformed.get_by_text("0 in all").wait_for()
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
+            host, port = switch.address.rsplit(":", 1)
+            stranger.sendto(b"<img src=x>", (host, int(port)))
+        malformed.get_by_text("1 in all").wait_for()
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 360
+        if axe is not None:
+            tab.evaluate(axe.read_text())
+            assert tab.evaluate("axe.run().then(r => r.violations.map(v => v.id + ': ' + v.nodes[0].html))") == []
+        assert said == []
+        tab.close()
 
 
 def test_trees_and_moments_light_their_links(browser: Any, pages: dict[str, Path]) -> None:
