@@ -63,7 +63,8 @@ def span(state, q, keys, values, start, stop, blocks, rows, problem, MASKED: tl.
     for i in range(start * step, stop * step, step):
         n0 = first_of(blocks, i, c.BN, c)
         cols = n0 + tl.arange(0, c.BN)
-        k = load_rows(keys, n0, problem.Sk, c.BN, c.D, c.BD, c.PAGE, MASKED)
+        # Stored in fewer bits, they are multiplied as queries are.
+        k = load_rows(keys, n0, problem.Sk, c.BN, c.D, c.BD, c.PAGE, MASKED).to(q.dtype)
         s = tl.dot(q, tl.trans(k), input_precision=c.PRECISION)
         qi = rows[:, None]
         kj = cols[None, :]
@@ -79,7 +80,7 @@ def span(state, q, keys, values, start, stop, blocks, rows, problem, MASKED: tl.
                 inside = tl.minimum(kj, problem.Sk - 1)
                 seen = seen & c.MASK(problem.b, problem.h, qi, inside, problem.off, problem.mask_args)
             s = tl.where(seen, s, float("-inf"))
-        v = load_rows(values, n0, problem.Sk, c.BN, c.DV, c.BDV, c.PAGE, MASKED)
+        v = load_rows(values, n0, problem.Sk, c.BN, c.DV, c.BDV, c.PAGE, MASKED).to(q.dtype)
         state = fold(state, s, problem.keep_scale, v, problem, qi, kj, c)
     return state
 
