@@ -65,11 +65,12 @@ class Tree(NamedTuple):
             k_lo, k_hi = self.bounds[nodes[0]], self.bounds[nodes[-1] + 1]
             q, k = [0], [0]
             for i in nodes:
-                # Rows between have no keys here, keys between no queries.
-                for to_q, to_k in ((self.bounds[i + 1], self.bounds[i]), (self.ends[i], self.bounds[i + 1])):
-                    if (to_q - q_lo, to_k - k_lo) != (q[-1], k[-1]):
-                        q.append(to_q - q_lo)
-                        k.append(to_k - k_lo)
+                # Rows between have no keys here, keys between no queries: first the ones go by, then the others.
+                own, after = self.bounds[i], self.bounds[i + 1]
+                for to_q, to_k in ((after - q_lo, k[-1]), (after - q_lo, own - k_lo), (self.ends[i] - q_lo, after - k_lo)):
+                    if (to_q, to_k) != (q[-1], k[-1]):
+                        q.append(to_q)
+                        k.append(to_k)
             found.append(Level(q_lo, q_hi, k_lo, k_hi, tuple(q), tuple(k), False))
         return tuple(found)
 
