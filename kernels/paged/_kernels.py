@@ -19,7 +19,7 @@ PIECE: tl.constexpr = tl.constexpr(_PIECE)
 
 @triton.jit
 def merge_parts(out, LSE, SINKS, PARTS, PART_LSE, MERGE_ROWS, start, stop, token, head, Hq, v_scale, c: tl.constexpr):
-    """The result of one token and key head, of its parts number [start, stop)."""
+    """The result of one token and key head, of its parts number [start, stop), many at a time: few rows have many parts."""
     g = tl.arange(0, c.BG)
     d = tl.arange(0, c.BDV)
     m = tl.full([c.BG], float("-inf"), tl.float32)
@@ -56,6 +56,37 @@ def merge_parts(out, LSE, SINKS, PARTS, PART_LSE, MERGE_ROWS, start, stop, token
     tl.store(at, acc.to(X.dtype.element_ty), mask=(g < c.GROUP)[:, None] & (d < c.DV)[None, :])
     lse = tl.where(empty, float("-inf"), (top + tl.log2(whole)) * LN2)
     tl.store(LSE + token.to(tl.int64) * Hq + heads, lse, mask=g < c.GROUP)
+
+
+@triton.jit
+def merge_tile(out, LSE, SINKS, PARTS, PART_LSE, MERGE_ROWS, begin, end, token, heads, g, Hq, v_scale, c: tl.constexpr):
+    """The results of a tile's rows at once, each of its parts number [begin, end); none where there are none."""
+    d = tl.arange(0, c.BDV)
+    m = tl.full([c.BM], float("-inf"), tl.float32)
+    l = tl.zeros([c.BM], tl.float32)  # noqa: E741
+    acc = tl.zeros([c.BM, c.BDV], tl.float32)
+    ahead = tl.load(MERGE_ROWS + begin, mask=begin < end, other=0)
+    for i in range(0, tl.max(end - begin, 0)):
+        row = (ahead + g).to(tl.int64)
+        there = begin + i < end
+        ahead = tl.load(MERGE_ROWS + begin + i + 1, mask=begin + i + 1 < end, other=0)
+        s = tl.load(PART_LSE + row, mask=there, other=float("-inf"), cache_modifier=".cg") * LOG2E
+        at = row[:, None] * c.DV + d[None, :]
+        o = tl.load(PARTS + at, mask=there[:, None] & (d < c.DV)[None, :], other=0.0, cache_modifier=".cg")
+        raised = tl.maximum(m, s)
+        top = tl.where(raised == float("-inf"), 0.0, raised)
+        weight = tl.exp2(s - top)
+        fade = tl.exp2(m - top)
+        acc = acc * fade[:, None] + o * weight[:, None]
+        l = l * fade + weight  # noqa: E741
+        m = raised
+    zero = tl.zeros([], tl.int64)
+    work = Work(zero, zero, heads, zero, zero, zero, zero, zero, zero, zero, zero)
+    acc, lse = finish(Softmax(acc, m, l), SINKS, work, c)
+    X, st, sh = out
+    at = X + token.to(tl.int64)[:, None] * st + heads[:, None] * sh + d[None, :]
+    tl.store(at, (acc * v_scale).to(X.dtype.element_ty), mask=(begin < end)[:, None] & (d < c.DV)[None, :])
+    tl.store(LSE + token.to(tl.int64) * Hq + heads, lse, mask=begin < end)
 
 
 @triton.jit
@@ -100,10 +131,14 @@ def attend(i, q, k, v, out, LSE, SINKS, PIECES, TOKENS, PAGES, PARTS, PART_LSE, 
     state = Softmax(
         tl.zeros([c.BM, c.BDV], tl.float32), tl.full([c.BM], float("-inf"), tl.float32), tl.zeros([c.BM], tl.float32)
     )
-    if c.WINDOW:
-        state = span(state, tile, k_rows, v_rows, lo, full_lo, lo, index, problem, True, c)
-    state = span(state, tile, k_rows, v_rows, full_lo, full_hi, lo, index, problem, False, c)
-    state = span(state, tile, k_rows, v_rows, full_hi, hi, lo, index, problem, True, c)
+    if c.SMALL:
+        # Reading keys is what takes the time; a mask on all of them costs less than more code does.
+        state = span(state, tile, k_rows, v_rows, lo, hi, lo, index, problem, True, c)
+    else:
+        if c.WINDOW:
+            state = span(state, tile, k_rows, v_rows, lo, full_lo, lo, index, problem, True, c)
+        state = span(state, tile, k_rows, v_rows, full_lo, full_hi, lo, index, problem, False, c)
+        state = span(state, tile, k_rows, v_rows, full_hi, hi, lo, index, problem, True, c)
     # The sink counts where a row's result becomes whole: here, or as its parts are merged.
     acc, lse = finish(state, SINKS, Work(zero, zero, heads, zero, zero, zero, zero, zero, zero, zero, part + 1), c)
     columns = tl.arange(0, c.BDV)
@@ -128,7 +163,16 @@ def attend(i, q, k, v, out, LSE, SINKS, PIECES, TOKENS, PAGES, PARTS, PART_LSE, 
         last = live & (told == end - begin - 1)
         tl.store(COUNTS + slots, each * 0, mask=last)
         tl.debug_barrier()
-        if tl.max(last.to(tl.int32), 0) > 0:
+        if not c.SMALL:
+            mine = r // c.GROUP
+            shown = (mine[:, None] == each[None, :]) & last[None, :]
+            starts = tl.sum(tl.where(shown, begin[None, :], 0), 1)
+            ends = tl.sum(tl.where(shown, end[None, :], 0), 1)
+            ends = tl.where(there, ends, starts)
+            merge_tile(
+                out, LSE, SINKS, PARTS, PART_LSE, MERGE_ROWS, starts, ends, token, heads, r % c.GROUP, Hq, v_scale, c
+            )
+        elif tl.max(last.to(tl.int32), 0) > 0:
             for t in range(0, count):
                 this = each == t
                 if tl.max((this & last).to(tl.int32), 0) > 0:

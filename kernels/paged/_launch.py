@@ -16,8 +16,8 @@ from trainkit.kernels.paged._tables import Pages
 
 PROGRAMS = 2
 """Programs a multiprocessor: while one ends a piece, the other loads."""
-MERGED = 4096
-"""Numbers of parts that a program holds at a time as it merges them: 32 registers a thread."""
+MERGED = 16384
+"""Numbers of parts that a program holds at a time as it merges them: 128 registers a thread."""
 
 
 class Arrays(NamedTuple):
@@ -62,10 +62,10 @@ def constants(
     bg = 1 << (group - 1).bit_length()
     return Template(
         GROUP=group, BG=bg, KV_HEADS=pages.keys.shape[2], D=D, DV=DV, BD=padded(D), BDV=padded(DV), BM=tiles.bm, BN=tiles.bn,
-        BT=1 << (tiles.bm // group - 1).bit_length(), PB=max(1, min(16, MERGED // (bg * padded(DV)))), CAUSAL=spec.causal,
+        BT=1 << (tiles.bm // group - 1).bit_length(), PB=max(1, min(32, MERGED // (bg * padded(DV)))), CAUSAL=spec.causal,
         WINDOW=spec.window is not None, SIGMOID=False, DROPOUT=False, BLOCK_SPARSE=False, PAGE=pages.page_size,
         PRECISION="tf32x3" if q.dtype == torch.float32 and q.is_cuda else "ieee", SCORE=functions.score, MASK=None, SINK=sinks,
-        SCALED=scaled,
+        SCALED=scaled, SMALL=tiles.bm == 16,
     )  # fmt: skip
 
 

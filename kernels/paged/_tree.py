@@ -4,9 +4,11 @@ Prompts with their samples, conversations that fork, drafts of speculative decod
 from it. In a pre-order layout the descendants of a node are one run of rows, so that attention splits into plain calls:
 each node over itself, causally, and for each depth of ancestors, their descendants over them, every key seen. The results
 are merged by their log-sum-exps. Backward needs no merge: with a row's final output and log-sum-exp, each call's own backward
-gives its part of the gradients (the identity by which ring attention and split keys work: arXiv 2310.01889).
+gives its part of the gradients (the identity by which ring attention and split keys work: arXiv 2310.01889). Up to 32,768 tokens, forward is one call with
+the tree as its mask instead: it spares the merging.
 """
 
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -21,7 +23,7 @@ from trainkit.kernels._attention._delta import row_delta, sink_gradient
 from trainkit.kernels._attention._dispatch import attention
 from trainkit.kernels._attention._spec import Packed, Spec, check_tensors, make_spec
 from trainkit.kernels._attention._variant import build
-from trainkit.kernels._cache import Cache, contents
+from trainkit.kernels._cache import Cache, capturing, contents, stream
 from trainkit.kernels._once import only_once
 from trainkit.kernels.paged import _merge
 
@@ -40,7 +42,8 @@ class Level(NamedTuple):
     causal: bool
 
 
-class Tree(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Tree:
     """A checked tree: nodes in pre-order."""
 
     parents: tuple[int, ...]
@@ -123,36 +126,77 @@ def _tree(parents: Tensor, node_indptr: Tensor, tokens: int) -> tuple[Tree, tupl
 
 
 class _Plan(NamedTuple):
-    """The calls of each level."""
+    """The calls of each level, and the one call of forward that needs no merge, if it is worth its mask."""
 
     levels: tuple[Level, ...]
     calls: tuple[Call, ...]
+    whole: Call | None
 
     def slices(self, i: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         a = self.levels[i]
         return q[:, a.q_lo : a.q_hi], k[:, a.k_lo : a.k_hi], v[:, a.k_lo : a.k_hi]
 
 
-def _calls(levels: tuple[Level, ...], spec: Spec, q: Tensor, hopper: bool) -> _Plan:
+MASKED_PAIRS = 1 << 30
+"""Queries times keys up to which a mask is read for its blocks: beyond, that takes longer than merging."""
+
+
+def _calls(tree: Tree, levels: tuple[Level, ...], spec: Spec, q: Tensor, hopper: bool) -> _Plan:
     calls = []
+    longest = max(q.shape[1], q.shape[2])
+    own = Spec(spec.scale, softcap=spec.softcap, deterministic=spec.deterministic)
     for a in levels:
         # One sequence needs no list of tiles.
         packed = None
         if len(a.bounds_q) > 2:
             packed = Packed(from_host(a.bounds_q, q.device), from_host(a.bounds_k, q.device), a.bounds_q, a.bounds_k)
-        own = Spec(
-            spec.scale, a.causal, None, spec.softcap, None, spec.sinks if a.causal else None,
-            deterministic=spec.deterministic,
-        )  # fmt: skip
-        calls.append(Call(own, packed, build(own, q.device, max(q.shape[1], q.shape[2])), hopper))
-    return _Plan(levels, tuple(calls))
+        level = replace(own, causal=a.causal)
+        calls.append(Call(level, packed, build(level, q.device, longest), hopper))
+    whole = None
+    if len(levels) > 1 and q.shape[1] ** 2 <= MASKED_PAIRS:
+        masked = replace(own, mask_mod=_mask(tree, q.device, None))
+        whole = Call(masked, None, build(masked, q.device, longest), hopper)
+    return _Plan(levels, tuple(calls), whole)
+
+
+_PLANS: Cache[_Plan] = Cache(16)
+
+
+FEWEST = 264
+"""Tiles of keys, two for each multiprocessor of an H200, below which the queries are cut among copies of the keys."""
+KEYS = 128
+"""Keys of a tile of the Hopper backward."""
+
+
+def _level_backward(
+    part: tuple[Tensor, Tensor, Tensor], lse: Tensor, grad: Tensor, delta: Tensor, call: Call
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A level's gradients of q, k and v."""
+    q, k, v = part
+    rows, heads = q.shape[1:3]
+    copies = 1
+    if call.hopper and call.packed is None and not call.spec.causal:
+        tiles = -(-k.shape[1] // KEYS) * k.shape[2]
+        while copies * tiles < FEWEST and rows % (2 * copies) == 0 and rows // (2 * copies) >= KEYS:
+            copies *= 2
+
+    def cut(x: Tensor) -> Tensor:
+        return x.reshape(1, heads, copies, rows // copies).transpose(1, 2).reshape(copies, heads, -1).contiguous()
+
+    queries = q.reshape(copies, -1, *q.shape[2:]), grad.reshape(copies, -1, *grad.shape[2:])
+    keys = [x if copies == 1 else x.expand(copies, -1, -1, -1).contiguous() for x in (k, v)]
+    told = cut(lse), queries[1], cut(delta), call
+    dq, dk, dv = (_hopper.backward if call.hopper else _triton.backward)(queries[0], *keys, *told)[:3]
+    if copies > 1:
+        dk, dv = (x.sum(0, keepdim=True, dtype=torch.float32).to(x.dtype) for x in (dk, dv))
+    return dq.reshape(q.shape), dk, dv
 
 
 class _TreeAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: _Plan, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Any:
-        out, lse = run_forward(q, k, v, sinks, plan.calls[0])
-        for i in range(1, len(plan.levels)):
+        out, lse = run_forward(q, k, v, sinks, plan.whole or plan.calls[0])
+        for i in range(1, 1 if plan.whole else len(plan.levels)):
             a = plan.levels[i]
             more, more_lse = run_forward(*plan.slices(i, q, k, v), None, plan.calls[i])
             rows = slice(a.q_lo, a.q_hi)
@@ -175,8 +219,7 @@ class _TreeAttention(torch.autograd.Function):
         for i, (a, call) in enumerate(zip(plan.levels, plan.calls, strict=True)):
             rows = slice(a.q_lo, a.q_hi)
             part = plan.slices(i, q, k, v)
-            told = lse[:, :, rows].contiguous(), grad[:, rows], delta[:, :, rows].contiguous(), call
-            dq, dk, dv = _hopper.backward(*part, *told) if call.hopper else _triton.backward(*part, *told)[:3]
+            dq, dk, dv = _level_backward(part, lse[:, :, rows], grad[:, rows], delta[:, :, rows], call)
             if not totals:
                 totals = [dq, dk, dv]
                 continue
@@ -259,6 +302,10 @@ def tree_attention(
             deterministic=deterministic, return_lse=True, backend=backend,
         )  # fmt: skip
     else:
-        plan = _calls(levels, spec, q, lacks["hopper"] is None and backend != "triton")
+        hopper = lacks["hopper"] is None and backend != "triton"
+        key = (id(tree), spec.scale, spec.softcap, spec.deterministic, hopper, q.shape[2], q.device, stream(q.device))
+        plan = _PLANS.get(
+            None if capturing(q.device) else key, lambda: _calls(tree, levels, spec, q, hopper), (tree,)
+        )  # fmt: skip
         out, lse = _TreeAttention.apply(plan, q, k, v, spec.sinks)  # type: ignore[no-untyped-call]
     return (out, lse) if return_lse else out
