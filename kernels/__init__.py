@@ -28,4 +28,5 @@ from trainkit.kernels.paged._append import append_kv as append_kv
 from trainkit.kernels.paged._attention import Maximum as Maximum
 from trainkit.kernels.paged._attention import PagedAttention as PagedAttention
 from trainkit.kernels.paged._merge import merge_states as merge_states
+from trainkit.kernels.paged._packing import pack_samples as pack_samples
 from trainkit.kernels.paged._tree import tree_attention as tree_attention
