@@ -52,7 +52,9 @@ config = LlamaConfig(
 model = LlamaForCausalLM(config)
 tree = {name: packed[name] for name in ("tree_kv_index", "tree_cu_seqlens_q", "tree_cu_seqlens_k")}
 with torch.no_grad():
-    logits = model(packed["input_ids"][None], position_ids=packed["position_ids"][None], use_cache=False, **tree).logits[0]
+    logits = model(
+        packed["input_ids"][None], position_ids=packed["position_ids"][None], use_cache=False, **tree
+    ).logits[0]
     # The end of the second answer, against the answer alone.
     path = packed["tree_kv_index"][packed["tree_cu_seqlens_k"][3] : packed["tree_cu_seqlens_k"][4]]
     alone = model(packed["input_ids"][path][None], use_cache=False).logits[0]

@@ -46,7 +46,10 @@ def timed(forward: Callable[..., Tensor], inputs: list[Tensor], seconds: float) 
     torch.cuda.synchronize()
     peak = (torch.cuda.max_memory_allocated() - before) / 2**20
     turns = [
-        [do_bench(run, warmup=25, rep=int(seconds * 333), return_mode="median") for run in (lambda: forward(*inputs), both)]
+        [
+            do_bench(run, warmup=25, rep=int(seconds * 333), return_mode="median")
+            for run in (lambda: forward(*inputs), both)
+        ]
         for _ in range(3)
     ]
     return *(statistics.median(x) for x in zip(*turns, strict=True)), peak
@@ -75,7 +78,9 @@ def case(prompt: int, samples: int, length: int, Hq: int, Hkv: int, seconds: flo
     compiled = torch.compile(flex_attention)
 
     def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return compiled(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=blocks, enable_gqa=Hq != Hkv)
+        return compiled(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=blocks, enable_gqa=Hq != Hkv
+        )
 
     index = torch.cat([torch.arange(prompt)] + [
         torch.cat([torch.arange(prompt), torch.arange(prompt + i * length, prompt + (i + 1) * length)])
@@ -107,7 +112,9 @@ def case(prompt: int, samples: int, length: int, Hq: int, Hkv: int, seconds: flo
     return found
 
 
-def errors(packed: list[Tensor], parents: Tensor, indptr: Tensor, prompt: int, samples: int, length: int, seen: Any) -> Any:
+def errors(
+    packed: list[Tensor], parents: Tensor, indptr: Tensor, prompt: int, samples: int, length: int, seen: Any
+) -> Any:
     """Largest differences of out, dq, dk, dv from flat attention's (cuDNN, fp32 sums over the samples), over the largest."""
     grad = torch.randn_like(packed[0])
     tree = [tree_attention(*packed, parents, indptr)]

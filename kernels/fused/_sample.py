@@ -77,7 +77,12 @@ def sample(
     """
     if logits.dim() != 2 or logits.shape[1] < 1 or not logits.is_floating_point():
         raise ValueError(f"logits must be a floating-point [rows, vocab], got {logits.dtype} {list(logits.shape)}")
-    limits = ((temperature, 0.0, float("inf")), (0 if top_k is None else top_k, 0, 1 << 30), (top_p, 1e-9, 1.0), (min_p, 0.0, 1.0))
+    limits = (
+        (temperature, 0.0, float("inf")),
+        (0 if top_k is None else top_k, 0, 1 << 30),
+        (top_p, 1e-9, 1.0),
+        (min_p, 0.0, 1.0),
+    )
     for name, (x, least, most) in zip(("temperature", "top_k", "top_p", "min_p"), limits, strict=True):
         if not isinstance(x, Tensor) and not least <= x <= most:
             raise ValueError(f"{name} must be from {least} to {most}, got {x}")

@@ -64,16 +64,16 @@ def append_kv(
             raise ValueError(f"{name} must be {[len(rows), *cache.shape[2:]]} as the tables say, got {list(x.shape)}")
     index = torch.from_numpy(rows.astype(np.int64)).to(k.device)
     for x, cache, scale in ((k, pages.keys, k_scale), (v, pages.values, v_scale)):
-        write(x if scale is None else x.float() / scale[:, None], cache, index)
+        scaled = x if scale is None else x.float() / scale[:, None]
+        write(scaled, cache, index // pages.page_size, index % pages.page_size)
 
 
-def write(x: Tensor, cache: Tensor, rows: Tensor) -> None:
-    """Put `[tokens, Hkv, D]` into these rows, int64, of a cache `[pages, page, Hkv, D]`."""
-    page_size = cache.shape[1]
+def write(x: Tensor, cache: Tensor, page: Tensor, place: Tensor) -> None:
+    """Put `[tokens, Hkv, D]` into these places of these pages, int64, of a cache `[pages, page, Hkv, D]`."""
     x = x.detach()
     if cache.dtype == torch.float8_e4m3fn:
         # A number beyond fp8's largest becomes that, not NaN; written as bytes, which every indexing kernel knows.
         most = torch.finfo(cache.dtype).max
         x, cache = x.float().clamp(-most, most).to(cache.dtype).view(torch.uint8), cache.view(torch.uint8)
     with torch.no_grad():
-        cache[rows // page_size, rows % page_size] = x.to(cache.dtype)
+        cache[page, place] = x.to(cache.dtype)

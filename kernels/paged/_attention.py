@@ -227,14 +227,14 @@ class PagedAttention:
             raise ValueError(f"the cache's keys must be {list(keys)} (as NHD) as planned, got {list(pages.keys.shape)}")
         for name, x, dtype in (("q", q, planned.dtype), ("the cache", pages.keys, planned.kv_dtype)):
             if x.dtype != dtype or x.device != planned.device:
-                raise ValueError(
-                    f"{name} must be {dtype} on {planned.device} as planned, got {x.dtype} on {x.device}"
-                )
+                raise ValueError(f"{name} must be {dtype} on {planned.device} as planned, got {x.dtype} on {x.device}")
         if q.stride(2) != 1 or pages.keys.stride(3) != 1 or pages.values.stride(3) != 1:
             raise ValueError("the last dimension of q and of the cache must be laid out densely: call contiguous()")
         for name, x, said in (("alibi", alibi_slopes, self.alibi), ("sinks", sinks, self.sinks)):
             if (x is not None) != said:
-                raise ValueError(f"{name}={said} was said when PagedAttention was made, got {'a' if x is not None else 'no'} tensor")
+                raise ValueError(
+                    f"{name}={said} was said when PagedAttention was made, got {'a' if x is not None else 'no'} tensor"
+                )
         heads, kv = planned.num_qo_heads, (shape.kv_heads,)
         requests = len(planned.tables.qo_indptr) - 1
         if alibi_slopes is not None and tuple(alibi_slopes.shape) not in ((heads,), (requests, heads)):

@@ -88,7 +88,9 @@ def merge_states(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         >>> out, lse = merge_states(torch.stack([prefix_out, own_out]), torch.stack([prefix_lse, own_lse]))
     """
     if out.dim() != 4 or lse.shape != out.shape[:3] or out.shape[0] < 1:
-        raise ValueError(f"merge_states takes out [S, N, H, D] and lse [S, N, H], got {list(out.shape)}, {list(lse.shape)}")
+        raise ValueError(
+            f"merge_states takes out [S, N, H, D] and lse [S, N, H], got {list(out.shape)}, {list(lse.shape)}"
+        )
     if not out.is_floating_point() or not lse.is_floating_point():
         raise ValueError(f"merge_states takes floating-point states, got {out.dtype} and {lse.dtype}")
     like = out[:1, :1, :1]

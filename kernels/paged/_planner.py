@@ -125,4 +125,6 @@ class Planner:
         return None
 
     def _fits(self, most: Any, shape: Shape, device: torch.device) -> bool:
-        return self.arrays is not None and self.maximum == most and self._key == (most, shape._replace(share=True), device)
+        return (
+            self.arrays is not None and self.maximum == most and self._key == (most, shape._replace(share=True), device)
+        )

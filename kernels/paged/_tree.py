@@ -70,7 +70,11 @@ class Tree:
             for i in nodes:
                 # Rows between have no keys here, keys between no queries: first the ones go by, then the others.
                 own, after = self.bounds[i], self.bounds[i + 1]
-                for to_q, to_k in ((after - q_lo, k[-1]), (after - q_lo, own - k_lo), (self.ends[i] - q_lo, after - k_lo)):
+                for to_q, to_k in (
+                    (after - q_lo, k[-1]),
+                    (after - q_lo, own - k_lo),
+                    (self.ends[i] - q_lo, after - k_lo),
+                ):
                     if (to_q, to_k) != (q[-1], k[-1]):
                         q.append(to_q)
                         k.append(to_k)
@@ -89,7 +93,12 @@ def read(parents: Tensor, node_indptr: Tensor, tokens: int) -> Tree:
             got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"{name} must be an int32 tensor of one dimension, got {got}")
     numbers, bounds = tuple(parents.tolist()), tuple(node_indptr.tolist())
-    if len(bounds) != len(numbers) + 1 or bounds[0] != 0 or bounds[-1] != tokens or any(b < a for a, b in pairwise(bounds)):
+    if (
+        len(bounds) != len(numbers) + 1
+        or bounds[0] != 0
+        or bounds[-1] != tokens
+        or any(b < a for a, b in pairwise(bounds))
+    ):
         raise ValueError(
             f"node_indptr must rise from 0 to the {tokens} tokens in {len(numbers)} steps, one a node, got {list(bounds[:8])}"
             + (f"... to {bounds[-1]}" if len(bounds) > 8 else "")

@@ -45,7 +45,11 @@ def seen_by(tables, shape):
                 kept &= j <= p
             if shape.window:
                 kept &= abs(p - j) < shape.window
-            yield tables.qo_indptr[b] + i, p, [(int(pages[x // shape.page_size]), int(x % shape.page_size)) for x in j[kept]]
+            yield (
+                tables.qo_indptr[b] + i,
+                p,
+                [(int(pages[x // shape.page_size]), int(x % shape.page_size)) for x in j[kept]],
+            )
 
 
 def met_by(tables, shape, plan):

@@ -28,6 +28,8 @@ class Decoder(Protocol):
     """A decoder-only language model."""
 
     shape: CacheShape
+    capturable: bool
+    """Whether a CUDA graph can hold it: nothing in it waits for the device."""
 
     def __call__(self, tokens: Tensor, positions: Tensor, rows: Tensor, attend: Attend) -> Tensor:
         """Logits `[rows, vocab]` of these rows of tokens `[n]`."""
@@ -36,6 +38,8 @@ class Decoder(Protocol):
 
 class _Own:
     """A model that has `next_logits` and `cache_shape`, as the demo's GPT."""
+
+    capturable = True
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -47,6 +51,8 @@ class _Own:
 
 class _Transformers:
     """A causal language model of transformers, through `attn_implementation="trainkit"`."""
+
+    capturable = False  # it looks at its positions on the host
 
     def __init__(self, model: Any) -> None:
         from trainkit.kernels import register_transformers

@@ -86,6 +86,8 @@ class Engine:
         self.max_batch, self.max_step_tokens, self.num_pages = max_batch, max_step_tokens, num_pages
         self.max_length = min(shape.max_length, num_pages * page_size)
         self._eos = frozenset(() if eos is None else (eos,) if isinstance(eos, int) else eos)
+        self._graphed = torch.device(device).type == "cuda" and self._decoder.capturable and backend == "auto"
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._waiting: deque[_Request] = deque()
         self._active: list[_Request] = []
         self._ids: set[int] = set()
@@ -101,7 +103,13 @@ class Engine:
         return self.pages.free
 
     def add_request(
-        self, id: int, prompt: Sequence[int], *, max_new_tokens: int, sampling: Sampling | None = None, stop: Sequence[int] = ()
+        self,
+        id: int,
+        prompt: Sequence[int],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+        stop: Sequence[int] = (),
     ) -> None:
         """Queue a request, first come first served.
 
@@ -199,13 +207,8 @@ class Engine:
         parts = self._schedule()
         if not parts:
             return []
-        tokens, positions, rows = self._cache.begin([
-            Part(r.tokens[r.cached : r.cached + r.fed], r.cached, r.held.pages if r.held else ()) for r in parts
-        ])  # fmt: skip
         drawing = [i for i, r in enumerate(parts) if r.cached + r.fed == len(r.tokens)]
-        if len(drawing) < len(parts):
-            rows = rows[torch.tensor(drawing, dtype=torch.int64, device=rows.device)]
-        logits = self._decoder(tokens, positions, rows, self._cache.attend)
+        logits = self._logits(parts, drawing)
         drawn = self._draw(logits, [parts[i] for i in drawing]) if drawing else []
         for request in parts:
             request.cached += request.fed
@@ -222,6 +225,31 @@ class Engine:
                 self._active.remove(request)
                 self._ids.discard(request.id)
         return found
+
+    def _logits(self, requests: list[_Request], drawing: list[int]) -> Tensor:
+        """Of those who draw; decoding alone on a GPU is a CUDA graph for each power of two of requests."""
+        parts = [
+            Part(r.tokens[r.cached : r.cached + r.fed], r.cached, r.held.pages if r.held else ()) for r in requests
+        ]
+        if not self._graphed or len(drawing) < len(parts) or any(r.fed > 1 for r in requests):
+            tokens, positions, rows = self._cache.begin(parts)
+            if len(drawing) < len(parts):
+                rows = rows[torch.tensor(drawing, dtype=torch.int64, device=rows.device)]
+            return self._decoder(tokens, positions, rows, self._cache.attend)
+        places = 1 << (len(parts) - 1).bit_length()
+        batch = self._cache.begin(parts, places)
+        known = self._graphs.get(places)
+        if known is None:
+            # Once before: what is compiled or planned on first use is not captured.
+            self._decoder(*batch, self._cache.attend)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                logits = self._decoder(*batch, self._cache.attend)
+            known = self._graphs[places] = graph, logits
+        self._cache.replan()
+        known[0].replay()
+        return known[1][: len(parts)]
 
     def _draw(self, logits: Tensor, requests: list[_Request]) -> list[int]:
         if all(r.sampling.temperature == 0.0 for r in requests):

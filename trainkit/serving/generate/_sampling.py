@@ -23,7 +23,9 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be finite and at least 0, got {self.temperature}: 0 takes the likeliest")
+            raise ValueError(
+                f"temperature must be finite and at least 0, got {self.temperature}: 0 takes the likeliest"
+            )
         if self.top_k is not None and not 1 <= self.top_k < 1 << 30:
             raise ValueError(f"top_k must be at least 1, got {self.top_k}: None turns it off")
         if not 0.0 < self.top_p <= 1.0:
