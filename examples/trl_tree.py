@@ -7,6 +7,7 @@ keys of each leaf's whole path for FlashAttention-3. With `attn_implementation="
 """
 
 import importlib.util
+from itertools import pairwise
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -33,7 +34,7 @@ else:
     # and three ends.
     parts = [answers[0][:19], answers[0][19:25], answers[0][25:], answers[1][25:], answers[2][19:]]
     bounds = torch.tensor([0, *(len(p) for p in parts)]).cumsum(0)
-    rows = [torch.arange(int(a), int(b)) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    rows = [torch.arange(int(a), int(b)) for a, b in pairwise(bounds)]
     paths = [[0], [0, 1], [0, 1, 2], [0, 1, 3], [0, 4]]
     keys = [torch.cat([rows[i] for i in path]) for path in paths]
     starts = [0, 19, 25, 25, 19]

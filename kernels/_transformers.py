@@ -61,7 +61,8 @@ def forward(
     `cu_seq_lens_k`, `seq_idx`) do not see each other, whether the mask says so or not.
 
     Tokens in trees are named by `tree_parents` and `tree_indptr` (`pack_samples`), or as TRL packs them, by `tree_kv_index`,
-    `tree_cu_seqlens_q` and `tree_cu_seqlens_k`; the mask is then not read. With `trainkit_attend`, which `trainkit.serving.generate` passes through the model, that keeps keys and values and attends.
+    `tree_cu_seqlens_q` and `tree_cu_seqlens_k`; the mask is then not read. With `trainkit_attend`, which
+    `trainkit.serving.generate` passes through the model, that keeps keys and values and attends.
 
     Raises:
         ValueError: a keyword argument that is neither used here nor known to be harmless: it might change who sees whom.
@@ -82,8 +83,10 @@ def forward(
         if dropout or position_bias is not None:
             raise ValueError(f"attention in trees has no dropout and no position bias, got dropout={dropout}")
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        said = {"scale": scaling, "window": sliding_window or None, "softcap": softcap, "sinks": s_aux}
-        return tree_attention(q, k, v, tree_parents, tree_indptr, deterministic=bool(deterministic), **said), None
+        return tree_attention(
+            q, k, v, tree_parents, tree_indptr, scale=scaling, window=sliding_window or None, softcap=softcap, sinks=s_aux,
+            deterministic=bool(deterministic),
+        ), None  # fmt: skip
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     shape = q.shape[0], q.shape[2], q.shape[1], k.shape[1]

@@ -48,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--arms", nargs="+", default=["gpt", "llama", "plain", "continuous"])
+    parser.add_argument("--arms", nargs="+", default=["gpt", "gpt graphs", "llama", "plain", "continuous"])
     options = parser.parse_args()
     size = SIZES["30m"]
     g = torch.Generator().manual_seed(0)
@@ -79,6 +79,7 @@ def main() -> None:
 
     arms: dict[str, Callable[[], Any]] = {
         "gpt": lambda: generate(gpt, prompts, **batch),
+        "gpt graphs": lambda: generate(gpt, prompts, cuda_graphs=True, **batch),
         "llama": lambda: generate(llama, prompts, **batch),
         "plain": padded,
         "continuous": continuous,

@@ -148,10 +148,9 @@ def _planned(what: str, call: Call, make: Callable[[], Plan], *tensors: Tensor) 
     forms = form(*tensors)
     if forms is None or (packed is not None and capturing(tensors[0].device)):
         return make()
-    key = (what, forms, spec.causal, spec.window, spec.softcap, spec.scale, spec.deterministic)
-    if packed is not None:
-        # Their list of tiles is for one stream: see `packed_tiles`.
-        key += (id(packed), stream(tensors[0].device))
+    # Packed sequences' list of tiles is for one stream: see `packed_tiles`.
+    own = () if packed is None else (id(packed), stream(tensors[0].device))
+    key = (what, forms, spec.causal, spec.window, spec.softcap, spec.scale, spec.deterministic, *own)
     if variant.mask is None and (variant.score is None or _cap(spec) is not None):
         return PLANS.get(key, make, () if packed is None else (packed,))  # type: ignore[no-any-return]
     if packed is not None:

@@ -144,9 +144,9 @@ def attend(i, q, k, v, out, LSE, SINKS, PIECES, TOKENS, PAGES, PARTS, PART_LSE, 
     columns = tl.arange(0, c.BDV)
     kept = there[:, None] & (columns < c.DV)[None, :]
     if part < 0:
-        O, ot, oh = out
-        at = O + token.to(tl.int64)[:, None] * ot + heads[:, None] * oh + columns[None, :]
-        tl.store(at, (acc * v_scale).to(O.dtype.element_ty), mask=kept)
+        X, ot, oh = out
+        at = X + token.to(tl.int64)[:, None] * ot + heads[:, None] * oh + columns[None, :]
+        tl.store(at, (acc * v_scale).to(X.dtype.element_ty), mask=kept)
         tl.store(LSE + token.to(tl.int64) * Hq + heads, lse, mask=there)
     else:
         row = (part + r).to(tl.int64)

@@ -35,11 +35,11 @@ def merge(states, out, n, H, S: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     total, known = weights(states, i, h, n, S, B)
     acc = tl.zeros([B, BD], tl.float32)
     for s in tl.static_range(S):
-        O, r, oh, LSE, lr, lh = states[s]
+        Y, r, oh, LSE, lr, lh = states[s]
         w = tl.exp(tl.load(LSE + at * lr + h * lh, mask=at < n, other=float("-inf")).to(tl.float32) - known)
-        acc += w[:, None] * tl.load(O + at[:, None] * r + h * oh + d[None, :], mask=kept, other=0.0).to(tl.float32)
-    O, r, oh, LSE, lr, lh = out
-    tl.store(O + at[:, None] * r + h * oh + d[None, :], acc.to(O.dtype.element_ty), mask=kept)
+        acc += w[:, None] * tl.load(Y + at[:, None] * r + h * oh + d[None, :], mask=kept, other=0.0).to(tl.float32)
+    Y, r, oh, LSE, lr, lh = out
+    tl.store(Y + at[:, None] * r + h * oh + d[None, :], acc.to(Y.dtype.element_ty), mask=kept)
     tl.store(LSE + at * lr + h * lh, total, mask=at < n)
 
 
@@ -53,17 +53,17 @@ def merge_backward(states, out, grad, grads, n, H, S: tl.constexpr, D: tl.conste
     at = i + tl.arange(0, B)
     d = tl.arange(0, BD)
     kept = (at < n)[:, None] & (d < D)[None, :]
-    O, r, oh, LSE, lr, lh = out
-    whole = tl.load(O + at[:, None] * r + h * oh + d[None, :], mask=kept, other=0.0).to(tl.float32)
+    Y, r, oh, LSE, lr, lh = out
+    whole = tl.load(Y + at[:, None] * r + h * oh + d[None, :], mask=kept, other=0.0).to(tl.float32)
     total = tl.load(LSE + at * lr + h * lh, mask=at < n, other=float("-inf"))
     known = tl.where(total == float("-inf"), 0.0, total)
     G, r, oh, GL, lr, lh = grad
     g = tl.load(G + at[:, None] * r + h * oh + d[None, :], mask=kept, other=0.0).to(tl.float32)
     gl = tl.load(GL + at * lr + h * lh, mask=at < n, other=0.0).to(tl.float32)
     for s in tl.static_range(S):
-        O, r, oh, LSE, lr, lh = states[s]
+        Y, r, oh, LSE, lr, lh = states[s]
         w = tl.exp(tl.load(LSE + at * lr + h * lh, mask=at < n, other=float("-inf")).to(tl.float32) - known)
-        o = tl.load(O + at[:, None] * r + h * oh + d[None, :], mask=kept, other=0.0).to(tl.float32)
-        O, r, oh, LSE, lr, lh = grads[s]
-        tl.store(O + at[:, None] * r + h * oh + d[None, :], (w[:, None] * g).to(O.dtype.element_ty), mask=kept)
+        o = tl.load(Y + at[:, None] * r + h * oh + d[None, :], mask=kept, other=0.0).to(tl.float32)
+        Y, r, oh, LSE, lr, lh = grads[s]
+        tl.store(Y + at[:, None] * r + h * oh + d[None, :], (w[:, None] * g).to(Y.dtype.element_ty), mask=kept)
         tl.store(LSE + at * lr + h * lh, w * (tl.sum(g * (o - whole), 1) + gl), mask=at < n)

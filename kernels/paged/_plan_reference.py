@@ -58,10 +58,10 @@ class Plan(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Tokens [first, first + count) and blocks [lo, hi) of the keys of `request`."""
+    """Tokens [first, first + tokens) and blocks [lo, hi) of the keys of `request`."""
 
     first: int
-    count: int
+    tokens: int
     request: int
     lo: int
     hi: int
@@ -117,12 +117,12 @@ def tiles(tables: Tables, shape: Shape) -> list[tuple[int, ...]]:
     lengths = tables.lengths(shape.page_size)
     request = np.repeat(np.arange(len(lengths)), np.diff(tables.qo_indptr))
     stands = np.arange(len(request)) - tables.qo_indptr[request] + lengths[request] - np.diff(tables.qo_indptr)[request]
-    found = []
+    found: list[tuple[int, ...]] = []
     step = shape.bm // shape.group
     for s in segments(tables, shape):
         keys = int(lengths[s.request])
-        for first in range(s.first, s.first + s.count, step):
-            count = min(step, s.first + s.count - first)
+        for first in range(s.first, s.first + s.tokens, step):
+            count = min(step, s.first + s.tokens - first)
             p = stands[first : first + count]
             low, high = int(p.min()), int(p.max())
             lo, full_lo, full_hi, hi = 0, 0, keys // shape.bn, -(-keys // shape.bn)

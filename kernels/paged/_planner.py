@@ -13,7 +13,7 @@ from trainkit.kernels.paged._plan_reference import PIECE, Shape
 from trainkit.kernels.paged._tables import Tables
 
 try:
-    from trainkit.kernels import _native
+    from trainkit.kernels import _native  # type: ignore[attr-defined, unused-ignore]
 except ImportError:  # not built: kernels run without it, plans take longer
     _native = None
 
@@ -43,7 +43,7 @@ class Staging:
             if buffer.numel() >= size and event.query():
                 return buffer, event
         self._buffers = [b for b in self._buffers if not b[1].query()]
-        made = torch.empty(2 * size, dtype=torch.int32, pin_memory=True), torch.cuda.Event()
+        made = torch.empty(2 * size, dtype=torch.int32, pin_memory=True), torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._buffers.append(made)
         return made
 
@@ -91,7 +91,7 @@ class Planner:
             step = shape.bm // shape.group
             uncut = 2 * (most.requests + most.tokens // step) * shape.kv_heads
             merges = 2 * most.tokens * shape.kv_heads + shape.workers * step
-            room = (
+            room: tuple[int, ...] = (
                 shape.workers + 1, (uncut + shape.workers) * PIECE, most.tokens * 3, most.tokens * shape.kv_heads + 1, merges,
                 most.pages,
             )  # fmt: skip
@@ -113,8 +113,14 @@ class Planner:
         else:
             self._whole = buffer[:total].to(device, non_blocking=True)
             views = [self._whole[int(a) : int(a) + n] for a, n in zip(offsets, room, strict=False)]
+            worker_indptr, pieces, told, merge_indptr, merge_rows, indices = views
             self.arrays = Arrays(
-                *views,
+                worker_indptr,
+                pieces,
+                told,
+                merge_indptr,
+                merge_rows,
+                indices,
                 torch.empty(rows * head_dim, dtype=torch.float32, device=device),
                 torch.empty(rows, dtype=torch.float32, device=device),
                 torch.zeros(tokens * shape.kv_heads, dtype=torch.int32, device=device),

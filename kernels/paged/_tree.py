@@ -4,8 +4,8 @@ Prompts with their samples, conversations that fork, drafts of speculative decod
 from it. In a pre-order layout the descendants of a node are one run of rows, so that attention splits into plain calls:
 each node over itself, causally, and for each depth of ancestors, their descendants over them, every key seen. The results
 are merged by their log-sum-exps. Backward needs no merge: with a row's final output and log-sum-exp, each call's own backward
-gives its part of the gradients (the identity by which ring attention and split keys work: arXiv 2310.01889). Up to 32,768 tokens, forward is one call with
-the tree as its mask instead: it spares the merging.
+gives its part of the gradients (the identity by which ring attention and split keys work: arXiv 2310.01889). Up to 32,768
+tokens, forward is one call with the tree as its mask instead: it spares the merging.
 """
 
 from dataclasses import dataclass, replace
@@ -194,8 +194,8 @@ def _level_backward(
 
     queries = q.reshape(copies, -1, *q.shape[2:]), grad.reshape(copies, -1, *grad.shape[2:])
     keys = [x if copies == 1 else x.expand(copies, -1, -1, -1).contiguous() for x in (k, v)]
-    told = cut(lse), queries[1], cut(delta), call
-    dq, dk, dv = (_hopper.backward if call.hopper else _triton.backward)(queries[0], *keys, *told)[:3]
+    backward = _hopper.backward if call.hopper else _triton.backward
+    dq, dk, dv = backward(queries[0], keys[0], keys[1], cut(lse), queries[1], cut(delta), call)[:3]
     if copies > 1:
         dk, dv = (x.sum(0, keepdim=True, dtype=torch.float32).to(x.dtype) for x in (dk, dv))
     return dq.reshape(q.shape), dk, dv
@@ -243,8 +243,8 @@ def _mask(tree: Tree, device: torch.device, window: int | None) -> Any:
     """The tree as a mask_mod: key j is an ancestor's (or the query's own past), and near enough along the path."""
     node = np.repeat(np.arange(len(tree.parents)), np.diff(tree.bounds))
     ends = torch.from_numpy(np.array(tree.ends, np.int32)[node]).to(device)
-    place = []
-    for i, parent in enumerate(tree.parents):
+    place: list[int] = []
+    for parent in tree.parents:
         before = 0 if parent < 0 else place[parent] + tree.bounds[parent + 1] - tree.bounds[parent]
         place.append(before)
     stands = np.array(place, np.int64)[node] + np.arange(len(node)) - np.array(tree.bounds[:-1], np.int64)[node]

@@ -28,7 +28,7 @@ def batch(queries, keys, page_size, *, prefix=0, seed=0, spare=3):
 
 
 def tensors(made, Hq, Hkv, D, dtype=torch.float32, device="cpu", layout="NHD", seed=0):
-    """q and a cache."""
+    """Queries and a cache."""
     g = torch.Generator().manual_seed(seed)
     q = torch.randn(int(made.tables[0][-1]), Hq, D, generator=g)
     inner = (made.page_size, Hkv) if layout == "NHD" else (Hkv, made.page_size)

@@ -111,6 +111,7 @@ class GPT(pl.LightningModule):
     def cache_shape(self) -> dict[str, int]:
         """What a cache of keys and values must hold of a token, and how many of them the model knows."""
         block = self.blocks[0]
+        assert isinstance(block, Block)
         return {
             "layers": len(self.blocks), "heads": block.heads, "kv_heads": block.kv_heads, "head_dim": block.head_dim,
             "max_length": self.cos.shape[0], "vocab": self.embedding.num_embeddings,

@@ -81,7 +81,10 @@ def test_replans_of_a_graph_without_a_wait():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("parents, lengths", [([-1, 0, 0, 0], [700, 200, 333, 64]), ([-1, 0, 1, 1, 0, -1, 5], [300, 64, 70, 1, 200, 500, 33])])  # fmt: skip
+@pytest.mark.parametrize(
+    "parents, lengths",
+    [([-1, 0, 0, 0], [700, 200, 333, 64]), ([-1, 0, 1, 1, 0, -1, 5], [300, 64, 70, 1, 200, 500, 33])],
+)
 def test_trees(parents, lengths, dtype):
     indptr = torch.tensor([0, *lengths]).cumsum(0).int()
     q, k, v, grad = (torch.randn(1, int(indptr[-1]), h, 128, device="cuda", dtype=dtype) for h in (8, 2, 2, 8))
@@ -121,3 +124,25 @@ def test_sampling():
     same = sample(logits, **numbers) == reference(logits, *numbers.values())
     # Sums in another order may move the line by one token.
     assert same.float().mean() >= 0.95
+
+
+def test_generation_by_graphs():
+    """The same tokens as without graphs, at changing numbers of requests; on the reference's attention, too."""
+    pytest.importorskip("pytorch_lightning")
+    from torch import nn
+
+    from trainkit.demo._config import SIZES
+    from trainkit.demo._model import GPT
+    from trainkit.serving.generate import Sampling, generate
+
+    torch.manual_seed(0)
+    gpt = GPT(SIZES["tiny"], 256, 1e-3).cuda().eval()
+    for weight in gpt.parameters():
+        if weight.ndim == 2:
+            nn.init.normal_(weight, std=0.15)
+    prompts = [torch.randint(256, (n,)).tolist() for n in (3, 40, 17, 64, 5)]
+    found = [
+        generate(gpt, prompts, max_new_tokens=20, sampling=Sampling(temperature=0), max_batch=4, **more)
+        for more in ({"cuda_graphs": True}, {}, {"backend": "reference"})
+    ]
+    assert found[0] == found[1] == found[2]

@@ -1,4 +1,4 @@
-"""Plans: every query head meets every key that it sees exactly once, shares are equal, tables are refused; and both planners agree."""
+"""Plans: every head meets every key that it sees exactly once, shares are equal, bad tables are refused, planners agree."""
 
 import numpy as np
 import pytest

@@ -31,7 +31,9 @@ def test_the_distribution():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, 0.5]]).double()
     steps = torch.arange(n)
     p = logits[0].div(0.8).softmax(0)
-    for top_k, top_p, min_p, kept in ((None, 1.0, 0.0, range(5)), (3, 1.0, 0.0, (0, 1, 4)), (None, 0.8, 0.0, (0, 1)), (None, 1.0, 0.1, (0, 1, 4))):  # fmt: skip
+    for top_k, top_p, min_p, kept in (
+        (None, 1.0, 0.0, range(5)), (3, 1.0, 0.0, (0, 1, 4)), (None, 0.8, 0.0, (0, 1)), (None, 1.0, 0.1, (0, 1, 4)),
+    ):  # fmt: skip
         drawn = sample(logits.expand(n, 5), temperature=0.8, top_k=top_k, top_p=top_p, min_p=min_p, step=steps, seed=3)
         share = torch.bincount(drawn, minlength=5) / n
         want = torch.zeros(5).double()

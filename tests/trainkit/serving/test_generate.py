@@ -30,7 +30,7 @@ def gpt():
 def prompts():
     g = torch.Generator().manual_seed(1)
     made = [torch.randint(256, (n,), generator=g).tolist() for n in (1, 16, 17, 5, 60, 33)]
-    return [*made, made[4][:40] + [1, 2, 3], made[4][:48] + [7]]
+    return [*made, [*made[4][:40], 1, 2, 3], [*made[4][:48], 7]]
 
 
 @pytest.fixture(scope="module")

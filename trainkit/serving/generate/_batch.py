@@ -85,7 +85,7 @@ class Cache:
             self._most = Maximum(places, places, min(places * per_request, self.num_pages * places))
             sent = self._fixed.setdefault(places, torch.empty_like(numbers, device=self.device))
             sent.copy_(numbers)
-        tokens_, positions_, page, place, rows = sent.split([n, n, n, n, len(ends)])
+        tokens_, positions_, page, place, rows = torch.split(sent, [n, n, n, n, len(ends)])
         self._rows = (page, place)
         self._tables = [torch.from_numpy(x) for x in tables]
         self._planned.clear()

@@ -53,6 +53,7 @@ class Engine:
         max_step_tokens: tokens of an iteration: what decoding leaves of it goes to prompts, which are cut to fit.
         eos: a token, or several, that ends every request.
         backend: of `PagedAttention`.
+        cuda_graphs: on a GPU, decode by CUDA graphs, one for each power of two of requests (models with `next_logits` alone).
 
     Raises:
         ValueError: a model of no known kind, or numbers that leave no room.
@@ -69,6 +70,7 @@ class Engine:
     def __init__(
         self, model: nn.Module, *, device: torch.device | str = "cpu", num_pages: int | None = None, page_size: int = 16,
         max_batch: int = 64, max_step_tokens: int = 512, eos: int | Sequence[int] | None = None, backend: str = "auto",
+        cuda_graphs: bool = False,
     ) -> None:  # fmt: skip
         if max_batch < 1 or max_step_tokens < max_batch:
             raise ValueError(
@@ -86,7 +88,7 @@ class Engine:
         self.max_batch, self.max_step_tokens, self.num_pages = max_batch, max_step_tokens, num_pages
         self.max_length = min(shape.max_length, num_pages * page_size)
         self._eos = frozenset(() if eos is None else (eos,) if isinstance(eos, int) else eos)
-        self._graphed = torch.device(device).type == "cuda" and self._decoder.capturable and backend == "auto"
+        self._graphed = cuda_graphs and torch.device(device).type == "cuda" and self._decoder.capturable
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._waiting: deque[_Request] = deque()
         self._active: list[_Request] = []
@@ -183,9 +185,9 @@ class Engine:
             request.fed = 0
         for decoding in (True, False):
             for request in list(self._active):
-                if request in self._active and (len(request.tokens) - request.cached == 1) == decoding and budget:
-                    if self._feed(request, 1 if decoding else budget):
-                        budget -= request.fed
+                turn = request in self._active and (len(request.tokens) - request.cached == 1) == decoding
+                if turn and budget and self._feed(request, 1 if decoding else budget):
+                    budget -= request.fed
         while self._waiting and len(self._active) < self.max_batch and budget:
             request = self._waiting[0]
             if self.pages.need(request.tokens) + (1 if self._active else 0) > self.pages.free:
