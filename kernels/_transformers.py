@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from trainkit.kernels._attention._dispatch import attention
+from trainkit.kernels.paged._packing import tree_of_paths
+from trainkit.kernels.paged._tree import tree_attention
 
 NAME = "trainkit"
 HARMLESS = frozenset({
     "cache_position", "labels", "logits_to_keep", "max_length_k", "max_length_q", "num_items_in_batch",
     "output_hidden_states", "output_router_logits", "past_key_value", "past_key_values", "position_embeddings",
-    "position_ids", "return_dict", "use_cache",
+    "position_ids", "return_dict", "tree_max_seqlen_k", "tree_max_seqlen_q", "use_cache",
 })  # fmt: skip
 """Keyword arguments of models that say nothing of which query sees which key: structure in positions is in the mask."""
 
@@ -44,6 +46,12 @@ def forward(
     cu_seq_lens_k: Tensor | None = None,
     seq_idx: Tensor | None = None,
     deterministic: bool | None = None,
+    trainkit_attend: Any = None,
+    tree_parents: Tensor | None = None,
+    tree_indptr: Tensor | None = None,
+    tree_kv_index: Tensor | None = None,
+    tree_cu_seqlens_q: Tensor | None = None,
+    tree_cu_seqlens_k: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it: `[B, H, S, D]` tensors in, `[B, S, H, D]` out.
@@ -51,6 +59,10 @@ def forward(
     A mask is read as "True (or 0) where a key is seen", `[B, 1 or H, Sq, Sk]`, as transformers builds it for SDPA; without
     one the module's causality holds. A window is in the mask when there is one. Packed sequences (`cu_seq_lens_q`,
     `cu_seq_lens_k`, `seq_idx`) do not see each other, whether the mask says so or not.
+
+    Tokens in trees are named by `tree_parents` and `tree_indptr` (`pack_samples`), or as TRL packs them, by `tree_kv_index`,
+    `tree_cu_seqlens_q` and `tree_cu_seqlens_k`; the mask is then not read. With `trainkit_attend`, which
+    `trainkit.serving.generate` passes through the model, that keeps keys and values and attends.
 
     Raises:
         ValueError: a keyword argument that is neither used here nor known to be harmless: it might change who sees whom.
@@ -61,6 +73,20 @@ def forward(
             f"attn_implementation={NAME!r} knows no {', '.join(unknown)}, which may change what attention computes:"
             " do not pass it, or take attn_implementation='eager'"
         )
+    if trainkit_attend is not None:
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        said = {"scale": scaling, "window": sliding_window or None, "softcap": softcap, "sinks": s_aux}
+        return trainkit_attend(module.layer_idx, q, k, v, **said), None
+    if tree_kv_index is not None and tree_cu_seqlens_q is not None and tree_cu_seqlens_k is not None:
+        tree_parents, tree_indptr = tree_of_paths(tree_kv_index, tree_cu_seqlens_q, tree_cu_seqlens_k)
+    if tree_parents is not None and tree_indptr is not None:
+        if dropout or position_bias is not None:
+            raise ValueError(f"attention in trees has no dropout and no position bias, got dropout={dropout}")
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        return tree_attention(
+            q, k, v, tree_parents, tree_indptr, scale=scaling, window=sliding_window or None, softcap=softcap, sinks=s_aux,
+            deterministic=bool(deterministic),
+        ), None  # fmt: skip
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     shape = q.shape[0], q.shape[2], q.shape[1], k.shape[1]
