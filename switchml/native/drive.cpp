@@ -70,7 +70,6 @@ void put(uint8_t* control, size_t& used, int level, int type, const Value& value
 
 // Says which of the machine's addresses a packet is to come from.
 void put_local(uint8_t* control, size_t& used, const Address& to, int family) {
-  if (to.local == decltype(to.local){}) return;
   if (family == AF_INET6) {
     in6_pktinfo info{};
     std::memcpy(&info.ipi6_addr, to.local.data(), sizeof info.ipi6_addr);
@@ -107,10 +106,11 @@ struct Port::Datagram {
     pieces.push_back({packet, length});
     bytes += length;
   }
-  msghdr message() {
+  msghdr message(bool any) {
     msghdr m{};
     size_t used = 0;
-    if (to_bytes) m.msg_name = &to, m.msg_namelen = to_bytes, put_local(control, used, *peer, to.sin6_family);
+    if (to_bytes) m.msg_name = &to, m.msg_namelen = to_bytes;
+    if (any && to_bytes) put_local(control, used, *peer, to.sin6_family);
     m.msg_iov = pieces.data(), m.msg_iovlen = pieces.size();
     if (pieces.size() > 1) put(control, used, SOL_UDP, UDP_SEGMENT, static_cast<uint16_t>(segment));
     if (used) m.msg_control = control, m.msg_controllen = used;
@@ -181,15 +181,14 @@ bool Port::receive(Take take) {
   return count > 0;
 }
 
-size_t Port::send(Outbox& box, int worker, const Address* to, bool join) {
+void Port::send(Outbox& box, int worker, const Address* to, bool join) {
   std::vector<Datagram> runs;
   Outbox::Entry* first = nullptr;  // of the last datagram, where others may follow it
-  size_t count = 0;
   for (Outbox::Entry& entry : box.entries()) {
     if (entry.worker != worker && entry.worker != Outbox::kAll) continue;
     entry.joined = false;
-    ++count;
     counters_.add(kSentBytes, entry.bytes);
+    if (to) counters_.add(kSentPackets);  // a worker counts its own; before they go, so that no reader sees fewer than came
     if (first && !entry.single && runs.back().takes(entry.bytes)) {
       first->joined = entry.joined = true;
     } else {
@@ -200,20 +199,19 @@ size_t Port::send(Outbox& box, int worker, const Address* to, bool join) {
     runs.back().add(box.at(entry), entry.bytes);
   }
   flush(runs);
-  return count;
 }
 
 bool Port::send(const std::string& packet, const Address& to) {
   Datagram one;
   one.peer = &to, one.to_bytes = socket_address(to, family_, one.to);
   one.add(reinterpret_cast<uint8_t*>(const_cast<char*>(packet.data())), packet.size());
-  msghdr message = one.message();
+  msghdr message = one.message(any_);
   return sendmsg(socket_, &message, MSG_DONTWAIT) >= 0;
 }
 
 void Port::flush(std::vector<Datagram>& runs) {
   std::vector<mmsghdr> messages(runs.size());
-  for (size_t i = 0; i < runs.size(); ++i) messages[i].msg_hdr = runs[i].message();
+  for (size_t i = 0; i < runs.size(); ++i) messages[i].msg_hdr = runs[i].message(any_);
   for (size_t done = 0; done < messages.size();) {
     int sent = sendmmsg(socket_, messages.data() + done, static_cast<unsigned>(messages.size() - done), MSG_DONTWAIT);
     if (sent > 0) {
@@ -292,7 +290,7 @@ std::vector<Control> drive(Switch& core, Port& port, Throttle& throttle, double 
     if (current && !box.entries().empty())
       for (uint32_t worker = 0; worker < current->addresses().size(); ++worker) {
         bool join = current->joins(worker);
-        core.counters.add(kSentPackets, port.send(box, static_cast<int>(worker), &current->addresses()[worker], join));
+        port.send(box, static_cast<int>(worker), &current->addresses()[worker], join);
         if (join) current->sent(box, worker);
       }
     box.clear();

@@ -29,16 +29,15 @@ class Port {
   // Calls take(packet, bytes, source) for every packet there is, up to some; false where there was none.
   template <class Take>
   bool receive(Take take);
-  // Sends what is for `worker` (or for all), to `to`, or to the connected peer where it is null; how many packets.
+  // Sends what is for `worker` (or for all), to `to`, or to the connected peer where it is null.
   // `join`: runs may travel joined, and their entries are marked.
-  size_t send(Outbox& box, int worker, const Address* to, bool join);
+  void send(Outbox& box, int worker, const Address* to, bool join);
   // Sends one packet as it is; false where the kernel does not take it.
   bool send(const std::string& packet, const Address& to);
 
  private:
   struct Datagram;
   void flush(std::vector<Datagram>& run);
-  bool deliver(mmsghdr* messages, size_t count);
 
   int socket_, wake_, family_ = 0;
   Counters& counters_;

@@ -9,7 +9,7 @@ namespace switchml {
 Aggregation::Aggregation(Member member, std::vector<Address> addresses, Counters& counters)
     : member_(std::move(member)), addresses_(std::move(addresses)), counters_(counters), tagger_(member_.key),
       versions_(2 * member_.slots), values_(2 * size_t{member_.slots} * member_.elements), workers_(member_.world),
-      answered_(2 * size_t{member_.slots} * member_.world, -1), told_(answered_),
+      answered_(2 * size_t{member_.slots} * member_.world), told_(answered_),
       all_seen_(member_.world == 64 ? ~uint64_t{0} : (uint64_t{1} << member_.world) - 1) {}
 
 void Aggregation::receive(const uint8_t* packet, size_t bytes, const Address& source, double now, Outbox& send) {
@@ -26,7 +26,7 @@ void Aggregation::receive(const uint8_t* packet, size_t bytes, const Address& so
   if (h.chunk < held) return counters_.add(kStale);
   if (counted) return repeated(index, h.worker, now, send);
   if (h.kind == kQuery) {
-    if (due(answered_, index, h.worker, now)) progress(h.chunk, started ? v.seen : 0, h.lane, h.worker, true, send);
+    if (due(answered_, index, h.chunk, h.worker, now)) progress(h.chunk, started ? v.seen : 0, h.lane, h.worker, true, send);
     return;
   }
   if (started && (h.elements != v.elements || h.lane != v.lane)) {
@@ -39,11 +39,7 @@ void Aggregation::receive(const uint8_t* packet, size_t bytes, const Address& so
     workers_[h.worker].trip.sample(now - before.finished);
     if (before.joined & bit) workers_[h.worker].joining.arrived();
   }
-  if (!started) {
-    v = {h.chunk, member_.epoch, 0, 0, h.elements, h.lane};
-    std::fill_n(answered_.begin() + static_cast<ptrdiff_t>(index * member_.world), member_.world, -1);
-    std::fill_n(told_.begin() + static_cast<ptrdiff_t>(index * member_.world), member_.world, -1);
-  }
+  if (!started) v = {h.chunk, member_.epoch, 0, 0, h.elements, h.lane};
   accumulate(sums(index), packet + kHeaderBytes, h.elements, member_.up, !started);
   v.seen |= bit;
   v.exponent = std::max(v.exponent, h.exponent);
@@ -61,10 +57,13 @@ bool Aggregation::fits(const Header& h) const {
   return h.kind == kData && h.wire == member_.up && (h.elements == 0 || (h.elements <= member_.elements && whole));
 }
 
-bool Aggregation::due(std::vector<double>& last, size_t index, uint32_t worker, double now) {
-  double& at = last[index * member_.world + worker];
-  if (at >= 0 && now - at < workers_[worker].trip.value()) return false;
-  at = now;
+bool Aggregation::due(std::vector<Answers>& answers, size_t index, uint32_t chunk, uint32_t worker, double now) {
+  constexpr double kCeiling = 1.0;  // as a worker's own waiting
+  Answers& given = answers[index * member_.world + worker];
+  if (given.chunk != chunk) given = {chunk};
+  double wait = workers_[worker].trip.value() * static_cast<double>(uint64_t{1} << std::min(given.count, 20)) / 2;
+  if (given.count > 0 && now - given.last < std::min(kCeiling, wait)) return false;
+  ++given.count, given.last = now;
   return true;
 }
 
@@ -73,11 +72,11 @@ void Aggregation::repeated(size_t index, uint32_t worker, double now, Outbox& se
   Version& v = versions_[index];
   if (v.seen == all_seen_) {
     if (uint64_t bit = uint64_t{1} << worker; v.joined & bit) v.joined &= ~bit, workers_[worker].joining.lost();
-    if (due(answered_, index, worker, now)) result(index, static_cast<int>(worker), send);
+    if (due(answered_, index, static_cast<uint32_t>(v.chunk), worker, now)) result(index, static_cast<int>(worker), send);
     return;
   }
   for (uint32_t rank = 0; rank < member_.world; ++rank)
-    if (!(v.seen >> rank & 1) && due(told_, index, rank, now))
+    if (!(v.seen >> rank & 1) && due(told_, index, static_cast<uint32_t>(v.chunk), rank, now))
       progress(static_cast<uint32_t>(v.chunk), v.seen, v.lane, static_cast<int>(rank), false, send);
 }
 

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <array>
+#include <cstddef>
+#include <cstring>
 #include <unordered_map>
 #include <vector>
 
@@ -18,7 +20,20 @@ struct Address {
   std::array<uint8_t, 16> local{};
   uint32_t scope = 0;  // interface of a link-local address
   uint16_t port = 0;
-  bool operator==(const Address&) const = default;
+  bool operator==(const Address& other) const {  // of every packet: by words, not by a call for each array
+    uint64_t own[4], its[4];
+    std::memcpy(own, host.data(), sizeof own), std::memcpy(its, other.host.data(), sizeof its);
+    return ((own[0] ^ its[0]) | (own[1] ^ its[1]) | (own[2] ^ its[2]) | (own[3] ^ its[3])) == 0 && scope == other.scope &&
+           port == other.port;
+  }
+};
+static_assert(offsetof(Address, local) == 16, "host and local are compared as one");
+
+// Answers to one worker's retransmissions of one chunk: the first at once, each later one after twice the time.
+struct Answers {
+  int64_t chunk = -1;
+  int count = 0;
+  double last = 0;
 };
 
 // The shortest of late round trips: from a result to the worker's next packet for its slot.
@@ -28,10 +43,10 @@ class ShortestTrip {
     least_ = std::min(least_, seconds);
     if (++count_ == 64) before_ = least_, least_ = kNone, count_ = 0;
   }
-  double value() const { return least_ == kNone && before_ == kNone ? 0 : std::min(least_, before_); }
+  double value() const { return std::min({least_, before_, kUnknown}); }
 
  private:
-  static constexpr double kNone = 1e300;
+  static constexpr double kNone = 1e300, kUnknown = 0.02;  // a worker waits no less before it asks again
   double least_ = kNone, before_ = kNone;
   int count_ = 0;
 };
@@ -73,8 +88,8 @@ class Aggregation {
 
   bool fits(const Header& header) const;
   void repeated(size_t index, uint32_t worker, double now, Outbox& send);
-  // Whether a retransmission may be answered: once a round trip and worker.
-  bool due(std::vector<double>& last, size_t index, uint32_t worker, double now);
+  // Whether a retransmission may be answered: at most once a round trip and worker, and less often the longer it goes on.
+  bool due(std::vector<Answers>& answers, size_t index, uint32_t chunk, uint32_t worker, double now);
   void result(size_t index, int worker, Outbox& send);
   void progress(uint32_t chunk, uint64_t seen, uint8_t lane, int worker, bool answer, Outbox& send);
   void finish(Header header, uint8_t* packet, size_t payload, int worker, size_t index, Outbox& send);
@@ -87,7 +102,7 @@ class Aggregation {
   std::vector<Version> versions_;  // slot * 2 + version
   std::vector<int32_t> values_;
   std::vector<Peer> workers_;
-  std::vector<double> answered_, told_;  // when, by version and worker
+  std::vector<Answers> answered_, told_;  // by version and worker
   uint64_t all_seen_, chunks_ = 0, mismatched_ = 0;
 };
 

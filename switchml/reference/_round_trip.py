@@ -48,6 +48,21 @@ class ShortestTrip:
 
     @property
     def value(self) -> float:
-        """Seconds; 0 before the first sample."""
-        shortest = min(self._least, self._before)
-        return 0.0 if shortest == float("inf") else shortest
+        """Seconds; before the first sample what a worker waits at least before it asks again, and never more."""
+        return min(self._least, self._before, _FLOOR)
+
+
+class Answers:
+    """Answers to one worker's retransmissions of one chunk: the first at once, each later one after twice the time."""
+
+    def __init__(self, chunk: int) -> None:
+        self.chunk = chunk
+        self._count = 0
+        self._last = 0.0
+
+    def due(self, trip: float, now: float) -> bool:
+        """Whether one may be given now, that is at most once in `trip` seconds and ever less often."""
+        if self._count > 0 and now - self._last < min(_CEILING, trip * 2 ** min(self._count, 20) / 2):
+            return False
+        self._count, self._last = self._count + 1, now
+        return True

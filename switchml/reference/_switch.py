@@ -16,7 +16,7 @@ from trainkit.switchml._fixed_point import SENT_TYPE, SUM_TYPE, Integers
 from trainkit.switchml._membership import Address, Membership, Outgoing
 from trainkit.switchml._packet import Header, Kind
 from trainkit.switchml._tag import open_tagged, tagged
-from trainkit.switchml.reference._round_trip import ShortestTrip
+from trainkit.switchml.reference._round_trip import Answers, ShortestTrip
 
 
 class _Version:
@@ -32,9 +32,9 @@ class _Version:
         self.elements = 0
         self.lane = 0
         self.finished = 0.0
-        # when a worker's retransmission was last answered, and when it was last told that it is missing
-        self.answered: dict[int, float] = {}
-        self.told: dict[int, float] = {}
+        # by worker: answers to its retransmissions, and words that it is missing
+        self.answered: dict[int, Answers] = {}
+        self.told: dict[int, Answers] = {}
         self.values: Integers = np.zeros(0, np.int32)
 
 
@@ -110,7 +110,7 @@ class Aggregation:
         if fresh:
             version.chunk, version.epoch, version.seen = header.chunk, self.member.epoch, 0
             version.exponent, version.elements, version.values = 0, header.elements, integers
-            version.lane, version.answered, version.told = header.lane, {}, {}
+            version.lane = header.lane
         else:
             version.values = version.values + integers
         version.seen |= 1 << header.worker
@@ -119,28 +119,28 @@ class Aggregation:
     def _query(self, version: _Version, header: Header, started: bool, now: float) -> list[Outgoing]:
         if started and version.seen >> header.worker & 1:
             return self._repeated(version, header.worker, now)
-        if not self._due(version.answered, header.worker, now):
+        if not self._due(version.answered, header.chunk, header.worker, now):
             return []
         self.counters["sent_progress"] += 1
         seen = version.seen if started else 0
         return [(self.addresses[header.worker], self._progress(header.chunk, seen, header.lane, answer=1))]
 
-    def _due(self, last: dict[int, float], worker: int, now: float) -> bool:
-        """Whether a retransmission may be answered: once a round trip and worker."""
-        if worker in last and now - last[worker] < self._trips[worker].value:
-            return False
-        last[worker] = now
-        return True
+    def _due(self, answers: dict[int, Answers], chunk: int, worker: int, now: float) -> bool:
+        """Whether a retransmission may be answered."""
+        given = answers.get(worker)
+        if given is None or given.chunk != chunk:
+            given = answers[worker] = Answers(chunk)
+        return given.due(self._trips[worker].value, now)
 
     def _repeated(self, version: _Version, worker: int, now: float) -> list[Outgoing]:
         """A retransmission: of a finished chunk the result again, else word to those who are missing."""
         self.counters["retransmissions"] += 1
         if version.seen == self.all_seen:
-            due = self._due(version.answered, worker, now)
+            due = self._due(version.answered, version.chunk, worker, now)
             return [(self.addresses[worker], self._result(version))] if due else []
         told = self._progress(version.chunk, version.seen, version.lane)
         missing = [rank for rank in range(self.member.world) if not version.seen >> rank & 1]
-        missing = [rank for rank in missing if self._due(version.told, rank, now)]
+        missing = [rank for rank in missing if self._due(version.told, version.chunk, rank, now)]
         self.counters["sent_progress"] += len(missing)
         return [(self.addresses[rank], told) for rank in missing]
 
