@@ -237,9 +237,7 @@ class ReferenceScheduler:
         demands = [model.demand for model in self._models if model]
         total, squares, gpus = sum(demands), sum(demand**2 for demand in demands), len(self._busy)
         few = 2 * gpus < 3 * len(demands)
-        if not total:
-            self._deferring = not few
-        elif few or 10 * squares <= 13_000 * total:
+        if few or 10 * squares <= 13_000 * total:
             self._deferring = False
         elif 10 * squares > 16_000 * total:
             self._deferring = True

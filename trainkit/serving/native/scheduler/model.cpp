@@ -11,8 +11,8 @@ void Pool::weigh() {
   // Deferral needs a GPU at the right moment: GPUs that outnumber the models, and models that need more than one GPU
   // each (the mean of their demands, weighted by demand). Between 1.3 and 1.6 GPUs it stays as it was.
   const bool few = 2 * gpus < 3 * models;
-  if (demand == 0) deferring = !few;
-  else if (few || 10 * squares <= 13 * 1000 * demand) deferring = false;
+  // Where nothing is known yet, nothing is waited for.
+  if (few || 10 * squares <= 13 * 1000 * demand) deferring = false;
   else if (10 * squares > 16 * 1000 * demand) deferring = true;
   overloaded = 5 * demand > 6 * int64_t{1000} * gpus;
 }
