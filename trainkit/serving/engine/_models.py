@@ -21,14 +21,30 @@ class InputError(ValueError):
 
 
 @dataclass(frozen=True)
+class LanguageModel:
+    """What a language model's function returns.
+
+    Attributes:
+        engine: a `trainkit.serving.generate.Engine`, or anything with its `fits`, `add_request`, `step`, `cancel`,
+            `running`, `free_pages`, `num_pages`.
+        encode: a text's tokens.
+        decode: tokens' text; what is not yet a character ends in U+FFFD.
+    """
+
+    engine: Any
+    encode: Callable[[str], Sequence[int]]
+    decode: Callable[[Sequence[int]], str]
+
+
+@dataclass(frozen=True)
 class ModelSource:
     """Where a model comes from.
 
     Attributes:
         where: "module:attribute" or "file.py:attribute". The attribute is a LightningModule class, whose
             `predict_step` is served, or a function of the device that returns a function from a list of inputs to a
-            list of outputs.
-        checkpoint: of the LightningModule, loaded with `load_from_checkpoint`.
+            list of outputs, or a `LanguageModel`.
+        checkpoint: of the LightningModule, loaded with `load_from_checkpoint`; a function gets it as second argument.
     """
 
     where: str
@@ -53,21 +69,35 @@ class ModelSource:
         Raises:
             ModelError: there is no such module, attribute or checkpoint, or it fails to load.
         """
+        predict = self._made(device)
+        if not callable(predict):
+            raise ModelError(f"{self.where} must return a function of a list of inputs, got {type(predict).__name__}")
+        found: Predict = predict
+        return found
+
+    def load_language(self, device: str) -> LanguageModel:
+        """Load a language model onto `device`.
+
+        Raises:
+            ModelError: as `load`; or it is none.
+        """
+        model = self._made(device)
+        if not isinstance(model, LanguageModel):
+            raise ModelError(f"{self.where} must return a LanguageModel, got {type(model).__name__}")
+        return model
+
+    def _made(self, device: str) -> Any:
         try:
             attribute = self._attribute()
             if isinstance(attribute, type):
                 return _lightning(attribute, self.checkpoint, device)
             if self.checkpoint is not None:
-                raise ModelError("a checkpoint belongs to a LightningModule class")
-            predict = attribute(device)
+                return attribute(device, self.checkpoint)
+            return attribute(device)
         except ModelError as error:
             raise ModelError(f"{self.where}: {error}") from None
         except Exception as error:
             raise ModelError(f"{self.where} does not load: {type(error).__name__}: {error}") from error
-        if not callable(predict):
-            raise ModelError(f"{self.where} must return a function of a list of inputs, got {type(predict).__name__}")
-        found: Predict = predict
-        return found
 
     def _attribute(self) -> Any:
         home, _, name = self.where.rpartition(":")

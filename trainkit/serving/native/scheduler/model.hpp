@@ -54,7 +54,7 @@ struct Pool {
   // Sums over models of their demand in thousandths of a GPU, and of its square.
   int64_t demand = 0, squares = 0;
   Time wait = 0;
-  bool deferring = false, overloaded = false;
+  bool few = false, deferring = false, overloaded = false;
 
   void weigh();
   // A batch was dispatched `waited` after it became schedulable: a moving mean over about 32 batches.
