@@ -11,7 +11,7 @@ from typing import Any
 from trainkit.serving.engine._models import InputError, ModelError, ModelSource, Predict
 
 
-def _answers(predict: Predict, inputs: Sequence[Any]) -> list[tuple[bool, Any]]:
+def answers(predict: Predict, inputs: Sequence[Any]) -> list[tuple[bool, Any]]:
     """(True, output) or (False, (status, detail)) for each input; one bad input does not spoil its batch."""
     try:
         outputs = predict(inputs)
@@ -20,7 +20,7 @@ def _answers(predict: Predict, inputs: Sequence[Any]) -> list[tuple[bool, Any]]:
         return [(True, output) for output in outputs]
     except Exception as error:
         if len(inputs) > 1:
-            return [_answers(predict, [one])[0] for one in inputs]
+            return [answers(predict, [one])[0] for one in inputs]
         status = 400 if isinstance(error, InputError) else 500
         return [(False, (status, f"{type(error).__name__}: {error}"))]
 
@@ -37,7 +37,7 @@ def run_batches(pipe: Connection, device: str, models: Mapping[str, ModelSource]
     with contextlib.suppress(EOFError, OSError):
         while True:
             model, inputs = pipe.recv()
-            pipe.send(("done", _answers(loaded[model], inputs)))
+            pipe.send(("done", answers(loaded[model], inputs)))
 
 
 class GpuProcess:

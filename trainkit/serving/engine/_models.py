@@ -12,6 +12,10 @@ from typing import Any
 Predict = Callable[[Sequence[Any]], Sequence[Any]]
 
 
+# What begins the name of a folder that transformers' save_pretrained wrote.
+_HUGGING_FACE = "hf:"
+
+
 class ModelError(ValueError):
     """A model that cannot be loaded or was described wrongly."""
 
@@ -43,7 +47,7 @@ class ModelSource:
     Attributes:
         where: "module:attribute" or "file.py:attribute". The attribute is a LightningModule class, whose
             `predict_step` is served, or a function of the device that returns a function from a list of inputs to a
-            list of outputs, or a `LanguageModel`.
+            list of outputs, or a `LanguageModel`. Or "hf:folder", a transformers encoder or classifier.
         checkpoint: of the LightningModule, loaded with `load_from_checkpoint`; a function gets it as second argument.
     """
 
@@ -57,10 +61,14 @@ class ModelSource:
         Raises:
             ModelError: it is neither.
         """
+        if text.startswith(_HUGGING_FACE) and len(text) > len(_HUGGING_FACE):
+            return ModelSource(text)
         where, _, checkpoint = text.partition("@")
         home, colon, attribute = where.rpartition(":")
         if not colon or not home or not attribute.isidentifier():
-            raise ModelError(f"a model is module:attribute or file.py:attribute, and @checkpoint, got {text!r}")
+            raise ModelError(
+                f"a model is module:attribute, file.py:attribute (and @checkpoint) or hf:folder, got {text!r}"
+            )
         return ModelSource(where, Path(checkpoint) if checkpoint else None)
 
     def load(self, device: str) -> Predict:
@@ -88,6 +96,10 @@ class ModelSource:
 
     def _made(self, device: str) -> Any:
         try:
+            if self.where.startswith(_HUGGING_FACE):
+                from trainkit.serving.engine import _transformers
+
+                return _transformers.load(self.where.removeprefix(_HUGGING_FACE), device)
             attribute = self._attribute()
             if isinstance(attribute, type):
                 return _lightning(attribute, self.checkpoint, device)

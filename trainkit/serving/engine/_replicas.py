@@ -179,8 +179,9 @@ class Replicas:
     def reload(self) -> int:
         """Load all anew, one after the other; how many."""
         self._reloading = [r for r in self._replicas if r.process.ready and not r.leaving]
+        count = len(self._reloading)
         self._replace_next()
-        return len(self._replicas)
+        return count
 
     def _replace_next(self) -> None:
         if self._reloading:

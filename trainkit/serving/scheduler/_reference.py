@@ -237,7 +237,9 @@ class ReferenceScheduler:
         demands = [model.demand for model in self._models if model]
         total, squares, gpus = sum(demands), sum(demand**2 for demand in demands), len(self._busy)
         self._few = 2 * gpus < 3 * len(demands)
-        if self._few or 10 * squares <= 13_000 * total:
+        if not total:
+            self._deferring = not self._few
+        elif self._few or 10 * squares <= 13_000 * total:
             self._deferring = False
         elif 10 * squares > 16_000 * total:
             self._deferring = True
@@ -267,12 +269,15 @@ class ReferenceScheduler:
         fixed = max(0, model.latency(1) - slope)
         gains = fixed >= 4 * slope
         deferred = self._defer == "always" or (self._defer == "auto" and self._deferring and gains)
-        enough = not deferred and batch * model.meter.window >= fixed * model.meter.requests
+        worth = 2 * batch if self._defer == "auto" and self._few else batch
+        enough = not deferred and worth * model.meter.window >= fixed * model.meter.requests
         start = now
         if batch < model.profile.max_batch and self._defer != "never" and not enough:
             frontrun = deadline - model.latency(batch + 1)
             allowance = self._wait if self._overloaded else 2 * self._wait
             start = max(now, frontrun - self._jitter - allowance)
+            if self._defer == "auto" and not model.meter.requests:
+                start = min(start, max(now, model.meter.until or 0))
         return batch, start, latest
 
     def _settle(self, number: int) -> None:

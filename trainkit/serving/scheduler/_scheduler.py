@@ -38,7 +38,7 @@ class Scheduler(_Core):  # type: ignore[misc]
         SchedulerError: an option is out of its range.
 
     Example:
-        >>> scheduler = Scheduler({"resnet": Profile.linear(1.0, 5.0, 16)}, gpus=2, defer="always")
+        >>> scheduler = Scheduler({"resnet": Profile.linear(1.0, 5.0, 16)}, gpus=2)
         >>> scheduler.on_request(id=7, model=0, deadline=25_000_000, now=0)
         ()
         >>> scheduler.on_timer(scheduler.next_timer)

@@ -1,6 +1,4 @@
 #include "scheduler/model.hpp"
-#include <cstdlib>
-static int env(const char* n,int d){const char*v=std::getenv(n);return v?std::atoi(v):d;}
 
 namespace serving {
 
@@ -13,8 +11,8 @@ void Pool::weigh() {
   // Deferral needs a GPU at the right moment: GPUs that outnumber the models, and models that need more than one GPU
   // each (the mean of their demands, weighted by demand). Between 1.3 and 1.6 GPUs it stays as it was.
   few = 2 * gpus < 3 * models;
-  // Where nothing is known yet, nothing is waited for.
-  if (few || 10 * squares <= 13 * 1000 * demand) deferring = false;
+  if (demand == 0) deferring = !few;
+  else if (few || 10 * squares <= 13 * 1000 * demand) deferring = false;
   else if (10 * squares > 16 * 1000 * demand) deferring = true;
   overloaded = 5 * demand > 6 * int64_t{1000} * gpus;
 }
@@ -72,14 +70,16 @@ Candidate Model::next(int index, Time now, const Rules& rules, const Pool& pool,
   found.start = now;
   const bool grows = found.batch < profile.largest();
   const bool deferred = rules.defer == Defer::kAlways || (rules.defer == Defer::kAuto && pool.deferring && profile.gains());
-  // dispatch once the batch pays for its fixed cost at the model's rate
-  const bool enough = !deferred && Wide{found.batch} * meter.window() >= Wide{profile.fixed()} * meter.count();
-  static const int fewt = env("FEWT",0), fr=env("FR",8);
-  const bool eager_ = pool.few && rules.defer == Defer::kAuto && (target < fewt || Wide{8}*found.batch*meter.window() >= Wide{fr}*profile.fixed()*meter.count());
-  if (grows && !eager_ && rules.defer != Defer::kNever && !enough) {
+  // dispatch once the batch pays for its fixed cost at the model's rate; for half of it where models share few GPUs,
+  // as an idle one will soon be wanted by another model
+  const int worth = rules.defer == Defer::kAuto && pool.few ? 2 * found.batch : found.batch;
+  const bool enough = !deferred && Wide{worth} * meter.window() >= Wide{profile.fixed()} * meter.count();
+  if (grows && rules.defer != Defer::kNever && !enough) {
     // from `frontrun` on, one more request would not fit
     const Time frontrun = deadline - profile.of(found.batch + 1);
     found.start = std::max(now, frontrun - rules.jitter - pool.allowance());
+    // who knows no rate waits for one as long as measuring it takes, and no longer
+    if (rules.defer == Defer::kAuto && meter.count() == 0) found.start = std::min(found.start, std::max(now, meter.open_until()));
   }
   return found;
 }

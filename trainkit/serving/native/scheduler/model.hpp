@@ -28,6 +28,8 @@ class Meter {
   Time window() const { return filled_ * kBucket; }
   // Mean time that a request had left when it came; the first bucket has only what it saw.
   Time budget() const { return count_ > 0 ? budget_ / count_ : open_count_ > 0 ? open_budget_ / open_count_ : 0; }
+  // End of the bucket that is being filled.
+  Time open_until() const { return open_until_; }
   // Index of dispersion of the buckets' counts above 3 (Poisson: 1), from 20 buckets on.
   bool bursty() const;
 

@@ -1,0 +1,22 @@
+"""Ray Serve's request router, told by the scheduler which replica a batch is for."""
+
+from typing import Any
+
+from ray.serve.request_router import RequestRouter
+
+from trainkit.serving.cluster import _membership
+
+
+class Pinned(RequestRouter):  # type: ignore[misc]
+    """A call goes to the replica that its first argument names; to any where that is None."""
+
+    def update_replicas(self, replicas: list[Any]) -> None:
+        """Replicas came or went."""
+        super().update_replicas(replicas)
+        _membership.tell([replica.replica_id.unique_id for replica in replicas])
+
+    async def choose_replicas(self, candidate_replicas: list[Any], pending_request: Any = None) -> list[list[Any]]:
+        """The one replica."""
+        wanted = pending_request.args[0] if pending_request is not None and pending_request.args else None
+        chosen = [r for r in self.curr_replicas.values() if wanted is None or r.replica_id.unique_id == wanted]
+        return [chosen] if chosen else []
