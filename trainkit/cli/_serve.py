@@ -37,6 +37,10 @@ class Options:
     """larger request bodies are refused"""
     max_waiting: int = 10_000
     """more open requests than this are refused"""
+    ray: str | None = None
+    """serve by Ray Serve: local, or a Ray cluster's address"""
+    scale: str | None = None
+    """with --ray, LEAST:MOST worker replicas, as the load needs; else one for each of --devices"""
     json: bool = False
     """log JSON, a line an event"""
 
@@ -83,22 +87,41 @@ def run(options: Options) -> int:
     host, colon, port = options.listen.rpartition(":")
     if not colon or not port.isdigit():
         raise ValueError(f"--listen is HOST:PORT, got {options.listen!r}")
-    serve(
-        ServeOptions(
-            **served,
-            devices=tuple(options.devices.split(",")),
-            host=host.strip("[]"),
-            port=int(port),
-            token_file=options.token_file,
-            insecure=options.insecure,
-            margin_ms=seconds(options.margin) * 1e3,
-            drop=options.drop,  # type: ignore[arg-type]
-            max_body_bytes=sizes(options.max_body)[0],
-            max_waiting=options.max_waiting,
-            json=options.json,
-        )
+    how = ServeOptions(
+        **served,
+        devices=tuple(options.devices.split(",")),
+        host=host.strip("[]"),
+        port=int(port),
+        token_file=options.token_file,
+        insecure=options.insecure,
+        margin_ms=seconds(options.margin) * 1e3,
+        drop=options.drop,  # type: ignore[arg-type]
+        max_body_bytes=sizes(options.max_body)[0],
+        max_waiting=options.max_waiting,
+        json=options.json,
     )
+    if options.ray is None:
+        if options.scale is not None:
+            raise ValueError("--scale is for --ray: LitServe's processes are as many as --devices")
+        serve(how)
+        return 0
+    try:
+        from trainkit.serving.cluster import serve_on_ray
+    except ModuleNotFoundError as error:
+        raise ValueError(f"--ray needs the package {error.name}: pip install 'ray[serve]>=2.55,<3'") from None
+    serve_on_ray(how, address=None if options.ray == "local" else options.ray, autoscaler=_autoscaler(options.scale))
     return 0
+
+
+def _autoscaler(text: str | None) -> Any:
+    from trainkit.serving.autoscaling import Autoscaler
+
+    if text is None:
+        return None
+    least, colon, most = text.partition(":")
+    if not colon or not least.isdigit() or not most.isdigit():
+        raise ValueError(f"--scale is LEAST:MOST, got {text!r}")
+    return Autoscaler(int(least), int(most))
 
 
 SUBCOMMAND = Subcommand(

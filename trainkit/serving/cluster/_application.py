@@ -78,6 +78,7 @@ def serve_on_ray(options: ServeOptions, *, address: str | None = None, autoscale
     from ray import serve
     from ray.serve.config import HTTPOptions
 
+    served = application(options, autoscaler=autoscaler, cpus_a_worker=1.0 if address else 0.0)
     options.refuse_taken_port()
     local: dict[str, Any] = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
     ray.init(address, **({} if address else local))
@@ -86,8 +87,7 @@ def serve_on_ray(options: ServeOptions, *, address: str | None = None, autoscale
         signal.signal(number, lambda number, _: stopped.append(number))
     try:
         serve.start(http_options=HTTPOptions(host=options.host, port=options.port))
-        cpus = 1.0 if address else 0.0  # on one machine the GPUs are what is shared, not its cores
-        serve.run(application(options, autoscaler=autoscaler, cpus_a_worker=cpus))
+        serve.run(served)
         while not stopped:
             time.sleep(0.2)
     except RuntimeError as error:

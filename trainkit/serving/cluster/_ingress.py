@@ -1,6 +1,7 @@
 """The one ingress replica: HTTP in, the pure scheduler inside, batches out to pinned workers."""
 
 import asyncio
+import logging
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,10 @@ from trainkit.serving.engine._options import ServeOptions
 from trainkit.serving.engine._requests import Refused, authorise, deadline_of, model_of, read_json
 from trainkit.serving.scheduler import Action, Dispatch, Scheduler
 
+_logger = logging.getLogger(__name__)
 _WINDOW_S = 1.0
+# What a batch may take beyond twice its profile, once its replica is no longer among those that serve.
+_PATIENCE_S = 0.5
 
 
 @dataclass
@@ -36,6 +40,7 @@ class Ingress:
         self._scheduler = Scheduler(options.profiles, 0, drop=options.drop)
         self._margin = round(options.margin_ms * 1e6)
         self._gpus: dict[int, str] = {}  # number -> replica
+        self._left: dict[str, asyncio.Event] = {}
         self._open: dict[int, _Request] = {}
         self._next = self._wanted = 0
         self._metrics = Metrics()
@@ -89,12 +94,13 @@ class Ingress:
         """What left is given no more batches, what came is."""
         now = time.monotonic_ns()
         for number in [number for number, name in self._gpus.items() if name not in names]:
-            del self._gpus[number]
+            self._left.pop(self._gpus.pop(number)).set()
             self._scheduler.remove_gpu(number, now)
         for name in names:
             if name not in self._gpus.values():
                 number = next(n for n in range(len(self._gpus) + 1) if n not in self._gpus)
                 self._gpus[number] = name
+                self._left[name] = asyncio.Event()
                 self._act(self._scheduler.add_gpu(number, now))
         self._arm()
 
@@ -156,17 +162,24 @@ class Ingress:
     async def _run(self, action: Dispatch, replica: str) -> None:
         """A batch on its replica. If that dies, its requests run again, once and within their deadlines."""
         inputs = [self._open[id].input if id in self._open else None for id in action.ids]
-        try:
-            values = await self._workers.remote(replica, self._names[action.model], inputs, self._wanted)
-        except Exception as error:
+        left = self._left[replica]
+        call = asyncio.ensure_future(self._called(replica, self._names[action.model], inputs))
+        gone = asyncio.ensure_future(left.wait())
+        await asyncio.wait({call, gone}, return_when=asyncio.FIRST_COMPLETED)
+        gone.cancel()
+        # one that was told to go ends its batch first; a call to a dead one may stay without an answer for ever
+        patience = 2 * self._options.profiles[self._names[action.model]].latency_ns[len(inputs) - 1] / 1e9 + _PATIENCE_S
+        await asyncio.wait({call}, timeout=patience)
+        values = call.result() if call.done() else None
+        if values is None:
+            call.cancel()
             if self._gpus.get(action.gpu) == replica:
-                del self._gpus[action.gpu]
-                self._scheduler.remove_gpu(action.gpu, time.monotonic_ns())
+                self._replicas([name for name in self._gpus.values() if name != replica])
             for id in action.ids:
                 if (one := self._open.get(id)) is not None:
                     one.deaths += 1
                     if one.deaths > 1:
-                        self._finish(id, 500, {"detail": f"two replicas failed: {type(error).__name__}"})
+                        self._finish(id, 500, {"detail": "two replicas died while they ran this request"})
                     else:
                         self._ask(id)
             return
@@ -178,6 +191,14 @@ class Ingress:
         if self._gpus.get(action.gpu) == replica:
             self._act(self._scheduler.on_gpu_free(action.gpu, time.monotonic_ns()))
             self._arm()
+
+    async def _called(self, replica: str, model: str, inputs: list[Any]) -> Any:
+        """The batch's answers; None where the replica failed."""
+        try:
+            return await self._workers.remote(replica, model, inputs, self._wanted)
+        except Exception as error:
+            _logger.warning("replica %s failed: %s", replica, type(error).__name__)
+            return None
 
     def _finish(self, id: int, status: int, body: dict[str, Any]) -> None:
         one = self._open.pop(id, None)

@@ -13,7 +13,15 @@ class Pinned(RequestRouter):  # type: ignore[misc]
     def update_replicas(self, replicas: list[Any]) -> None:
         """Replicas came or went."""
         super().update_replicas(replicas)
-        _membership.tell([replica.replica_id.unique_id for replica in replicas])
+        self._tell()
+
+    def on_replica_actor_died(self, replica_id: Any) -> None:
+        """The router noticed a death before Ray Serve's controller did."""
+        super().on_replica_actor_died(replica_id)
+        self._tell()
+
+    def _tell(self) -> None:
+        _membership.tell([replica_id.unique_id for replica_id in self.curr_replicas])
 
     async def choose_replicas(self, candidate_replicas: list[Any], pending_request: Any = None) -> list[list[Any]]:
         """The one replica."""
