@@ -226,6 +226,8 @@ def test_a_lightning_checkpoint_is_served(tmp_path: Path) -> None:
     assert predict([[1.0, 2.0], [3.0, 4.0]]) == [[5.0, 10.0], [15.0, 20.0]]
     with pytest.raises(ValueError, match="nested lists of one shape"):
         predict([[1.0], [1.0, 2.0]])
+    (named,) = ModelSource.parse(f"{DATA}/serving/doubler.py:Named").load("cpu")([{"x": [1.0, 2.0]}])
+    assert named == {"sum": 3.0, "pair": [2.0, [1.0, 2.0]]}
     torch.save({}, tmp_path / "no.ckpt")
     with pytest.raises(ModelError, match="Doubler does not load: KeyError"):
         ModelSource(source.where, tmp_path / "no.ckpt").load("cpu")

@@ -77,7 +77,7 @@ class ModelSource:
         Raises:
             ModelError: there is no such module, attribute or checkpoint, or it fails to load.
         """
-        predict = self._made(device)
+        predict = self._made(device, language=False)
         if not callable(predict):
             raise ModelError(f"{self.where} must return a function of a list of inputs, got {type(predict).__name__}")
         found: Predict = predict
@@ -89,17 +89,18 @@ class ModelSource:
         Raises:
             ModelError: as `load`; or it is none.
         """
-        model = self._made(device)
+        model = self._made(device, language=True)
         if not isinstance(model, LanguageModel):
             raise ModelError(f"{self.where} must return a LanguageModel, got {type(model).__name__}")
         return model
 
-    def _made(self, device: str) -> Any:
+    def _made(self, device: str, language: bool) -> Any:
         try:
             if self.where.startswith(_HUGGING_FACE):
                 from trainkit.serving.engine import _transformers
 
-                return _transformers.load(self.where.removeprefix(_HUGGING_FACE), device)
+                load = _transformers.load_language if language else _transformers.load
+                return load(self.where.removeprefix(_HUGGING_FACE), device)
             attribute = self._attribute()
             if isinstance(attribute, type):
                 return _lightning(attribute, self.checkpoint, device)
@@ -141,14 +142,34 @@ def _lightning(module_type: type, checkpoint: Path | None, device: str) -> Predi
 
     def predict(inputs: Sequence[Any]) -> Sequence[Any]:
         try:
-            batch = torch.tensor(inputs)
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise InputError(f"inputs are numbers in nested lists of one shape: {error}") from None
+            batch = _batched(inputs, device)
+        except (ValueError, TypeError, RuntimeError, KeyError) as error:
+            raise InputError(f"inputs are numbers in nested lists of one shape, or objects of those: {error}") from None
         with torch.inference_mode():
-            outputs = module.predict_step(batch.to(device), 0)
-        if not isinstance(outputs, torch.Tensor) or len(outputs) != len(inputs):
-            raise ModelError("predict_step must return a tensor with a row for each input")
-        rows: Sequence[Any] = outputs.cpu().tolist()
-        return rows
+            return _rows(module.predict_step(batch, 0), len(inputs))
 
     return predict
+
+
+def _batched(inputs: Sequence[Any], device: str) -> Any:
+    """A tensor of all inputs, or a dictionary of tensors where they are objects."""
+    import torch
+
+    if isinstance(inputs[0], dict):
+        return {key: _batched([one[key] for one in inputs], device) for key in inputs[0]}
+    return torch.tensor(inputs).to(device)
+
+
+def _rows(outputs: Any, count: int) -> list[Any]:
+    """What each input got, of a tensor with a row for each, or a dictionary or sequence of such."""
+    import torch
+
+    if isinstance(outputs, torch.Tensor) and outputs.ndim > 0 and len(outputs) == count:
+        rows: list[Any] = outputs.cpu().tolist()
+        return rows
+    if isinstance(outputs, dict):
+        columns = {key: _rows(value, count) for key, value in outputs.items()}
+        return [{key: column[row] for key, column in columns.items()} for row in range(count)]
+    if isinstance(outputs, list | tuple):
+        return [list(row) for row in zip(*(_rows(value, count) for value in outputs), strict=True)]
+    raise ModelError("predict_step must return tensors with a row for each input, alone or in a dictionary or tuple")

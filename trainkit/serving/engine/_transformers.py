@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trainkit.serving.engine._models import InputError, ModelError, Predict
+from trainkit.serving.engine._models import InputError, LanguageModel, ModelError, Predict
 
 
 def load(where: str, device: str) -> Predict:
@@ -52,17 +52,41 @@ def load(where: str, device: str) -> Predict:
     return predict
 
 
+def load_language(where: str, device: str) -> LanguageModel:
+    """A decoder with its tokenizer, over the paged engine.
+
+    Raises:
+        ModelError: the folder holds no tokenizer.
+    """
+    import transformers
+
+    from trainkit.serving.generate import Engine
+
+    tokenizer = _tokenizer(where)
+    if tokenizer is None:
+        raise ModelError("a language model needs its tokenizer in the same folder")
+    model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype="auto")
+    engine = Engine(model, device=device, eos=tokenizer.eos_token_id)
+    return LanguageModel(engine, lambda text: tokenizer(text)["input_ids"], tokenizer.decode)
+
+
+def _tokenizer(where: str) -> Any:
+    """None where a folder holds none: transformers would make up an empty one."""
+    import transformers
+
+    if Path(where).is_dir() and not (Path(where) / "tokenizer_config.json").is_file():
+        return None
+    return transformers.AutoTokenizer.from_pretrained(where)
+
+
 def _named(row: list[float], config: Any) -> dict[str, float]:
     return {config.id2label[number]: score for number, score in enumerate(row)}
 
 
 def _texts(where: str, config: Any) -> Any:
     import torch
-    import transformers
 
-    # transformers makes up an empty tokenizer where a folder holds none
-    bare = Path(where).is_dir() and not (Path(where) / "tokenizer_config.json").is_file()
-    tokenizer = None if bare else transformers.AutoTokenizer.from_pretrained(where)
+    tokenizer = _tokenizer(where)
     longest = getattr(config, "max_position_embeddings", None) or 10**9
     padding = config.pad_token_id or 0
 
