@@ -22,4 +22,10 @@ from trainkit.kernels._transformers import register_transformers as register_tra
 from trainkit.kernels.fused._loss import linear_cross_entropy as linear_cross_entropy
 from trainkit.kernels.fused._rms_norm import rms_norm as rms_norm
 from trainkit.kernels.fused._rope import rope as rope
+from trainkit.kernels.fused._sample import sample as sample
 from trainkit.kernels.fused._swiglu import swiglu as swiglu
+from trainkit.kernels.paged._append import append_kv as append_kv
+from trainkit.kernels.paged._attention import Maximum as Maximum
+from trainkit.kernels.paged._attention import PagedAttention as PagedAttention
+from trainkit.kernels.paged._merge import merge_states as merge_states
+from trainkit.kernels.paged._tree import tree_attention as tree_attention

@@ -44,6 +44,7 @@ def forward(
     cu_seq_lens_k: Tensor | None = None,
     seq_idx: Tensor | None = None,
     deterministic: bool | None = None,
+    trainkit_attend: Any = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it: `[B, H, S, D]` tensors in, `[B, S, H, D]` out.
@@ -51,6 +52,8 @@ def forward(
     A mask is read as "True (or 0) where a key is seen", `[B, 1 or H, Sq, Sk]`, as transformers builds it for SDPA; without
     one the module's causality holds. A window is in the mask when there is one. Packed sequences (`cu_seq_lens_q`,
     `cu_seq_lens_k`, `seq_idx`) do not see each other, whether the mask says so or not.
+
+    With `trainkit_attend`, which `trainkit.serving.generate` passes through the model, that keeps keys and values and attends.
 
     Raises:
         ValueError: a keyword argument that is neither used here nor known to be harmless: it might change who sees whom.
@@ -61,6 +64,10 @@ def forward(
             f"attn_implementation={NAME!r} knows no {', '.join(unknown)}, which may change what attention computes:"
             " do not pass it, or take attn_implementation='eager'"
         )
+    if trainkit_attend is not None:
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        said = {"scale": scaling, "window": sliding_window or None, "softcap": softcap, "sinks": s_aux}
+        return trainkit_attend(module.layer_idx, q, k, v, **said), None
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     shape = q.shape[0], q.shape[2], q.shape[1], k.shape[1]

@@ -13,6 +13,7 @@ from trainkit.kernels._attention import _block_lists, _triton
 from trainkit.kernels._attention._call import Call, Tiling, layout
 from trainkit.kernels._attention._codegen import arguments
 from trainkit.kernels._attention._spec import Spec
+from trainkit.kernels._cache import capturing, stream
 from trainkit.kernels._launch import PLANS, Box, Launch, Slot, Template, counter, form
 
 HEADS = (64, 128, 256)
@@ -140,16 +141,21 @@ class Plan(NamedTuple):
 
 
 def _planned(what: str, call: Call, make: Callable[[], Plan], *tensors: Tensor) -> Plan:
-    """The plan of a call of this form, made once: for its mask and traced functions, if it has any, and not where sequences
-    are packed.
+    """The plan of a call of this form, made once: for its mask and traced functions, if it has any, and for its packed
+    sequences.
     """
-    spec, variant = call.spec, call.variant
-    forms = None if call.packed is not None else form(*tensors)
-    if forms is None:
+    spec, variant, packed = call.spec, call.variant, call.packed
+    forms = form(*tensors)
+    if forms is None or (packed is not None and capturing(tensors[0].device)):
         return make()
     key = (what, forms, spec.causal, spec.window, spec.softcap, spec.scale, spec.deterministic)
+    if packed is not None:
+        # Their list of tiles is for one stream: see `packed_tiles`.
+        key += (id(packed), stream(tensors[0].device))
     if variant.mask is None and (variant.score is None or _cap(spec) is not None):
-        return PLANS.get(key, make)  # type: ignore[no-any-return]
+        return PLANS.get(key, make, () if packed is None else (packed,))  # type: ignore[no-any-return]
+    if packed is not None:
+        return make()
     return _block_lists.kept(variant, tensors[0].device, key, make)
 
 

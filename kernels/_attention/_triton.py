@@ -76,7 +76,7 @@ def _scalars(call: Call, q: Tensor, k: Tensor) -> tuple[Any, ...]:
 
 
 def _constants(
-    call: Call, q: Tensor, k: Tensor, v: Tensor, tiling: Tiling, block_sparse: bool, **more: Any
+    call: Call, q: Tensor, k: Tensor, v: Tensor, tiling: Tiling, block_sparse: bool, page: int = 0, **more: Any
 ) -> Template:
     """What a kernel is compiled for.
 
@@ -86,7 +86,7 @@ def _constants(
     return Template(
         GROUP=q.shape[2] // k.shape[2], D=q.shape[3], DV=v.shape[3], BD=padded(q.shape[3]), BDV=padded(v.shape[3]),
         BM=tiling.bm, BN=tiling.bn, CAUSAL=spec.causal, WINDOW=spec.window is not None, SIGMOID=spec.sigmoid,
-        DROPOUT=spec.dropout_p > 0, LISTED_WORK=call.packed is not None, BLOCK_SPARSE=block_sparse, PAGE=0,
+        DROPOUT=spec.dropout_p > 0, LISTED_WORK=call.packed is not None, BLOCK_SPARSE=block_sparse, PAGE=page,
         PRECISION="tf32x3" if q.dtype == torch.float32 and q.is_cuda else "ieee", SCORE=functions.score,
         MASK=functions.mask, GRAD=functions.score_grad, **more,
     )  # fmt: skip
@@ -98,13 +98,17 @@ def view(x: Tensor) -> tuple[Any, ...]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], tiling: Tiling, *args: Any) -> None:
+    """Run a kernel of the template, which wants the grid's first dimension before its constants."""
+    run(kernel, flat(grid), tiling, *args[:-1], grid[0], args[-1])
+
+
+def run(kernel: Any, grid: tuple[int, ...], tiling: Tiling, *args: Any) -> None:
     """Run a kernel with fewer pipeline stages if its shared memory does not fit: a variant's own loads take some."""
     from triton.runtime.errors import OutOfResources
 
-    *others, constants = args
     for stages in range(tiling.stages, 0, -1):
         try:
-            kernel[flat(grid)](*others, grid[0], constants, num_warps=tiling.warps, num_stages=stages)
+            kernel[grid](*args, num_warps=tiling.warps, num_stages=stages)
             return
         except OutOfResources:
             if stages == 1:
@@ -145,7 +149,7 @@ def backward(
     if 0 not in grid:
         launch(
             _triton_backward.backward_keys, grid, tiling, *inputs, view(dk), view(dv), *work,
-            (blocks, counts, full, *strides), (), *scalars, _constants(call, q, k, v, tiling, sparse),
+            (blocks, counts, full, *strides), (), (), *scalars, _constants(call, q, k, v, tiling, sparse),
         )  # fmt: skip
 
     learned, captured = call.variant.learned, call.variant.score_tables

@@ -113,12 +113,13 @@ def key_span(dk, dv, k, v, queries, grads, LSE, DELTA, start, stop, blocks, cols
 
 @triton.jit(do_not_specialize=["Sq", "Sk", "w", "seed", "threshold", "tiles"])
 def backward_keys(
-    q, k, v, do, LSE, DELTA, dk_out, dv_out, ITEMS, CU_Q, CU_K, lists, paging, Hq, Sq, Sk, w, scale, seed, threshold,
-    keep_scale, score_args, mask_args, tiles, c: tl.constexpr,
+    q, k, v, do, LSE, DELTA, dk_out, dv_out, ITEMS, CU_Q, CU_K, lists, paging, grad_paging, Hq, Sq, Sk, w, scale, seed,
+    threshold, keep_scale, score_args, mask_args, tiles, c: tl.constexpr,
 ):  # fmt: skip
     """Compute dK and dV of BN keys of one key head: over the query heads of its group, and over the queries that see them.
 
-    Arguments as in `forward`; `lists` has the query blocks of a tile of keys; DELTA and LSE are `[B, Hq, Sq]`.
+    Arguments as in `forward`; `lists` has the query blocks of a tile of keys; DELTA and LSE are `[B, Hq, Sq]`; `grad_paging`
+    has the pages of dK and dV, which are not the keys' own where requests share those.
     """
     work = take(ITEMS, CU_Q, CU_K, Hq // c.GROUP, Sq, Sk, tiles, False, c)
     BLOCKS, COUNTS, FULL, sbb, sbh, NB = lists
@@ -162,8 +163,8 @@ def backward_keys(
                                   problem, False, c)  # fmt: skip
             dk, dv = key_span(dk, dv, keys, values, queries, grads, lse, total, full_hi, hi, n0, cols,
                               problem, True, c)  # fmt: skip
-    store_rows(key_rows(dk_out, paging, work, work.head, c), dk * scale, n0, work.Sk, c.BN, c.D, c.BD, c.PAGE)
-    store_rows(key_rows(dv_out, paging, work, work.head, c), dv, n0, work.Sk, c.BN, c.DV, c.BDV, c.PAGE)
+    store_rows(key_rows(dk_out, grad_paging, work, work.head, c), dk * scale, n0, work.Sk, c.BN, c.D, c.BD, c.PAGE)
+    store_rows(key_rows(dv_out, grad_paging, work, work.head, c), dv, n0, work.Sk, c.BN, c.DV, c.BDV, c.PAGE)
 
 
 @triton.jit

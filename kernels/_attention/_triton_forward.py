@@ -13,8 +13,10 @@ from trainkit.kernels._attention._triton_tiles import (
     first_of,
     keep,
     key_rows,
+    load_paged,
     load_rows,
     output_rows,
+    pages_at,
     rows_of,
     store_rows,
     take,
@@ -60,10 +62,19 @@ def fold(state, s, p_scale, value, problem, q, k, c: tl.constexpr):
 def span(state, q, keys, values, start, stop, blocks, rows, problem, MASKED: tl.constexpr, c: tl.constexpr):
     """Fold the key blocks number [start, stop) into the softmax."""
     step: tl.constexpr = 1 if c.BLOCK_SPARSE else c.BN
+    if c.PAGE:
+        ahead = pages_at(keys, start * step, problem.Sk, c.BN, c.PAGE)
     for i in range(start * step, stop * step, step):
         n0 = first_of(blocks, i, c.BN, c)
         cols = n0 + tl.arange(0, c.BN)
-        k = load_rows(keys, n0, problem.Sk, c.BN, c.D, c.BD, c.PAGE, MASKED)
+        # Stored in fewer bits, keys and values are multiplied as queries are.
+        if c.PAGE:
+            # One block ahead: loads that wait for a load would not be under way while others are multiplied.
+            pages = ahead
+            ahead = pages_at(keys, n0 + c.BN, problem.Sk, c.BN, c.PAGE)
+            k = load_paged(keys, pages, n0, problem.Sk, c.BN, c.D, c.BD, c.PAGE, MASKED).to(q.dtype)
+        else:
+            k = load_rows(keys, n0, problem.Sk, c.BN, c.D, c.BD, 0, MASKED).to(q.dtype)
         s = tl.dot(q, tl.trans(k), input_precision=c.PRECISION)
         qi = rows[:, None]
         kj = cols[None, :]
@@ -79,7 +90,10 @@ def span(state, q, keys, values, start, stop, blocks, rows, problem, MASKED: tl.
                 inside = tl.minimum(kj, problem.Sk - 1)
                 seen = seen & c.MASK(problem.b, problem.h, qi, inside, problem.off, problem.mask_args)
             s = tl.where(seen, s, float("-inf"))
-        v = load_rows(values, n0, problem.Sk, c.BN, c.DV, c.BDV, c.PAGE, MASKED)
+        if c.PAGE:
+            v = load_paged(values, pages, n0, problem.Sk, c.BN, c.DV, c.BDV, c.PAGE, MASKED).to(q.dtype)
+        else:
+            v = load_rows(values, n0, problem.Sk, c.BN, c.DV, c.BDV, 0, MASKED).to(q.dtype)
         state = fold(state, s, problem.keep_scale, v, problem, qi, kj, c)
     return state
 

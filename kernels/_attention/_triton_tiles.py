@@ -173,6 +173,27 @@ def load_rows(rows, first, count, B: tl.constexpr, D: tl.constexpr, BD: tl.const
 
 
 @triton.jit
+def pages_at(rows, first, count, B: tl.constexpr, PAGE: tl.constexpr):
+    """The pages of rows [first, first + B), which are then read without waiting for the table."""
+    i = first + tl.arange(0, B)
+    return tl.load(rows.pages + i // PAGE, mask=i < count, other=0)
+
+
+@triton.jit
+def load_paged(rows, pages, first, count, B: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr,
+               MASKED: tl.constexpr):  # fmt: skip
+    """As `load_rows`, of known pages."""
+    i = first + tl.arange(0, B)
+    cols = tl.arange(0, BD)
+    at = rows.base + pages.to(tl.int64) * rows.page_stride + (i % PAGE).to(tl.int64) * rows.stride
+    at = at[:, None] + cols[None, :]
+    if MASKED or D != BD:
+        return tl.load(at, mask=(i < count)[:, None] & (cols < D)[None, :], other=0.0)
+    else:
+        return tl.load(at)
+
+
+@triton.jit
 def store_rows(rows, x, first, count, B: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr):
     """Write a tile to rows [first, first + B), as far as they exist."""
     i = first + tl.arange(0, B)

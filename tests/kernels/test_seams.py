@@ -114,7 +114,7 @@ def test_keys_in_pages_and_results_in_parts(parts):
         dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
         _triton.launch(
             _triton_backward.backward_keys, (len(tiles), HKV, 1), tiling, *inputs, pages(dk), pages(dv),
-            torch.tensor(tiles, dtype=torch.int32), cu_q, cu_k, nothing, paging, *numbers, constants(),
+            torch.tensor(tiles, dtype=torch.int32), cu_q, cu_k, nothing, paging, paging, *numbers, constants(),
         )  # fmt: skip
         for got, exact in ((dk, want_grads[1]), (dv, want_grads[2])):
             torch.testing.assert_close(unpaged(got, paging, cu_k), exact[0], atol=5e-6, rtol=1e-5)

@@ -4,6 +4,7 @@ Shapes: B batch, S sequence, W width, H query heads, D head dimension.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
@@ -22,11 +23,20 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated.type_as(x)
 
 
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""Attention of a layer, by its number: `[B, S, H, D]` queries, keys and values to `[B, S, H, D]`."""
+
+
+def _causal(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attention(q, k, v, causal=True)
+
+
 class Block(nn.Module):
     """Attention and SwiGLU, each behind its own norm."""
 
-    def __init__(self, size: Size) -> None:
+    def __init__(self, size: Size, layer: int) -> None:
         super().__init__()
+        self.layer = layer
         self.heads, self.kv_heads, self.head_dim = size.heads, size.kv_heads, size.width // size.heads
         self.attention_norm = nn.RMSNorm(size.width, eps=1e-6)
         self.qkv = nn.Linear(size.width, (size.heads + 2 * size.kv_heads) * self.head_dim, bias=False)
@@ -35,12 +45,12 @@ class Block(nn.Module):
         self.gate_up = nn.Linear(size.width, 2 * size.hidden, bias=False)
         self.down = nn.Linear(size.hidden, size.width, bias=False)
 
-    def forward(self, x_BSW: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x_BSW: Tensor, cos: Tensor, sin: Tensor, attend: Attend = _causal) -> Tensor:
         """[B, S, W] to [B, S, W]."""
         batch, length, _ = x_BSW.shape
         heads = self.qkv(self.attention_norm(x_BSW)).view(batch, length, -1, self.head_dim)
         q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
-        mixed = attention(_rotate(q, cos, sin), _rotate(k, cos, sin), v, causal=True)
+        mixed = attend(self.layer, _rotate(q, cos, sin), _rotate(k, cos, sin), v)
         x_BSW = x_BSW + self.out(mixed.reshape(batch, length, -1))
         gate, up = self.gate_up(self.mlp_norm(x_BSW)).chunk(2, dim=-1)
         x_BSW = x_BSW + self.down(functional.silu(gate) * up)
@@ -63,7 +73,7 @@ class GPT(pl.LightningModule):
         super().__init__()
         self._rate = rate
         self.embedding = nn.Embedding(vocab, size.width)
-        self.blocks = nn.ModuleList(Block(size) for _ in range(size.layers))
+        self.blocks = nn.ModuleList(Block(size, i) for i in range(size.layers))
         self.norm = nn.RMSNorm(size.width, eps=1e-6)
         self.head = nn.Linear(size.width, vocab, bias=False)
         self.head.weight = self.embedding.weight
@@ -85,6 +95,26 @@ class GPT(pl.LightningModule):
             x_BSW = block(x_BSW, self.cos[:length], self.sin[:length])
         logits: Tensor = self.head(self.norm(x_BSW))
         return logits
+
+    def next_logits(self, tokens: Tensor, positions: Tensor, rows: Tensor, attend: Attend) -> Tensor:
+        """Logits of the rows' next tokens `[rows, vocab]`, of tokens `[n]` at these positions of whatever `attend` keeps apart.
+
+        What `trainkit.serving.generate` asks of a model, with `cache_shape`.
+        """
+        x_BSW = self.embedding(tokens)[None]
+        for block in self.blocks:
+            x_BSW = block(x_BSW, self.cos[positions], self.sin[positions], attend)
+        logits: Tensor = self.head(self.norm(x_BSW[0, rows]))
+        return logits
+
+    @property
+    def cache_shape(self) -> dict[str, int]:
+        """What a cache of keys and values must hold of a token, and how many of them the model knows."""
+        block = self.blocks[0]
+        return {
+            "layers": len(self.blocks), "heads": block.heads, "kv_heads": block.kv_heads, "head_dim": block.head_dim,
+            "max_length": self.cos.shape[0], "vocab": self.embedding.num_embeddings,
+        }  # fmt: skip
 
     def _loss(self, batch: Tensor) -> Tensor:
         logits = self(batch[:, :-1])

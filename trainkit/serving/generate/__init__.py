@@ -1,4 +1,6 @@
-"""Generation: what an engine is asked for, and what it answers."""
+"""Generation by continuous batching over paged keys and values."""
 
-from trainkit.serving.generate._requests import Sampling as Sampling
-from trainkit.serving.generate._requests import Token as Token
+from trainkit.serving.generate._engine import Engine as Engine
+from trainkit.serving.generate._generate import generate as generate
+from trainkit.serving.generate._sampling import Sampling as Sampling
+from trainkit.serving.generate._sampling import Token as Token
