@@ -3,7 +3,6 @@
 import time
 
 from trainkit.serving.engine import LanguageModel
-from trainkit.serving.generate import Token
 
 STEP_S, PAGE, END = 0.01, 16, 0
 
@@ -52,7 +51,7 @@ class Alphabet:
             self._texts[id] = token = follow(last)
             self._left[id] -= 1
             finish = "stop" if token == END else "length" if self._left[id] == 0 else None
-            found.append(Token(id, token, finish))
+            found.append((id, token, finish))
             if finish:
                 self.cancel(id)
         return found

@@ -4,18 +4,20 @@ import json
 import os
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from paths import DATA
+from paths import DATA, ROOT
 from serving_server import TOKEN, Server, serving_texts
 
 pytest.importorskip("litserve", reason="needs the extra serve")
 
-from trainkit.serving.engine._completions import held
-from trainkit.serving.engine._language import _Text
+from trainkit.serving.engine import ModelSource, Objective
+from trainkit.serving.engine._completions import Ask, held
+from trainkit.serving.engine._language import _Replica, _Text
 
 pytestmark = pytest.mark.timeout(180)
 MODEL = f"abc={DATA}/serving/language.py:load"
@@ -171,6 +173,38 @@ def test_logs_are_json(server: Server) -> None:
     lines = [json.loads(line) for line in (server.folder / "log").read_text().splitlines()]
     assert any(line["message"] == "ready: 2 processes" for line in lines)
     assert any("died" in line["message"] and line["level"] == "warning" for line in lines)
+
+
+def test_the_demo_gpt_goes_on_greedily(tmp_path: Path) -> None:
+    """A checkpoint of a demo run behind the real engine: the likeliest byte each time, as the model alone says."""
+    import torch
+
+    from trainkit.demo import SIZES, Config
+    from trainkit.demo._model import GPT
+
+    torch.manual_seed(3)
+    model = GPT(SIZES["tiny"], vocab=256, rate=1e-3).eval()
+    for weight in model.parameters():
+        weight.data.mul_(3.0)  # so that bytes differ
+    Config("tiny", 1, "cpu", 240, 256, 0, 60).save(tmp_path)
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "autolrs.ckpt")
+    source = ModelSource.parse(f"{ROOT}/examples/serve_gpt.py:load@{tmp_path}/autolrs.ckpt")
+    replica = _Replica(source.load_language("cpu"), Objective(ttft_ms=60_000.0))
+    prompts = ["a", "def f(x):", "x" * 40]
+    for key, prompt in enumerate(prompts):
+        ask = Ask(prompt, 10, 0.0, 1.0, None, 0.0, None, ())
+        replica.take(("complete", key, ask, time.monotonic_ns() + 10**11))
+    replica.admit()
+    texts = {key: one.text for key, one in replica.running.items()}
+    while replica.running:
+        replica.step()
+    for key, prompt in enumerate(prompts):
+        tokens = list(prompt.encode())
+        with torch.no_grad():
+            for _ in range(10):
+                tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+        assert texts[key].tokens == tokens[len(prompt) :]
+    assert replica.state["free_pages"] == replica.state["pages"]
 
 
 def test_what_may_begin_a_stop_text_is_held() -> None:

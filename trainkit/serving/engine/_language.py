@@ -4,6 +4,7 @@ Deferral is not for language models: a decoding step serves all that run, whenev
 """
 
 import contextlib
+import importlib
 import os
 import signal
 import time
@@ -156,6 +157,7 @@ def main(pipe: Connection, device: str, source: ModelSource, objective: Objectiv
     except ModelError as error:
         pipe.send(("failed", str(error)))
         return
+    importlib.import_module("trainkit.serving.generate")  # now, and not within the first request's time
     pipe.send(("ready", os.getpid()))
     pipe.send(("step", [], told := replica.state))
     with contextlib.suppress(EOFError, OSError):
