@@ -30,7 +30,9 @@ def load(device, checkpoint=None):
         model = GPT(config.shape, vocab=config.vocab, rate=1e-3)
         model.load_state_dict(torch.load(checkpoint, map_location="cpu")["state_dict"])
     engine = Engine(model, device=device)
-    return LanguageModel(engine, lambda text: list(text.encode()), lambda tokens: bytes(tokens).decode("utf-8", "replace"))
+    return LanguageModel(
+        engine, lambda text: list(text.encode()), lambda tokens: bytes(tokens).decode("utf-8", "replace")
+    )
 
 
 def main() -> None:

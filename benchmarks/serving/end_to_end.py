@@ -72,7 +72,9 @@ async def offer(rate, seconds, seed, shape=("/predict", False)):
 def server(command, path="/health", **environment):
     """The command's server, ready."""
     with open(Path(tempfile.gettempdir()) / "serving-benchmark.log", "w") as log:
-        process = subprocess.Popen(command, cwd=HERE, stdout=log, stderr=log, start_new_session=True, env={**os.environ, **environment})
+        process = subprocess.Popen(
+            command, cwd=HERE, stdout=log, stderr=log, start_new_session=True, env={**os.environ, **environment}
+        )
     try:
         for _ in range(1200):
             with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{PORT}{path}") as reply:

@@ -68,7 +68,9 @@ def run(options: Options) -> int:
     served: dict[str, Any]
     if options.ttft is not None:
         if options.profile is not None or options.slo is not None:
-            raise ValueError("--ttft is for language models, --profile and --slo are for others: two servers serve both")
+            raise ValueError(
+                "--ttft is for language models, --profile and --slo are for others: two servers serve both"
+            )
         tpot = None if options.tpot is None else seconds(options.tpot) * 1e3
         objective = Objective(seconds(options.ttft) * 1e3, tpot)
         served = {"languages": {name: Language(source, objective) for name, source in models.items()}}
@@ -78,7 +80,9 @@ def run(options: Options) -> int:
         files, objectives = options.profile.split(","), options.slo.split(",")
         objectives = objectives * len(models) if len(objectives) == 1 else objectives
         if len(files) != len(models) or len(objectives) != len(models):
-            raise ValueError(f"--profile has a file for each of the {len(models)} models, --slo one value or one for each")
+            raise ValueError(
+                f"--profile has a file for each of the {len(models)} models, --slo one value or one for each"
+            )
         served = {
             "models": models,
             "profiles": {name: Profile.load(file) for name, file in zip(models, files, strict=True)},
@@ -106,6 +110,8 @@ def run(options: Options) -> int:
         serve(how)
         return 0
     try:
+        import ray.serve  # noqa: F401
+
         from trainkit.serving.cluster import serve_on_ray
     except ModuleNotFoundError as error:
         raise ValueError(f"--ray needs the package {error.name}: pip install 'ray[serve]>=2.55,<3'") from None

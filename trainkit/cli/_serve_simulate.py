@@ -169,7 +169,9 @@ def _scaled(options: Options, profiles: dict[str, Any], load: dict[str, Any], co
         return 0
     fewest, mean, highest = found.gpus.min(), found.gpus.mean(), found.gpus.max()
     print(f"{fewest} to {highest} GPUs, {mean:.2f} on average ({found.gpu_seconds:.0f} GPU-seconds)")
-    print(f"  served in time      {found.result.good_rate:.1f} requests/s, {1 - found.result.bad:.2%} of those who waited")
+    print(
+        f"  served in time      {found.result.good_rate:.1f} requests/s, {1 - found.result.bad:.2%} of those who waited"
+    )
     return 0
 
 

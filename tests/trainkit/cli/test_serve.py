@@ -42,7 +42,19 @@ def test_a_recorded_trace(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
 
 def test_gpus_that_come_and_go(capsys: pytest.CaptureFixture[str]) -> None:
     found = answer(
-        capsys, "--profile", LINE, "--slo", "25ms", "--rate", "1500", "--scale", "1:8", "--start", "1s", "--seconds", "20"
+        capsys,
+        "--profile",
+        LINE,
+        "--slo",
+        "25ms",
+        "--rate",
+        "1500",
+        "--scale",
+        "1:8",
+        "--start",
+        "1s",
+        "--seconds",
+        "20",
     )
     assert 3 <= found["gpus"][-1] <= 5  # type: ignore[index]
     assert found["gpu_seconds"] < 20 * 5  # type: ignore[operator]

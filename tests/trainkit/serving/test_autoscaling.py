@@ -44,9 +44,7 @@ def test_gpus_follow_the_load() -> None:
 
 
 def test_a_steady_load_is_left_alone() -> None:
-    found = simulate_autoscaled(
-        ONE, Autoscaler(4, 16, hold_s=10), {"resnet": 2000}, slo_ms=25, start_s=2, seconds=90
-    )
+    found = simulate_autoscaled(ONE, Autoscaler(4, 16, hold_s=10), {"resnet": 2000}, slo_ms=25, start_s=2, seconds=90)
     assert np.count_nonzero(np.diff(found.gpus[30:])) == 0
     assert found.result.bad < 0.01
 
@@ -120,7 +118,12 @@ def test_little_is_moved_where_little_has_changed() -> None:
     assert then.utilisation <= 1.06 * anew.utilisation
     assert then.moved <= 0.1 * 10 * sum(memory.values())
     results = simulate_allocated(
-        dict.fromkeys(names, Profile.linear(1.0, 4.0, 32)), then, clusters, dict.fromkeys(names, 50.0), slo_ms=40, seconds=2
+        dict.fromkeys(names, Profile.linear(1.0, 4.0, 32)),
+        then,
+        clusters,
+        dict.fromkeys(names, 50.0),
+        slo_ms=40,
+        seconds=2,
     )
     assert all(result.bad < 0.01 for result in results)
 

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers")
 pytest.importorskip("litserve", reason="needs the extra serve")
+pytest.importorskip("transformers")
+
+import transformers
 
 from trainkit.serving.engine import InputError, ModelError, ModelSource
 
@@ -67,7 +69,9 @@ def test_images_are_classified(tmp_path: Path) -> None:
 
 
 def test_other_models_are_refused(tmp_path: Path) -> None:
-    transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=9, n_embd=4, n_layer=1, n_head=1)).save_pretrained(tmp_path)
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=9, n_embd=4, n_layer=1, n_head=1)).save_pretrained(
+        tmp_path
+    )
     with pytest.raises(ModelError, match="encoders and classifiers are served, got GPT2LMHeadModel"):
         ModelSource.parse(f"hf:{tmp_path}").load("cpu")
     with pytest.raises(ModelError, match="does not load"):

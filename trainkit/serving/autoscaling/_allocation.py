@@ -77,7 +77,7 @@ def allocate(
         raise AllocationError("an allocation needs clusters, and the demand and memory of the same models")
     if min(demand.values()) < 0 or min(memory.values()) < 0 or min(c.gpus for c in clusters) < 1:
         raise AllocationError("demand and memory are from 0 on, and a cluster has at least one GPU")
-    if not 0 <= slack or not seconds > 0:
+    if not slack >= 0 or not seconds > 0:
         raise AllocationError(f"slack is from 0 on and seconds above 0, got {slack} and {seconds}")
     needs, sizes = np.array([demand[n] for n in names]), np.array([memory[n] for n in names])
     gpus, limits = np.array([c.gpus for c in clusters]), np.array([c.memory for c in clusters])
@@ -130,7 +130,12 @@ class _Programme:
             return sparse.hstack([empty if f is None else f, empty if x is None else x, last])
 
         self.matrix = sparse.vstack(
-            [rows(by_model, None, None), rows(by_cluster, None, -gpus[:, None]), rows(eye, -eye, None), rows(None, room, None)]
+            [
+                rows(by_model, None, None),
+                rows(by_cluster, None, -gpus[:, None]),
+                rows(eye, -eye, None),
+                rows(None, room, None),
+            ]
         ).tocsr()
         self.low = np.concatenate([np.ones(models), np.full(clusters + cells + clusters, -np.inf)])
         self.high = np.concatenate([np.ones(models), np.zeros(clusters + cells), limits])

@@ -37,8 +37,10 @@ class Ingress:
     def __init__(self, options: ServeOptions, autoscaler: Autoscaler | None, workers: Any) -> None:
         self._options, self._autoscaler, self._workers = options, autoscaler, workers
         self._names = list(options.models)
-        self._scheduler = Scheduler(options.profiles, 0, drop=options.drop)
-        self._margin = round(options.margin_ms * 1e6)
+        self._margin = (
+            round(options.margin_ms * 1e6) // 2
+        )  # as on one machine: half to be late in, half for the way back
+        self._scheduler = Scheduler(options.profiles, 0, drop=options.drop, jitter_ns=self._margin)
         self._gpus: dict[int, str] = {}  # number -> replica
         self._left: dict[str, asyncio.Event] = {}
         self._open: dict[int, _Request] = {}
@@ -81,7 +83,11 @@ class Ingress:
         self._begun = True
         loop = asyncio.get_running_loop()
         await self._workers.remote(None, "", (), 0)
-        _membership.listen(lambda names: loop.call_soon_threadsafe(self._replicas, names))
+
+        def hear(names: list[str]) -> None:
+            loop.call_soon_threadsafe(self._replicas, names)
+
+        _membership.listen(hear)
         await asyncio.sleep(0)  # what it said is taken in before the first request
         self._keep(self._watch())
 

@@ -15,7 +15,9 @@ class Worker:
         self._predict = {name: source.load(device) for name, source in models.items()}
         self._wanted = 0
 
-    async def __call__(self, replica: str | None, model: str, inputs: Sequence[Any], wanted: int) -> list[tuple[bool, Any]]:
+    async def __call__(
+        self, replica: str | None, model: str, inputs: Sequence[Any], wanted: int
+    ) -> list[tuple[bool, Any]]:
         """Run a batch; `replica` is the router's. Without a model it only hears how many replicas there should be."""
         self._wanted = wanted
         if not model:

@@ -60,7 +60,9 @@ def _number(body: Mapping[str, Any], key: str, default: Any, low: float, high: f
         return default
     kinds = int if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
-        raise Refused(400, f"{key} is {'a whole number' if whole else 'a number'} from {low} to {high}, got {value!r:.40}")
+        raise Refused(
+            400, f"{key} is {'a whole number' if whole else 'a number'} from {low} to {high}, got {value!r:.40}"
+        )
     return value
 
 

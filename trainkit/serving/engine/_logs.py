@@ -10,7 +10,12 @@ class _Json(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """One object a line: time, level, process, message."""
         at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
-        line = {"time": at, "level": record.levelname.lower(), "process": record.process, "message": record.getMessage()}
+        line = {
+            "time": at,
+            "level": record.levelname.lower(),
+            "process": record.process,
+            "message": record.getMessage(),
+        }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line)

@@ -97,8 +97,10 @@ class _Service:
         options = api.options
         self._loop, self._options, self._queue, self._transport = loop, options, requests, transport
         self._names = list(options.models)
-        self._scheduler = Scheduler(options.profiles, len(api.gpus), drop=options.drop)
-        self._margin = round(options.margin_ms * 1e6)
+        # A batch aims at the whole margin before its deadline. Were that its last moment, a timer that fires a little
+        # late would drop it: half of the margin is for us to be late in, half for the answer's way back.
+        self._margin = round(options.margin_ms * 1e6) // 2
+        self._scheduler = Scheduler(options.profiles, len(api.gpus), drop=options.drop, jitter_ns=self._margin)
         self._gpus: dict[int, GpuProcess] = dict(enumerate(api.gpus))
         self._starting: dict[int, GpuProcess] = {}  # replacements that load
         self._reloading: deque[int] = deque()

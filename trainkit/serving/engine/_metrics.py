@@ -45,7 +45,9 @@ class Metrics:
 
         def times(name: str, about: str) -> Histogram:
             buckets = [0.001 * 2**k for k in range(16)]
-            return Histogram(f"trainkit_serve_{name}_seconds", about, ["model"], buckets=buckets, registry=self._registry)
+            return Histogram(
+                f"trainkit_serve_{name}_seconds", about, ["model"], buckets=buckets, registry=self._registry
+            )
 
         self._latency = times("latency", "From a request's arrival to its answer.")
         self._ttft = times("ttft", "From a request's arrival to its first token.")
@@ -119,5 +121,7 @@ class Metrics:
             good = second.outcomes["200"]
             late = second.outcomes["late"] + second.outcomes["503"]
             other = second.outcomes.total() - good - late
-            line.append({"good": good, "late": late, "other": other, "tokens": second.tokens, "slowest": second.slowest_s})
+            line.append(
+                {"good": good, "late": late, "other": other, "tokens": second.tokens, "slowest": second.slowest_s}
+            )
         return {"seconds": line, "batches": sorted(batches.items()), "state": self._state}

@@ -67,7 +67,7 @@ class ServeOptions:
     insecure: bool = False
     """serve without a token on an address that others reach"""
     margin_ms: float = 5.0
-    """what HTTP and the processes' pipes may take; batches aim this much before the deadline"""
+    """batches aim this much before the deadline: half is for timers that fire late, half for the answer's way back"""
     drop: DropRule = "window"
     """the scheduler's drop rule"""
     max_body_bytes: int = 8 << 20
@@ -100,7 +100,9 @@ class ServeOptions:
                 )
         for name, language in self.languages.items():
             if not 0 < language.objective.ttft_ms <= 3_600_000 or not 0 < (language.objective.tpot_ms or 1) <= 60_000:
-                raise ServeError(f"a TTFT is above 0 and at most 1 h, a TPOT at most 60 s, got {language.objective} for {name!r}")
+                raise ServeError(
+                    f"a TTFT is above 0 and at most 1 h, a TPOT at most 60 s, got {language.objective} for {name!r}"
+                )
         if not self.devices:
             raise ServeError("devices names at least one GPU process, got none")
         if not 0 <= self.margin_ms < 60_000:

@@ -144,7 +144,9 @@ class Replicas:
 
     def _began(self, replica: _Replica) -> None:
         """It serves: who waited for it goes there, and a reload goes on with the next."""
-        if old := next((r for r in self._reloading[:1] if r.model == replica.model and r.device == replica.device), None):
+        if old := next(
+            (r for r in self._reloading[:1] if r.model == replica.model and r.device == replica.device), None
+        ):
             self._reloading.remove(old)
             old.leaving = True
             self._close_if_empty(old)

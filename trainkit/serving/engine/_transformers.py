@@ -33,7 +33,9 @@ def load(where: str, device: str) -> Predict:
     elif kind.endswith(("Model", "ForMaskedLM")) and "LMHead" not in kind and not config.is_decoder:
         model, encode = transformers.AutoModel.from_pretrained(where), _texts(where, config)
     else:
-        raise ModelError(f"of transformers' models, encoders and classifiers are served, got {kind or 'no architecture'}")
+        raise ModelError(
+            f"of transformers' models, encoders and classifiers are served, got {kind or 'no architecture'}"
+        )
     model.to(device).eval()
 
     def predict(inputs: Sequence[Any]) -> Sequence[Any]:

@@ -255,7 +255,9 @@ class ReferenceScheduler:
             self._give_up(number, len(waiting))
             return None
         timeout = self._drop == "timeout" or (self._drop == "auto" and model.bursty and not self._overloaded)
-        least = 1 if timeout else model.target if self._overloaded else max(1, model.target * (4 if self._few else 7) // 8)
+        least = (
+            1 if timeout else model.target if self._overloaded else max(1, model.target * (4 if self._few else 7) // 8)
+        )
         finish = now + model.latency(min(least, len(waiting) - model.split))
         late = 0
         while late < model.split and waiting[late][0] < finish:
