@@ -58,4 +58,7 @@ class Alphabet:
 
 
 def load(device):
-    return LanguageModel(Alphabet(), lambda text: list(text.encode()), lambda t: bytes(t).decode("utf-8", "replace"))
+    """Without torch, so that a process is up soon."""
+    return LanguageModel(
+        Alphabet(), lambda text: list(text.encode()), lambda t: bytes(t).decode("utf-8", "replace"), dict
+    )

@@ -2,9 +2,12 @@
 
 from typing import Any
 
-from ray.serve.request_router import RequestRouter
-
 from trainkit.serving.cluster import _membership
+
+try:
+    from ray.serve.request_router import RequestRouter
+except ModuleNotFoundError:  # without the extra the module can be looked at, not used
+    RequestRouter = object
 
 
 class Pinned(RequestRouter):  # type: ignore[misc]

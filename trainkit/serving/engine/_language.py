@@ -4,7 +4,6 @@ Deferral is not for language models: a decoding step serves all that run, whenev
 """
 
 import contextlib
-import importlib
 import os
 import signal
 import time
@@ -64,11 +63,20 @@ class _Replica:
 
     model: LanguageModel
     objective: Objective
+    sampling: Callable[..., Any] = field(init=False)
     waiting: deque[tuple[int, _Running]] = field(default_factory=deque)
     running: dict[int, _Running] = field(default_factory=dict)
     events: list[tuple[int, Any]] = field(default_factory=list)
     pace_s: float = 0.0  # of a step, a running mean
     prefill_s: float = 0.0  # of a prompt's token, from its admission to the first answer
+
+    def __post_init__(self) -> None:
+        if self.model.sampling is None:
+            from trainkit.serving.generate import Sampling
+
+            self.sampling = Sampling
+        else:
+            self.sampling = self.model.sampling
 
     def take(self, message: tuple[Any, ...]) -> None:
         kind, key, *words = message
@@ -88,8 +96,6 @@ class _Replica:
 
     def admit(self) -> None:
         """In order of arrival, while pages suffice and the pace is kept."""
-        from trainkit.serving.generate import Sampling
-
         engine, tpot = self.model.engine, self.objective.tpot_ms
         while self.waiting:
             key, one = self.waiting[0]
@@ -104,7 +110,7 @@ class _Replica:
             self.waiting.popleft()
             ask = one.ask
             try:
-                sampling = Sampling(
+                sampling = self.sampling(
                     temperature=ask.temperature, top_k=ask.top_k, top_p=ask.top_p, min_p=ask.min_p, seed=ask.seed
                 )
                 engine.add_request(key, one.prompt, max_new_tokens=ask.max_tokens, sampling=sampling)
@@ -157,7 +163,6 @@ def main(pipe: Connection, device: str, source: ModelSource, objective: Objectiv
     except ModelError as error:
         pipe.send(("failed", str(error)))
         return
-    importlib.import_module("trainkit.serving.generate")  # now, and not within the first request's time
     pipe.send(("ready", os.getpid()))
     pipe.send(("step", [], told := replica.state))
     with contextlib.suppress(EOFError, OSError):

@@ -33,11 +33,13 @@ class LanguageModel:
             `running`, `free_pages`, `num_pages`.
         encode: a text's tokens.
         decode: tokens' text; what is not yet a character ends in U+FFFD.
+        sampling: what the engine takes, from temperature, top_k, top_p, min_p and seed; None: that module's `Sampling`.
     """
 
     engine: Any
     encode: Callable[[str], Sequence[int]]
     decode: Callable[[Sequence[int]], str]
+    sampling: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True)
