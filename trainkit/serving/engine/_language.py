@@ -79,6 +79,7 @@ class _Replica:
             self.sampling = self.model.sampling
 
     def take(self, message: tuple[Any, ...]) -> None:
+        """A prompt, or the end of one, from the scheduler."""
         kind, key, *words = message
         if kind == "cancel":
             self.waiting = deque(one for one in self.waiting if one[0] != key)
@@ -99,13 +100,16 @@ class _Replica:
         engine, tpot = self.model.engine, self.objective.tpot_ms
         while self.waiting:
             key, one = self.waiting[0]
-            if time.monotonic_ns() + 1e9 * self.prefill_s * len(one.prompt) > one.deadline:
+            # who has the engine alone is no longer delayed by others: a wrong estimate must not refuse for ever
+            estimate = self.prefill_s * len(one.prompt) if engine.running > 0 else 0.0
+            if time.monotonic_ns() + 1e9 * estimate > one.deadline:
                 self.events.append((key, (503, "the first token cannot come in time at this load", 1)))
                 self.waiting.popleft()
                 continue
             slow = tpot is not None and engine.running > 0 and self.pace_s * 1e3 > tpot
-            # a prompt that can never fit is refused by add_request; with an empty engine there is nothing to wait for
-            if slow or (engine.running > 0 and not engine.fits(one.prompt, one.ask.max_tokens)):
+            full = engine.running > 0 and not engine.fits(one.prompt, one.ask.max_tokens)
+            never = len(one.prompt) + one.ask.max_tokens > engine.max_length  # which add_request says
+            if (slow or full) and not never:
                 return
             self.waiting.popleft()
             ask = one.ask
@@ -119,6 +123,14 @@ class _Replica:
                 continue
             one.admitted = time.monotonic()
             self.running[key] = one
+
+    def warm(self) -> None:
+        """Two tokens for nobody, so that the first request does not wait for kernels that compile."""
+        if prompt := list(self.model.encode(" ")):
+            sampling = self.sampling(temperature=1.0, top_k=None, top_p=1.0, min_p=0.0, seed=0)
+            self.model.engine.add_request(0, prompt, max_new_tokens=2, sampling=sampling)
+            while self.model.engine.running:
+                self.model.engine.step()
 
     def step(self) -> None:
         """One iteration of all that run."""
@@ -160,6 +172,7 @@ def main(pipe: Connection, device: str, source: ModelSource, objective: Objectiv
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         replica = _Replica(source.load_language(device), objective)
+        replica.warm()
     except ModelError as error:
         pipe.send(("failed", str(error)))
         return

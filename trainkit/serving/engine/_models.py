@@ -30,7 +30,7 @@ class LanguageModel:
 
     Attributes:
         engine: a `trainkit.serving.generate.Engine`, or anything with its `fits`, `add_request`, `step`, `cancel`,
-            `running`, `free_pages`, `num_pages`.
+            `running`, `max_length`, `free_pages`, `num_pages`.
         encode: a text's tokens.
         decode: tokens' text; what is not yet a character ends in U+FFFD.
         sampling: what the engine takes, from temperature, top_k, top_p, min_p and seed; None: that module's `Sampling`.
