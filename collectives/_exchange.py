@@ -131,8 +131,12 @@ class Exchange:
                 self._heard(key, rank, timeout_s)
                 self._store.delete_key(key)
         # everybody has come this far, so what was said before has been read
-        for key in self._said[:-1]:
-            self._store.delete_key(key)
+        try:
+            for key in self._said[:-1]:
+                self._store.delete_key(key)
+        except RuntimeError:  # torch's DistNetworkError: rank 0 may have left by now, and the store with it
+            if self.rank == 0:
+                raise
         del self._said[:-1]
         return heard
 

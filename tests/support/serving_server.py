@@ -32,8 +32,8 @@ def free_port() -> int:
 class Server:
     """The process and its address."""
 
-    def __init__(self, process: "subprocess.Popen[str]", port: int) -> None:
-        self.process, self.port = process, port
+    def __init__(self, process: "subprocess.Popen[str]", port: int, folder: Path) -> None:
+        self.process, self.port, self.folder = process, port, folder
         self.url = f"http://127.0.0.1:{port}"
 
     def ask(self, path: str, body: object = None, **headers: str) -> tuple[int, Any, dict[str, str]]:
@@ -88,16 +88,23 @@ class Server:
 def serving(
     folder: Path, *words: str, model: str = "squares", profile: Profile | None = None, gpus: int = 2
 ) -> Iterator[Server]:
-    """Start `trainkit serve` with sleeping GPUs, wait until it is ready, stop it."""
+    """A server with sleeping GPUs."""
     (profile or Profile.linear(2, 20, 16)).save(folder / "profile.json")
+    about = ["--profile", f"{folder}/profile.json", "--slo", "3s", "--margin", "500ms"]
+    with serving_texts(folder, f"m={MODELS}:{model}", *about, *words, gpus=gpus) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def serving_texts(folder: Path, models: str, *words: str, gpus: int = 2) -> Iterator[Server]:
+    """Start `trainkit serve` with any models, wait until it is ready, stop it."""
     (folder / "token").write_text(TOKEN + "\n")
     port = free_port()
-    command = [sys.executable, "-m", "trainkit", "serve", f"m={MODELS}:{model}", "--profile", f"{folder}/profile.json"]
-    command += ["--slo", "3s", "--margin", "500ms", "--devices", ",".join(["cpu"] * gpus)]
+    command = [sys.executable, "-m", "trainkit", "serve", models, "--devices", ",".join(["cpu"] * gpus)]
     command += ["--listen", f"127.0.0.1:{port}", "--token-file", f"{folder}/token", *words]
     with open(folder / "log", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, text=True, start_new_session=True)
-    server = Server(process, port)
+    server = Server(process, port, folder)
     try:
         server.wait_until(lambda: server.healthy() or process.poll() is not None)
         assert process.poll() is None, (folder / "log").read_text()

@@ -20,6 +20,10 @@ class Options:
     """requests/s: one total shared equally, or one for each model by commas; without it the highest rate is searched for"""
     gpus: int | None = None
     """equal GPUs; without it the fewest are searched for"""
+    scale: str | None = None
+    """LEAST:MOST GPUs, as the load needs from second to second"""
+    start: str = "0s"
+    """with --scale: from the order of a GPU until it serves"""
     policy: str = "symphony"
     """who schedules: symphony, eager, per_replica:BATCH:WAIT_MS, bentoml, clockwork, nexus, shepherd and variants"""
     arrivals: str = "poisson"
@@ -108,6 +112,8 @@ def run(options: Options) -> int:
         "margin_ms": jitter_ms,
     }
     load = _load(options, names)
+    if options.scale is not None:
+        return _scaled(options, profiles, load, common)
     gpus = options.gpus
     facts: dict[str, Any] = {"policy": options.policy, "models": names}
     if "rates" not in load and isinstance(load["arrivals"], str):
@@ -140,6 +146,32 @@ def run(options: Options) -> int:
     print(f"  latency             {found.latency_ms(50):.2f} ms median, {found.latency_ms(99):.2f} ms at 99 %")
     print(f"  batches             {found.mean_batch:.1f} requests on average")
     print(f"  GPUs                {found.busy_gpus:.2f} of {gpus} busy, {found.gpus_touched} used")
+    return 0
+
+
+def _scaled(options: Options, profiles: dict[str, Any], load: dict[str, Any], common: dict[str, Any]) -> int:
+    """GPUs that come and go."""
+    from trainkit.cli._quantities import seconds
+    from trainkit.serving.autoscaling import Autoscaler, simulate_autoscaled
+
+    least, colon, most = (options.scale or "").partition(":")
+    if not colon or not least.isdigit() or not most.isdigit():
+        raise ValueError(f"--scale is LEAST:MOST, got {options.scale!r}")
+    if options.gpus is not None or ("rates" not in load and isinstance(load["arrivals"], str)):
+        raise ValueError("--scale needs --rate or a recorded trace, and no --gpus")
+    if common.pop("policy") != "symphony":
+        raise ValueError("--scale is for the policy symphony")
+    scaler = Autoscaler(int(least), int(most), bad=options.bad)
+    found = simulate_autoscaled(profiles, scaler, start_s=seconds(options.start), **load, **common)
+    if options.json:
+        facts = {"gpu_seconds": found.gpu_seconds, "gpus": found.gpus.tolist(), **found.result.summary()}
+        print(json.dumps(facts, indent=1))
+        return 0
+    fewest, mean, highest = found.gpus.min(), found.gpus.mean(), found.gpus.max()
+    print(f"{fewest} to {highest} GPUs, {mean:.2f} on average ({found.gpu_seconds:.0f} GPU-seconds)")
+    print(
+        f"  served in time      {found.result.good_rate:.1f} requests/s, {1 - found.result.bad:.2%} of those who waited"
+    )
     return 0
 
 

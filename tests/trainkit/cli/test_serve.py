@@ -40,6 +40,26 @@ def test_a_recorded_trace(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
     assert (found["arrived"], found["done"], found["gpus"]) == (3, 3, 1)
 
 
+def test_gpus_that_come_and_go(capsys: pytest.CaptureFixture[str]) -> None:
+    found = answer(
+        capsys,
+        "--profile",
+        LINE,
+        "--slo",
+        "25ms",
+        "--rate",
+        "1500",
+        "--scale",
+        "1:8",
+        "--start",
+        "1s",
+        "--seconds",
+        "20",
+    )
+    assert 3 <= found["gpus"][-1] <= 5  # type: ignore[index]
+    assert found["gpu_seconds"] < 20 * 5  # type: ignore[operator]
+
+
 @pytest.mark.parametrize(
     ("words", "match"),
     [
@@ -50,6 +70,8 @@ def test_a_recorded_trace(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
         (["--profile", LINE, "--slo", "1ms,2ms", "--gpus", "1"], "one for each of the 1 models, got 2"),
         (["--profile", LINE, "--slo", "3ms", "--rate", "5", "--seconds", "1"], "is --slo above one batch's latency"),
         (["--profile", LINE, "--slo", "25ms", "--gpus", "1", "--policy", "x"], "policy is one of"),
+        (["--profile", LINE, "--slo", "25ms", "--rate", "5", "--scale", "8"], "--scale is LEAST:MOST"),
+        (["--profile", LINE, "--slo", "25ms", "--scale", "1:8"], "--scale needs --rate"),
     ],
 )
 def test_refusals_are_one_line(words: list[str], match: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,7 +76,7 @@ def test_one_bad_input_does_not_spoil_its_batch(server: Server) -> None:
 
 
 def test_what_is_served_and_counted(server: Server) -> None:
-    assert server.ask("/v1/models")[1] == {"models": {"m": {"slo_ms": 3000.0, "max_batch": 16}}}
+    assert server.ask("/v1/models")[1]["models"] == {"m": {"slo_ms": 3000.0, "max_batch": 16}}
     assert server.predict(3)[0] == 200
     text = server.ask("/metrics")[1]
     assert 'trainkit_serve_requests_total{model="m",outcome="200"}' in text
@@ -226,6 +226,8 @@ def test_a_lightning_checkpoint_is_served(tmp_path: Path) -> None:
     assert predict([[1.0, 2.0], [3.0, 4.0]]) == [[5.0, 10.0], [15.0, 20.0]]
     with pytest.raises(ValueError, match="nested lists of one shape"):
         predict([[1.0], [1.0, 2.0]])
+    (named,) = ModelSource.parse(f"{DATA}/serving/doubler.py:Named").load("cpu")([{"x": [1.0, 2.0]}])
+    assert named == {"sum": 3.0, "pair": [2.0, [1.0, 2.0]]}
     torch.save({}, tmp_path / "no.ckpt")
     with pytest.raises(ModelError, match="Doubler does not load: KeyError"):
         ModelSource(source.where, tmp_path / "no.ckpt").load("cpu")
@@ -268,13 +270,12 @@ def test_sizes_between_measured_ones_count_as_the_next_larger() -> None:
     assert found.latency_ns[36] == found.latency_ns[39] or 37 in seen
 
 
-def test_open_requests_are_answered_before_the_end(server: Server) -> None:
-    """The last test of this server."""
-    assert server.predict(3)[0] == 200
-    with ThreadPoolExecutor(4) as pool:
-        answers = [pool.submit(server.predict, "long") for n in range(2)]
-        time.sleep(0.5)
-        server.process.send_signal(signal.SIGTERM)
+def test_open_requests_are_answered_before_the_end(tmp_path: Path) -> None:
+    """Also the very first ones of a server."""
+    with serving(tmp_path) as fresh, ThreadPoolExecutor(2) as pool:
+        answers = [pool.submit(fresh.predict, "long") for n in range(2)]
+        fresh.wait_until(lambda: "trainkit_serve_open 2.0" in fresh.ask("/metrics")[1])
+        fresh.process.send_signal(signal.SIGTERM)
         said = [answer.result() for answer in answers]
         assert [(status, body["output"]) for status, body in said] == [(200, "long")] * 2
-        assert server.process.wait(20) == 0
+        assert fresh.process.wait(20) == 0

@@ -142,6 +142,14 @@ def test_the_example_of_the_docstring() -> None:
     assert doctest.DocTestFinder().find(_scheduler.Scheduler)
 
 
+def test_a_first_request_waits_no_longer_than_its_rate_is_measured() -> None:
+    for kind in (Scheduler, ReferenceScheduler):
+        scheduler = kind({"m": LINE}, 2)
+        assert scheduler.on_request(1, 0, 3000 * MS, 0) == ()
+        assert scheduler.next_timer == 50 * MS
+        assert scheduler.on_timer(50 * MS) == (Dispatch(0, (1,), 0),)
+
+
 def test_waits_until_one_more_request_would_not_fit() -> None:
     scheduler = Scheduler({"m": LINE}, 2)
     assert scheduler.on_request(1, 0, 25 * MS, 0) == ()

@@ -1,17 +1,17 @@
-"""GPU processes: each owns one device with all models on it, and runs one batch at a time."""
+"""Processes on devices: the batches' own, and what the scheduler knows of any."""
 
 import contextlib
 import multiprocessing
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
 from trainkit.serving.engine._models import InputError, ModelError, ModelSource, Predict
 
 
-def _answers(predict: Predict, inputs: Sequence[Any]) -> list[tuple[bool, Any]]:
+def answers(predict: Predict, inputs: Sequence[Any]) -> list[tuple[bool, Any]]:
     """(True, output) or (False, (status, detail)) for each input; one bad input does not spoil its batch."""
     try:
         outputs = predict(inputs)
@@ -20,12 +20,13 @@ def _answers(predict: Predict, inputs: Sequence[Any]) -> list[tuple[bool, Any]]:
         return [(True, output) for output in outputs]
     except Exception as error:
         if len(inputs) > 1:
-            return [_answers(predict, [one])[0] for one in inputs]
+            return [answers(predict, [one])[0] for one in inputs]
         status = 400 if isinstance(error, InputError) else 500
         return [(False, (status, f"{type(error).__name__}: {error}"))]
 
 
-def _main(pipe: Connection, device: str, models: Mapping[str, ModelSource]) -> None:
+def run_batches(pipe: Connection, device: str, models: Mapping[str, ModelSource]) -> None:
+    """The process: all models on one device, one batch at a time, until the scheduler closes the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the scheduler ends us by closing the pipe
     try:
         loaded = {name: source.load(device) for name, source in models.items()}
@@ -36,17 +37,17 @@ def _main(pipe: Connection, device: str, models: Mapping[str, ModelSource]) -> N
     with contextlib.suppress(EOFError, OSError):
         while True:
             model, inputs = pipe.recv()
-            pipe.send(("done", _answers(loaded[model], inputs)))
+            pipe.send(("done", answers(loaded[model], inputs)))
 
 
 class GpuProcess:
     """A process on one device, as the scheduler sees it."""
 
-    def __init__(self, device: str, models: Mapping[str, ModelSource]) -> None:
+    def __init__(self, device: str, main: Callable[..., None], *about: Any) -> None:
         context = multiprocessing.get_context("spawn")
         self.device = device
         self.pipe, child = context.Pipe()
-        self.process = context.Process(target=_main, args=(child, device, models), daemon=True)
+        self.process = context.Process(target=main, args=(child, device, *about), daemon=True)
         self.process.start()
         child.close()
         self.ready = False
@@ -73,6 +74,11 @@ class GpuProcess:
         if message[0] == "failed":
             raise ModelError(str(message[1]))
         self.ready = True
+
+    def send(self, message: tuple[Any, ...]) -> None:
+        """Tell it something; a dead process is heard of by its pipe."""
+        with contextlib.suppress(OSError):
+            self.pipe.send(message)
 
     def close(self) -> None:
         """End it: at once if it is idle, else after its batch."""

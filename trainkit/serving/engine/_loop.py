@@ -17,15 +17,19 @@ import litserve
 from litserve.loops.base import LitLoop
 from litserve.utils import LitAPIStatus, LoopResponseType
 
-from trainkit.serving.engine._gpu import GpuProcess
+from trainkit.serving.engine._gpu import GpuProcess, run_batches
 from trainkit.serving.engine._http import ANSWERS
+from trainkit.serving.engine._logs import configure
 from trainkit.serving.engine._models import ModelError
 from trainkit.serving.engine._options import ServeOptions
+from trainkit.serving.engine._replicas import Replicas
 from trainkit.serving.scheduler import Action, Dispatch, Scheduler
 
 _logger = logging.getLogger(__name__)
 # A GPU process that does not come back is tried again after this.
 _RESTART_S = 1.0
+# How old the state may be that metrics and the live page show while nothing is answered.
+_STATE_S = 0.9
 # LitServe looks for a dead scheduler every 2 s.
 _PULL_S = 0.5
 
@@ -49,17 +53,22 @@ class Api(litserve.LitAPI):  # type: ignore[misc]
         super().__init__(**named)
         self.options = options
         self.gpus: list[GpuProcess] = []
+        self.languages: list[tuple[str, GpuProcess]] = []
 
     def setup(self, device: str) -> None:
         """Start a process for each device and wait until all are warm."""
-        self.gpus = [GpuProcess(name, self.options.models) for name in self.options.devices]
+        configure(self.options.json)
+        if self.options.models:
+            self.gpus = [GpuProcess(name, run_batches, self.options.models) for name in self.options.devices]
+        self.languages = Replicas.start(self.options)
         deadline = time.monotonic() + self.options.startup_timeout_s
         try:
-            for gpu in self.gpus:
-                gpu.wait_ready(max(0.0, deadline - time.monotonic()))
+            for process in [*self.gpus, *(one for _, one in self.languages)]:
+                process.wait_ready(max(0.0, deadline - time.monotonic()))
         except ModelError as error:
             print(f"trainkit serve: {error}", file=sys.stderr, flush=True)
             raise
+        _logger.info("ready: %d processes", len(self.gpus) + len(self.languages))
 
     def predict(self, x: Any) -> Any:
         """Never called: batches run in the GPU processes."""
@@ -88,8 +97,10 @@ class _Service:
         options = api.options
         self._loop, self._options, self._queue, self._transport = loop, options, requests, transport
         self._names = list(options.models)
-        self._scheduler = Scheduler(options.profiles, len(api.gpus), drop=options.drop)
-        self._margin = round(options.margin_ms * 1e6)
+        # A batch aims at the whole margin before its deadline. Were that its last moment, a timer that fires a little
+        # late would drop it: half of the margin is for us to be late in, half for the answer's way back.
+        self._margin = round(options.margin_ms * 1e6) // 2
+        self._scheduler = Scheduler(options.profiles, len(api.gpus), drop=options.drop, jitter_ns=self._margin)
         self._gpus: dict[int, GpuProcess] = dict(enumerate(api.gpus))
         self._starting: dict[int, GpuProcess] = {}  # replacements that load
         self._reloading: deque[int] = deque()
@@ -98,7 +109,10 @@ class _Service:
         self._open: dict[int, _Request] = {}
         self._ids: dict[str, int] = {}
         self._next = 0
-        self._answers: dict[int, list[tuple[str, Any]]] = {}
+        self._answers: dict[int, list[tuple[str, Any]]] = {0: []}
+        self._languages = Replicas(options, self._answer)
+        self._languages.adopt(api.languages)
+        self._told: tuple[float, dict[str, int]] = (0.0, {})
         self._inbox: deque[Any] = deque()
 
     def run(self) -> None:
@@ -106,15 +120,19 @@ class _Service:
         threading.Thread(target=self._pull, args=(ring,), daemon=True).start()
         parent = os.getppid()
         while os.getppid() == parent:
-            pipes = {gpu.pipe: number for number, gpu in [*self._gpus.items(), *self._starting.items()]}
-            for ready in wait([bell, *pipes], self._patience()):
+            pipes: dict[Any, int] = {g.pipe: number for number, g in [*self._gpus.items(), *self._starting.items()]}
+            replicas: dict[Any, Any] = self._languages.pipes
+            for ready in wait([bell, *pipes, *replicas], self._patience()):
                 if ready is bell:
                     bell.recv_bytes()
                     self._take()
+                elif ready in pipes:
+                    self._hear(pipes[ready], ready)  # type: ignore[arg-type]
                 else:
-                    self._hear(pipes[ready], ready)  # type: ignore[index, arg-type]
+                    self._languages.hear(replicas[ready])
             self._act(self._scheduler.on_timer(time.monotonic_ns()))
             self._restart()
+            self._languages.tick()
             self._flush()
 
     def _patience(self) -> float:
@@ -123,7 +141,7 @@ class _Service:
         due = [1.0]  # look for the parent
         if timer is not None:
             due.append((timer - time.monotonic_ns()) / 1e9)
-        due += [at - time.monotonic() for at, _ in self._restarts]
+        due += [at - time.monotonic() for at in [*self._languages.due, *(at for at, _ in self._restarts)]]
         return max(0.0, min(due))
 
     def _pull(self, ring: Connection) -> None:
@@ -149,13 +167,19 @@ class _Service:
     def _handle(self, consumer: int, uid: str, kind: str, words: list[Any]) -> None:
         if kind == "cancel":
             id = self._ids.pop(uid, None)
-            if id is not None:
+            if id is None:
+                self._languages.cancel(uid)
+            else:
                 del self._open[id]
                 self._act(self._scheduler.cancel([id], time.monotonic_ns()))
         elif kind == "reload":
             self._reloading = deque(self._gpus)
             self._replace_next()
-            self._answer(consumer, uid, 202, {"reloading": len(self._gpus)})
+            count = len(self._gpus) + self._languages.reload()
+            _logger.info("reload of %d processes", count)
+            self._answer(consumer, uid, (202, {"reloading": count}))
+        elif kind == "complete":
+            self._languages.request(consumer, uid, *words)
         else:
             model, deadline, value = words
             id = self._next = self._next + 1
@@ -169,8 +193,7 @@ class _Service:
                 # an id may have been cancelled and dispatched within one event: it runs for nobody
                 inputs = [self._open[id].input if id in self._open else None for id in action.ids]
                 self._running[action.gpu] = action.ids
-                with contextlib.suppress(OSError):  # a dead process is heard of by its pipe
-                    self._gpus[action.gpu].pipe.send((self._names[action.model], inputs))
+                self._gpus[action.gpu].send((self._names[action.model], inputs))
             else:
                 for id in action.ids:
                     self._finish(id, 503, {"detail": "the deadline cannot be met at this load", "retry_after": 1})
@@ -219,7 +242,7 @@ class _Service:
         if self._starting or not self._reloading:
             return
         number = self._reloading.popleft()
-        self._starting[number] = GpuProcess(self._options.devices[number], self._options.models)
+        self._starting[number] = GpuProcess(self._options.devices[number], run_batches, self._options.models)
 
     def _lost(self, number: int, pipe: Connection) -> None:
         """A GPU process is gone: what it ran runs again, once and within its deadline."""
@@ -255,22 +278,27 @@ class _Service:
         due = [number for at, number in self._restarts if at <= now]
         self._restarts = [(at, number) for at, number in self._restarts if at > now]
         for number in due:
-            self._starting[number] = GpuProcess(self._options.devices[number], self._options.models)
+            self._starting[number] = GpuProcess(self._options.devices[number], run_batches, self._options.models)
 
     def _finish(self, id: int, status: int, body: dict[str, Any]) -> None:
         request = self._open.pop(id, None)
         if request is not None:  # else its client is gone
             self._ids.pop(request.uid, None)
-            self._answer(request.consumer, request.uid, status, body)
+            self._answer(request.consumer, request.uid, (status, body))
 
-    def _answer(self, consumer: int, uid: str, status: int, body: dict[str, Any]) -> None:
-        state = {"waiting": self._scheduler.waiting, "idle": self._scheduler.idle_gpus, "gpus": len(self._gpus)}
-        self._answers.setdefault(consumer, []).append((uid, (status, body, state)))
+    def _answer(self, consumer: int, uid: str, what: Any) -> None:
+        self._answers.setdefault(consumer, []).append((uid, what))
 
     def _flush(self) -> None:
-        """One message a server process for all that was answered since."""
+        """One message a server process for all that was answered since; a changed state at least once a second."""
+        at, told = self._told
+        now = time.monotonic()
+        state = {"waiting": self._scheduler.waiting, "idle": self._scheduler.idle_gpus, "gpus": len(self._gpus)}
+        state |= self._languages.state
         for consumer, answers in self._answers.items():
-            self._loop.put_response(
-                self._transport, consumer, ANSWERS, answers, LitAPIStatus.OK, LoopResponseType.REGULAR
-            )
-        self._answers = {}
+            if answers or (state != told and now >= at + _STATE_S):
+                self._told = (now, state)
+                self._loop.put_response(
+                    self._transport, consumer, ANSWERS, (answers, state), LitAPIStatus.OK, LoopResponseType.REGULAR
+                )
+                self._answers[consumer] = []

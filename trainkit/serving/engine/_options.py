@@ -15,6 +15,32 @@ class ServeError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Objective:
+    """What a language model keeps.
+
+    Attributes:
+        ttft_ms: from a request's arrival to its first token; one that cannot be met is answered 503.
+        tpot_ms: between tokens; while steps take longer, nobody new is admitted.
+    """
+
+    ttft_ms: float
+    tpot_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class Language:
+    """A language model that is served.
+
+    Attributes:
+        source: where it comes from.
+        objective: what it keeps.
+    """
+
+    source: ModelSource
+    objective: Objective
+
+
+@dataclass(frozen=True)
 class ServeOptions:
     """A server of some models on some GPUs of one machine.
 
@@ -22,12 +48,14 @@ class ServeOptions:
         ServeError: an option is out of its range, or an address is open to others without a token.
     """
 
-    models: Mapping[str, ModelSource]
-    """what is served, by name"""
-    profiles: Mapping[str, Profile]
+    models: Mapping[str, ModelSource] = field(default_factory=dict)
+    """what answers an input with an output, by name"""
+    profiles: Mapping[str, Profile] = field(default_factory=dict)
     """each model's latency by batch size, from `trainkit serve profile`"""
-    slo_ms: Mapping[str, float]
+    slo_ms: Mapping[str, float] = field(default_factory=dict)
     """from a request's arrival to its answer, milliseconds, by model"""
+    languages: Mapping[str, Language] = field(default_factory=dict)
+    """what continues a text, by name"""
     devices: tuple[str, ...] = ("cpu",)
     """one GPU process each: "cuda:0", ..., or "cpu" """
     host: str = "127.0.0.1"
@@ -39,7 +67,7 @@ class ServeOptions:
     insecure: bool = False
     """serve without a token on an address that others reach"""
     margin_ms: float = 5.0
-    """what HTTP and the processes' pipes may take; batches aim this much before the deadline"""
+    """batches aim this much before the deadline: half is for timers that fire late, half for the answer's way back"""
     drop: DropRule = "window"
     """the scheduler's drop rule"""
     max_body_bytes: int = 8 << 20
@@ -48,11 +76,17 @@ class ServeOptions:
     """more open requests than this are refused"""
     startup_timeout_s: float = 600.0
     """time to load and warm the models"""
+    json: bool = False
+    """log JSON, a line an event"""
     token: str | None = field(default=None, init=False, repr=False)
     """what `token_file` holds"""
 
     def __post_init__(self) -> None:
-        if not self.models or set(self.models) != set(self.profiles) or set(self.models) != set(self.slo_ms):
+        if not self.models and not self.languages:
+            raise ServeError("a server serves at least one model")
+        if both := set(self.models) & set(self.languages):
+            raise ServeError(f"a model's name is used once, got {min(both)!r} twice")
+        if set(self.models) != set(self.profiles) or set(self.models) != set(self.slo_ms):
             raise ServeError(
                 f"every model needs a profile and an objective: models {sorted(self.models)}, "
                 f"profiles {sorted(self.profiles)}, objectives {sorted(self.slo_ms)}"
@@ -63,6 +97,11 @@ class ServeOptions:
                 raise ServeError(
                     f"an objective is at least one request's latency and the margin, {least:.3g} ms for {name!r}, "
                     f"got {slo:.3g} ms"
+                )
+        for name, language in self.languages.items():
+            if not 0 < language.objective.ttft_ms <= 3_600_000 or not 0 < (language.objective.tpot_ms or 1) <= 60_000:
+                raise ServeError(
+                    f"a TTFT is above 0 and at most 1 h, a TPOT at most 60 s, got {language.objective} for {name!r}"
                 )
         if not self.devices:
             raise ServeError("devices names at least one GPU process, got none")

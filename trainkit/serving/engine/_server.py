@@ -9,6 +9,7 @@ from typing import Any
 import litserve
 
 from trainkit.serving.engine._http import Endpoints
+from trainkit.serving.engine._logs import configure
 from trainkit.serving.engine._loop import Api, SchedulerLoop
 from trainkit.serving.engine._options import ServeError, ServeOptions
 
@@ -20,6 +21,7 @@ def serve(options: ServeOptions) -> None:
         ServeError: the address is taken, or a model does not load.
     """
     options.refuse_taken_port()
+    configure(options.json)
     api = Api(options, loop=SchedulerLoop(), spec=Endpoints(options))
     server = litserve.LitServer(
         api, accelerator="cpu", workers_per_device=1, timeout=False, restart_workers=True, disable_openapi_url=True
@@ -41,6 +43,7 @@ def serve(options: ServeOptions) -> None:
                 generate_client_file=False,
                 log_level="warning",
                 access_log=False,
+                log_config=None,
             )
         except RuntimeError as error:
             raise ServeError(f"the server did not start: {error}") from None

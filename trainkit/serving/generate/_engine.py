@@ -139,10 +139,11 @@ class Engine:
 
     def fits(self, prompt: Sequence[int], max_new_tokens: int) -> bool:
         """Whether a request would begin at the next step."""
-        if self._waiting or len(self._active) >= self.max_batch or len(prompt) + max_new_tokens > self.max_length:
+        if self.running >= self.max_batch or len(prompt) + max_new_tokens > self.max_length:
             return False
-        # Those inside may each need another page at once.
-        return self.pages.need(list(prompt)) + len(self._active) < self.pages.free
+        # Those inside may each need another page at once, and those that have not begun all of theirs.
+        ahead = sum(self.pages.need(request.tokens) for request in self._waiting) + self.running
+        return self.pages.need(list(prompt)) + ahead < self.pages.free
 
     def cancel(self, id: int) -> None:
         """End a request, if it is inside; its pages come back."""

@@ -61,10 +61,12 @@ class Profile {
   int within(Time time) const;
   // Intercept of the line through the ends: what a batch costs whatever its size.
   Time fixed() const { return fixed_; }
+  // Whether waiting for a larger batch can pay: its fixed cost is that of at least four requests.
+  bool gains() const { return fixed_ >= 4 * slope_; }
 
  private:
   std::vector<Time> latency_;
-  Time fixed_;
+  Time fixed_, slope_;
 };
 
 class Policy {

@@ -97,7 +97,7 @@ class ReferenceScheduler:
         self._busy: dict[int, bool] = dict.fromkeys(range(gpus), False)
         self._now = 0
         self._wait = 0
-        self._deferring = self._overloaded = False
+        self._few = self._deferring = self._overloaded = False
         self._actions: list[Action] = []
 
     @property
@@ -236,10 +236,10 @@ class ReferenceScheduler:
         """Whether deferral suits this load, and whether it is more than the GPUs can serve."""
         demands = [model.demand for model in self._models if model]
         total, squares, gpus = sum(demands), sum(demand**2 for demand in demands), len(self._busy)
-        few = 2 * gpus < 3 * len(demands)
+        self._few = 2 * gpus < 3 * len(demands)
         if not total:
-            self._deferring = not few
-        elif few or 10 * squares <= 13_000 * total:
+            self._deferring = not self._few
+        elif self._few or 10 * squares <= 13_000 * total:
             self._deferring = False
         elif 10 * squares > 16_000 * total:
             self._deferring = True
@@ -255,7 +255,9 @@ class ReferenceScheduler:
             self._give_up(number, len(waiting))
             return None
         timeout = self._drop == "timeout" or (self._drop == "auto" and model.bursty and not self._overloaded)
-        least = 1 if timeout else model.target if self._overloaded else max(1, model.target * 7 // 8)
+        least = (
+            1 if timeout else model.target if self._overloaded else max(1, model.target * (4 if self._few else 7) // 8)
+        )
         finish = now + model.latency(min(least, len(waiting) - model.split))
         late = 0
         while late < model.split and waiting[late][0] < finish:
@@ -265,15 +267,19 @@ class ReferenceScheduler:
         fits = sum(latency <= deadline - now for latency in model.profile.latency_ns)
         batch = min(fits, len(waiting))
         latest = deadline - model.latency(batch)
-        deferred = self._defer == "always" or (self._defer == "auto" and self._deferring)
-        rise = (model.latency(model.profile.max_batch) - model.latency(1)) // max(1, model.profile.max_batch - 1)
-        fixed = model.latency(1) if model.profile.max_batch < 2 else max(0, model.latency(1) - rise)
-        enough = not deferred and batch * model.meter.window >= fixed * model.meter.requests
+        slope = (model.latency(model.profile.max_batch) - model.latency(1)) // max(1, model.profile.max_batch - 1)
+        fixed = max(0, model.latency(1) - slope)
+        gains = fixed >= 4 * slope
+        deferred = self._defer == "always" or (self._defer == "auto" and self._deferring and gains)
+        worth = 2 * batch if self._defer == "auto" and self._few else batch
+        enough = not deferred and worth * model.meter.window >= fixed * model.meter.requests
         start = now
         if batch < model.profile.max_batch and self._defer != "never" and not enough:
             frontrun = deadline - model.latency(batch + 1)
             allowance = self._wait if self._overloaded else 2 * self._wait
             start = max(now, frontrun - self._jitter - allowance)
+            if self._defer == "auto" and not model.meter.requests:
+                start = min(start, max(now, model.meter.until or 0))
         return batch, start, latest
 
     def _settle(self, number: int) -> None:

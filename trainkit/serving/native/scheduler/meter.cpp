@@ -4,7 +4,8 @@ namespace serving {
 
 Profile::Profile(std::vector<Time> latency) : latency_(std::move(latency)) {
   const auto size = static_cast<Time>(latency_.size());
-  fixed_ = size < 2 ? latency_[0] : std::max<Time>(0, latency_[0] - (latency_.back() - latency_[0]) / (size - 1));
+  slope_ = size < 2 ? 0 : (latency_.back() - latency_[0]) / (size - 1);
+  fixed_ = std::max<Time>(0, latency_[0] - slope_);
 }
 
 int Profile::within(Time time) const {

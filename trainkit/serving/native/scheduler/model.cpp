@@ -10,7 +10,7 @@ constexpr int64_t kMostDemand = 50'000'000;
 void Pool::weigh() {
   // Deferral needs a GPU at the right moment: GPUs that outnumber the models, and models that need more than one GPU
   // each (the mean of their demands, weighted by demand). Between 1.3 and 1.6 GPUs it stays as it was.
-  const bool few = 2 * gpus < 3 * models;
+  few = 2 * gpus < 3 * models;
   if (demand == 0) deferring = !few;
   else if (few || 10 * squares <= 13 * 1000 * demand) deferring = false;
   else if (10 * squares > 16 * 1000 * demand) deferring = true;
@@ -56,9 +56,10 @@ Candidate Model::next(int index, Time now, const Rules& rules, const Pool& pool,
     return {};
   }
   // Batches much below the target would waste the GPUs: what keeps them small goes. An eighth less is tolerated while
-  // there is capacity.
+  // there is capacity, half where models share few GPUs: there a batch often waits for its GPU and is small when it
+  // gets one.
   const bool timeout = rules.drop == Drop::kTimeout || (rules.drop == Drop::kAuto && bursty && !pool.overloaded);
-  const int least = timeout ? 1 : pool.overloaded ? target : std::max(1, target * 7 / 8);
+  const int least = timeout ? 1 : pool.overloaded ? target : std::max(1, target * (pool.few ? 4 : 7) / 8);
   const int wanted = static_cast<int>(std::min<size_t>(least, queue.size() - split));
   for (const Time finish = now + profile.of(wanted); split > 0 && queue[0].deadline < finish; --split) drop_front();
 
@@ -68,13 +69,17 @@ Candidate Model::next(int index, Time now, const Rules& rules, const Pool& pool,
   found.latest = deadline - profile.of(found.batch);
   found.start = now;
   const bool grows = found.batch < profile.largest();
-  const bool deferred = rules.defer == Defer::kAlways || (rules.defer == Defer::kAuto && pool.deferring);
-  // dispatch once the batch pays for its fixed cost at the model's rate
-  const bool enough = !deferred && Wide{found.batch} * meter.window() >= Wide{profile.fixed()} * meter.count();
+  const bool deferred = rules.defer == Defer::kAlways || (rules.defer == Defer::kAuto && pool.deferring && profile.gains());
+  // dispatch once the batch pays for its fixed cost at the model's rate; for half of it where models share few GPUs,
+  // as an idle one will soon be wanted by another model
+  const int worth = rules.defer == Defer::kAuto && pool.few ? 2 * found.batch : found.batch;
+  const bool enough = !deferred && Wide{worth} * meter.window() >= Wide{profile.fixed()} * meter.count();
   if (grows && rules.defer != Defer::kNever && !enough) {
     // from `frontrun` on, one more request would not fit
     const Time frontrun = deadline - profile.of(found.batch + 1);
     found.start = std::max(now, frontrun - rules.jitter - pool.allowance());
+    // who knows no rate waits for one as long as measuring it takes, and no longer
+    if (rules.defer == Defer::kAuto && meter.count() == 0) found.start = std::min(found.start, std::max(now, meter.open_until()));
   }
   return found;
 }

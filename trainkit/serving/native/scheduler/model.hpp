@@ -28,6 +28,8 @@ class Meter {
   Time window() const { return filled_ * kBucket; }
   // Mean time that a request had left when it came; the first bucket has only what it saw.
   Time budget() const { return count_ > 0 ? budget_ / count_ : open_count_ > 0 ? open_budget_ / open_count_ : 0; }
+  // End of the bucket that is being filled.
+  Time open_until() const { return open_until_; }
   // Index of dispersion of the buckets' counts above 3 (Poisson: 1), from 20 buckets on.
   bool bursty() const;
 
@@ -54,7 +56,7 @@ struct Pool {
   // Sums over models of their demand in thousandths of a GPU, and of its square.
   int64_t demand = 0, squares = 0;
   Time wait = 0;
-  bool deferring = false, overloaded = false;
+  bool few = false, deferring = false, overloaded = false;
 
   void weigh();
   // A batch was dispatched `waited` after it became schedulable: a moving mean over about 32 batches.
