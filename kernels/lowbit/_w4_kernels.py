@@ -73,6 +73,59 @@ def _tile(pid, M, N, BM: tl.constexpr, BN: tl.constexpr, SWIZZLE: tl.constexpr):
 
 
 @triton.jit
+def _place(u, WIDTH: tl.constexpr):
+    """The first channel of unit u's lower half; the upper is 64 further. A unit is a block, or half of one if WIDTH is 32."""
+    # Not by division: the compiler would no longer know that addresses are aligned.
+    if WIDTH == 64:
+        return u * 128
+    return (u >> 1) * 128 + (u & 1) * 32
+
+
+@triton.jit
+def _pair(S, u, STEP, at, UNITS: tl.constexpr, GROUP: tl.constexpr):
+    """The scales of unit u's two halves in fp32; beyond the last unit, the last's."""
+    u = tl.full([], 0, tl.int64) + tl.minimum(u, UNITS - 1)
+    if GROUP == 128:
+        lo = tl.load(S + u * STEP + at).to(tl.float32)
+        return lo, lo
+    g = _place(u, 64 if GROUP == 64 else 32) // GROUP
+    lo = tl.load(S + g * STEP + at).to(tl.float32)
+    return lo, tl.load(S + (g + 64 // GROUP) * STEP + at).to(tl.float32)
+
+
+@triton.jit
+def _channels(ORDER, u, j, K: tl.constexpr, UNITS: tl.constexpr, WIDTH: tl.constexpr, ORDERED: tl.constexpr):
+    """Which channels stand in unit u's two halves; -1 for padding."""
+    k = _place(tl.minimum(u, UNITS - 1), WIDTH) + j
+    if ORDERED:
+        return tl.load(ORDER + k), tl.load(ORDER + k + 64)
+    return tl.where(k < K, k, -1), tl.where(k + 64 < K, k + 64, -1)
+
+
+@triton.jit
+def _input(rows, lo, hi):
+    """The layer's input at these channels, `[WIDTH, BM]` twice."""
+    x_lo = tl.load(rows + lo[:, None], mask=(lo >= 0)[:, None], other=0.0)
+    return x_lo, tl.load(rows + hi[:, None], mask=(hi >= 0)[:, None], other=0.0)
+
+
+@triton.jit
+def _quantised(lo, hi, factor, GROUP: tl.constexpr):
+    """e4m3 codes of both halves, and their scales."""
+    lo = lo.to(tl.float32)
+    hi = hi.to(tl.float32)
+    s_lo = largest(lo, 0)
+    s_hi = largest(hi, 0)
+    if GROUP == 128:
+        s_lo = tl.maximum(s_lo, s_hi, propagate_nan=tl.PropagateNan.ALL)
+        s_hi = s_lo
+    s_lo = tl.maximum(s_lo * factor, TINY, propagate_nan=tl.PropagateNan.ALL)
+    s_hi = tl.maximum(s_hi * factor, TINY, propagate_nan=tl.PropagateNan.ALL)
+    lo = rounded(lo, tl.div_rn(1.0, s_lo)[None, :], -8.0, 7.0).to(tl.float8e4nv)
+    return lo, rounded(hi, tl.div_rn(1.0, s_hi)[None, :], -8.0, 7.0).to(tl.float8e4nv), s_lo, s_hi
+
+
+@triton.jit
 def linear(
     X, SX, XO, SXO, ORDER, W, SW, WO, SWO, BIAS, Y, PART, LOCK, M, N, STRIDE, factor,
     K: tl.constexpr, MAIN: tl.constexpr, O: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, FUSED: tl.constexpr,
@@ -87,82 +140,64 @@ def linear(
     """
     pid_m, pid_n = _tile(tl.program_id(0), M, N, BM, BN, SWIZZLE)
     split = tl.program_id(1)
-    BLOCKS: tl.constexpr = MAIN // 128
-    SHARE: tl.constexpr = (BLOCKS + SPLIT - 1) // SPLIT
-    first = split * SHARE
-    last = tl.minimum(first + SHARE, BLOCKS)
     m = pid_m * BM + tl.arange(0, BM)
     n = pid_n * BN + tl.arange(0, BN)
     mc = tl.minimum(m, M - 1)  # beyond the edge: the last row again, never stored
     nc = tl.minimum(n, N - 1)
     FP16: tl.constexpr = Y.dtype.element_ty == tl.float16
-    PER_TOKEN: tl.constexpr = KIND != "int4"
-    WIDTH: tl.constexpr = 64 if GROUP >= 64 else GROUP  # channels of one dot
+    WIDTH: tl.constexpr = 64 if GROUP >= 64 else GROUP  # channels of one dot, half of a unit
+    UNITS: tl.constexpr = MAIN // (2 * WIDTH)
+    SHARE: tl.constexpr = (UNITS + SPLIT - 1) // SPLIT
+    first = tl.minimum(split * SHARE, UNITS)
+    last = tl.minimum(first + SHARE, UNITS)
     j = tl.arange(0, WIDTH)
     x_rows = X + mc.to(tl.int64)[None, :] * STRIDE
     w_rows = W + nc[:, None] * 64 + j[None, :]
     y = tl.zeros([BN, BM], tl.float32)
-    step = N.to(tl.int64) * 64
-    PARTS: tl.constexpr = 64 // WIDTH
-    for b in tl.range(first, last, num_stages=STAGES):
-        for part in tl.static_range(PARTS):
-            p = tl.load(w_rows + b * step + part * WIDTH)
-            w_lo, w_hi = _halves(p, KIND, FP16, ASM)
-            k_lo = b * 128 + part * WIDTH + j
-            k_hi = k_lo + 64
-            if GROUP == 128:
-                g_lo = b
-                g_hi = b
+    wide = tl.full([], 0, tl.int64)
+    # A unit ahead of their use: the weight's scales; quantised here, also the input, and its order two ahead. What is 32 bits
+    # wide is loaded early by the compiler.
+    sw_lo, sw_hi = _pair(SW, first, N, nc, UNITS, GROUP)
+    if FUSED:
+        c_lo, c_hi = _channels(ORDER, first, j, K, UNITS, WIDTH, ORDERED)
+        x_lo, x_hi = _input(x_rows, c_lo, c_hi)
+        c_lo, c_hi = _channels(ORDER, first + 1, j, K, UNITS, WIDTH, ORDERED)
+    for u in tl.range(first, last, num_stages=STAGES):
+        if WIDTH == 64:
+            p = tl.load(w_rows + (wide + u) * N * 64)
+        else:
+            p = tl.load(w_rows + ((wide + u) >> 1) * N * 64 + (u & 1) * 32)
+        w_lo, w_hi = _halves(p, KIND, FP16, ASM)
+        next_sw_lo, next_sw_hi = _pair(SW, u + 1, N, nc, UNITS, GROUP)
+        if FUSED:
+            next_lo, next_hi = _input(x_rows, c_lo, c_hi)
+            c_lo, c_hi = _channels(ORDER, u + 2, j, K, UNITS, WIDTH, ORDERED)
+            q_lo, q_hi, sx_lo, sx_hi = _quantised(x_lo, x_hi, factor, GROUP)
+            x_lo, x_hi = next_lo, next_hi
+        else:
+            k = _place(u, WIDTH) + j
+            if KIND == "16":
+                q_lo = tl.load(x_rows + k[:, None], mask=(k < K)[:, None], other=0.0)
+                q_hi = tl.load(x_rows + 64 + k[:, None], mask=(k + 64 < K)[:, None], other=0.0)
             else:
-                g_lo = b * (128 // GROUP) + part
-                g_hi = g_lo + 64 // GROUP
-            if FUSED:
-                if ORDERED:
-                    c_lo = tl.load(ORDER + k_lo)
-                    c_hi = tl.load(ORDER + k_hi)
-                    x_lo = tl.load(x_rows + c_lo[:, None], mask=(c_lo >= 0)[:, None], other=0.0).to(tl.float32)
-                    x_hi = tl.load(x_rows + c_hi[:, None], mask=(c_hi >= 0)[:, None], other=0.0).to(tl.float32)
-                else:
-                    x_lo = tl.load(x_rows + k_lo[:, None], mask=(k_lo < K)[:, None], other=0.0).to(tl.float32)
-                    x_hi = tl.load(x_rows + k_hi[:, None], mask=(k_hi < K)[:, None], other=0.0).to(tl.float32)
-                top_lo = largest(x_lo, 0)
-                top_hi = largest(x_hi, 0)
-                if GROUP == 128:
-                    top_lo = tl.maximum(top_lo, top_hi, propagate_nan=tl.PropagateNan.ALL)
-                    top_hi = top_lo
-                sx_lo = tl.maximum(top_lo * factor, TINY, propagate_nan=tl.PropagateNan.ALL)
-                sx_hi = tl.maximum(top_hi * factor, TINY, propagate_nan=tl.PropagateNan.ALL)
-                x_lo = rounded(x_lo, tl.div_rn(1.0, sx_lo)[None, :], -8.0, 7.0).to(tl.float8e4nv)
-                x_hi = rounded(x_hi, tl.div_rn(1.0, sx_hi)[None, :], -8.0, 7.0).to(tl.float8e4nv)
+                q_lo = tl.load(x_rows + k[:, None])
+                q_hi = tl.load(x_rows + 64 + k[:, None])
+            if KIND == "int4":
+                sx_lo, sx_hi = _pair(SX, u, M, mc, UNITS, GROUP)
+        sums = tl.dot(w_lo, q_lo)
+        if GROUP == 128:
+            sums = tl.dot(w_hi, q_hi, sums)
+        if KIND == "int4":
+            y += sums * ((sw_lo * UNIT)[:, None] * sx_lo[None, :])
+        else:
+            y += sums * (sw_lo * UNIT)[:, None]
+        if GROUP != 128:
+            sums = tl.dot(w_hi, q_hi)
+            if KIND == "int4":
+                y += sums * ((sw_hi * UNIT)[:, None] * sx_hi[None, :])
             else:
-                if KIND == "16":
-                    x_lo = tl.load(x_rows + k_lo[:, None], mask=(k_lo < K)[:, None], other=0.0)
-                    x_hi = tl.load(x_rows + k_hi[:, None], mask=(k_hi < K)[:, None], other=0.0)
-                else:
-                    x_lo = tl.load(x_rows + k_lo[:, None])
-                    x_hi = tl.load(x_rows + k_hi[:, None])
-                if not PER_TOKEN:
-                    sx_lo = tl.load(SX + g_lo * M + mc)
-                    sx_hi = sx_lo
-                    if GROUP != 128:
-                        sx_hi = tl.load(SX + g_hi * M + mc)
-            sw_lo = tl.load(SW + g_lo * N + nc).to(tl.float32) * UNIT
-            sums = tl.dot(w_lo, x_lo)
-            if GROUP == 128:
-                sums = tl.dot(w_hi, x_hi, sums)
-                if PER_TOKEN:
-                    y += sums * sw_lo[:, None]
-                else:
-                    y += sums * (sw_lo[:, None] * sx_lo[None, :])
-            else:
-                sw_hi = tl.load(SW + g_hi * N + nc).to(tl.float32) * UNIT
-                more = tl.dot(w_hi, x_hi)
-                if PER_TOKEN:
-                    y += sums * sw_lo[:, None]
-                    y += more * sw_hi[:, None]
-                else:
-                    y += sums * (sw_lo[:, None] * sx_lo[None, :])
-                    y += more * (sw_hi[:, None] * sx_hi[None, :])
+                y += sums * (sw_hi * UNIT)[:, None]
+        sw_lo, sw_hi = next_sw_lo, next_sw_hi
     if KIND == "fp8":
         y *= tl.load(SX + mc)[None, :]
     if O > 0:
@@ -172,8 +207,8 @@ def linear(
             if FUSED:
                 for at in tl.static_range(0, O, 64):
                     channel = tl.load(ORDER + MAIN + at + o, mask=at + o < O, other=-1)
-                    x = tl.load(x_rows + channel[:, None], mask=(channel >= 0)[:, None], other=0.0).to(tl.float32)
-                    scale = tl.maximum(scale, largest(x, 0), propagate_nan=tl.PropagateNan.ALL)
+                    raw = tl.load(x_rows + channel[:, None], mask=(channel >= 0)[:, None], other=0.0).to(tl.float32)
+                    scale = tl.maximum(scale, largest(raw, 0), propagate_nan=tl.PropagateNan.ALL)
                 scale = tl.maximum(scale * (1.0 / 127.0), TINY, propagate_nan=tl.PropagateNan.ALL)
             else:
                 scale = tl.load(SXO + mc)
@@ -183,12 +218,12 @@ def linear(
                 w = tl.load(WO + nc[:, None] * O + (at + o)[None, :], mask=inside[None, :], other=0).to(tl.bfloat16)
                 if FUSED:
                     channel = tl.load(ORDER + MAIN + at + o, mask=inside, other=-1)
-                    x = tl.load(x_rows + channel[:, None], mask=(channel >= 0)[:, None], other=0.0).to(tl.float32)
-                    x = rounded(x, tl.div_rn(1.0, scale)[None, :], -127.0, 127.0).to(tl.bfloat16)
+                    raw = tl.load(x_rows + channel[:, None], mask=(channel >= 0)[:, None], other=0.0).to(tl.float32)
+                    q = rounded(raw, tl.div_rn(1.0, scale)[None, :], -127.0, 127.0).to(tl.bfloat16)
                 else:
                     rows = XO + mc.to(tl.int64)[None, :] * O
-                    x = tl.load(rows + (at + o)[:, None], mask=inside[:, None], other=0).to(tl.bfloat16)
-                sums = tl.dot(w, x, sums)
+                    q = tl.load(rows + (at + o)[:, None], mask=inside[:, None], other=0).to(tl.bfloat16)
+                sums = tl.dot(w, q, sums)
             y += sums * (tl.load(SWO + nc).to(tl.float32)[:, None] * scale[None, :])
     inside = (m < M)[None, :] & (n < N)[:, None]
     at = m.to(tl.int64)[None, :] * N + n[:, None]
