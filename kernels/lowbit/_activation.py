@@ -116,10 +116,10 @@ def quantise(
     with on(x):
         kernels.quantise[flat((rows,))](
             x, None if norm is None else norm.weight, order, y, codes, scales, outliers, outlier_scales, rows,
-            x.stride(0), 0.0 if norm is None else norm.eps, recipe.factor, K=recipe.channels, MAIN=main, O=count,
+            x.stride(0), 0.0 if norm is None else norm.eps, recipe.factor, K=recipe.channels, MAIN=main, COUNT=count,
             GROUP=group, GROUPS=groups, WHOLE=triton.next_power_of_2(recipe.channels),
             OB=triton.next_power_of_2(max(count, 1)), FRONT="norm" if norm is not None else "gate" if gated else "",
-            ORDERED=order is not None, KIND=recipe.kind, STORE=y is not None, num_warps=min(16, max(4, width // 512)),
+            ORDERED=order is not None, KIND=recipe.kind, STORE=y is not None, CHAINED=x.is_cuda, num_warps=min(16, max(4, width // 512)),
             enable_fp_fusion=False,
         )  # fmt: skip
     kept = (y if y is not None else _front(x, norm, gated)) if keep else None

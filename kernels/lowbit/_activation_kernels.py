@@ -13,7 +13,7 @@ ABS = tl.constexpr(0x7FFFFFFF)
 
 @triton.jit
 def largest(x, axis: tl.constexpr):
-    """max |x| that is NaN where an x is: as whole numbers, NaN's bits are the greatest."""
+    """The greatest magnitude; NaN where an x is one: as whole numbers, NaN's bits are the greatest."""
     return tl.max(x.to(tl.int32, bitcast=True) & ABS, axis).to(tl.float32, bitcast=True)
 
 
@@ -45,16 +45,19 @@ def _values(X, W, ORDER, row, at, inside, r, STRIDE, K: tl.constexpr, FRONT: tl.
 @triton.jit
 def quantise(
     X, W, ORDER, Y, CODES, SCALES, OUT, OUT_SCALES, M, STRIDE, eps, factor,
-    K: tl.constexpr, MAIN: tl.constexpr, O: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, WHOLE: tl.constexpr,
-    OB: tl.constexpr, FRONT: tl.constexpr, ORDERED: tl.constexpr, KIND: tl.constexpr, STORE: tl.constexpr,
+    K: tl.constexpr, MAIN: tl.constexpr, COUNT: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, WHOLE: tl.constexpr,
+    OB: tl.constexpr, FRONT: tl.constexpr, ORDERED: tl.constexpr, KIND: tl.constexpr, STORE: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """A token a program.
 
     X `[M, K]` (FRONT "gate": gate and up side by side); MAIN channels, K padded, in GROUPS (a power of two at least MAIN /
-    GROUP) by GROUP; then O outliers. KIND: "int4" in groups as e4m3, "int8" and "fp8" with one scale a token. STORE: also
+    GROUP) by GROUP; then COUNT outliers. KIND: "int4" in groups as e4m3, "int8" and "fp8" with one scale a token. STORE: also
     write the layer's input itself to Y (`[M, K]`, in X's order).
     """
     row = tl.program_id(0)
+    if CHAINED:
+        # What is launched next may start, and waits where it needs this one's results.
+        tl.extra.cuda.gdc_launch_dependents()
     r = 1.0
     if FRONT == "norm":
         cols = tl.arange(0, WHOLE)
@@ -81,10 +84,10 @@ def quantise(
         else:
             tl.store(place, tl.minimum(tl.maximum(x * inverse, -448.0), 448.0).to(tl.float8e4nv), mask=at < MAIN)
         tl.store(SCALES + row, scale)
-    if O > 0:
+    if COUNT > 0:
         o = tl.arange(0, OB)
-        x = _values(X, W, ORDER, row, MAIN + o, o < O, r, STRIDE, K, FRONT, ORDERED)
+        x = _values(X, W, ORDER, row, MAIN + o, o < COUNT, r, STRIDE, K, FRONT, ORDERED)
         scale = tl.maximum(largest(x, 0) * (1.0 / 127.0), TINY, propagate_nan=tl.PropagateNan.ALL)
         codes = rounded(x, tl.div_rn(1.0, scale), -127.0, 127.0)
-        tl.store(OUT + row.to(tl.int64) * O + o, codes.to(tl.int8), mask=o < O)
+        tl.store(OUT + row.to(tl.int64) * COUNT + o, codes.to(tl.int8), mask=o < COUNT)
         tl.store(OUT_SCALES + row, scale)

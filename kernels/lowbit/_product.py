@@ -66,30 +66,29 @@ def product4(
     rows, (blocks, columns, _) = codes.shape[0], weight.codes.shape
     if not _runs(codes, dtype):
         return _by_reference(x, weight, recipe, order, bias, dtype)
-    whole = isinstance(x, Tensor)
-    tile = tile or tile4(rows, columns, channels, codes.device, "16" if recipe is None else recipe.kind)
-    if whole and recipe is not None and not (tile.fused and recipe.kind == "int4" and (order is not None or not recipe.outliers)):
+    if isinstance(x, Tensor) and recipe is not None:
         x, _ = quantise(x, recipe, order)
-        codes, whole = x.codes, False
-    from trainkit.kernels.lowbit import _w4_kernels as kernels
-
-    scales, outliers, outlier_scales = (x.scales, x.outliers, x.outlier_scales) if isinstance(x, Quantised) else (None,) * 3
+    scales, outliers, outlier_scales = x[1:] if isinstance(x, Quantised) else (None,) * 3
+    codes = x.codes if isinstance(x, Quantised) else x
     codes = codes if codes.stride(-1) == 1 else codes.contiguous()
     y = torch.empty(rows, columns, dtype=dtype, device=codes.device)
     if rows == 0:
         return y
+    tile = tile or tile4(rows, columns, channels, "16" if recipe is None else recipe.kind)
     tiles = -(-rows // tile.bm) * -(-columns // tile.bn)
     split = min(tile.split, blocks)
     part, lock = _workspace(codes.device, split * rows * columns, tiles) if split > 1 else (None, None)
     count = 0 if weight.outliers is None else weight.outliers.shape[1]
+    chained = codes.is_cuda and recipe is not None
+    from trainkit.kernels.lowbit import _w4_kernels as kernels
+
     with on(codes):
         kernels.linear[(tiles, split)](
-            codes, scales, outliers, outlier_scales, order, weight.codes, weight.scales, weight.outliers,
-            weight.outlier_scales, bias, y, part, lock, rows, columns, codes.stride(0),
-            0.0 if recipe is None else recipe.factor, K=channels, MAIN=blocks * 128, O=count, GROUP=group,
-            KIND="16" if recipe is None else recipe.kind, FUSED=whole and recipe is not None, ORDERED=order is not None,
-            BIASED=bias is not None, BM=tile.bm, BN=tile.bn, SPLIT=split, SWIZZLE=tile.swizzle, STAGES=tile.stages,
-            ASM=codes.is_cuda, num_warps=tile.warps,
+            codes, scales, outliers, outlier_scales, weight.codes, weight.scales, weight.outliers,
+            weight.outlier_scales, bias, y, part, lock, rows, columns, codes.stride(0), K=channels, MAIN=blocks * 128,
+            OUT=count, GROUP=group, KIND="16" if recipe is None else recipe.kind, BIASED=bias is not None, BM=tile.bm,
+            BN=tile.bn, SPLIT=split, SWIZZLE=tile.swizzle, STAGES=tile.stages, UNROLL=tile.unroll, ASM=codes.is_cuda,
+            CHAINED=chained, num_warps=tile.warps, **({"launch_pdl": True} if chained else {}),
         )  # fmt: skip
     return y
 

@@ -2,8 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
-
 
 class Tile(NamedTuple):
     """One launch's sizes."""
@@ -18,14 +16,14 @@ class Tile(NamedTuple):
     warps: int
     swizzle: int
     """Tiles of tokens that run beside each other."""
-    fused: bool = False
-    """Whether the program quantises its tokens itself."""
+    unroll: int = 1
+    """Blocks of 128 channels a turn of the loop."""
 
 
-def tile4(rows: int, columns: int, channels: int, device: torch.device, kind: str) -> Tile:
+def tile4(rows: int, columns: int, channels: int, kind: str) -> Tile:
     """For packed weights."""
     if rows <= 16:
-        return Tile(16, 64, 4, 4, 4, 8, True)
+        return Tile(16, 64, 4, 4, 4, 8)
     if rows <= 64:
         return Tile(64, 64, 2, 4, 4, 8)
     return Tile(128, 64, 1, 4, 4, 8)

@@ -11,8 +11,6 @@ the sums are scaled and added up in fp32.
 import triton
 import triton.language as tl
 
-from trainkit.kernels.lowbit._activation_kernels import TINY, largest, rounded
-
 UNIT = tl.constexpr(512.0)
 """An unpacked weight is its code over 512."""
 
@@ -44,21 +42,15 @@ def _fp8(p, ASM: tl.constexpr):
 
 
 @triton.jit
-def _sixteen(p, FP16: tl.constexpr, ASM: tl.constexpr):
-    """Both nibbles of bytes `p` as bf16 (or fp16) codes over 512."""
-    lo, hi = _fp8(p, ASM)
-    if FP16:
-        return lo.to(tl.float16), hi.to(tl.float16)
-    # e4m3 to bf16 goes through fp16, which holds all of it.
-    return lo.to(tl.float16).to(tl.bfloat16), hi.to(tl.float16).to(tl.bfloat16)
-
-
-@triton.jit
 def _halves(p, KIND: tl.constexpr, FP16: tl.constexpr, ASM: tl.constexpr):
-    if KIND == "16":
-        return _sixteen(p, FP16, ASM)
+    lo, hi = _fp8(p, ASM)
+    if KIND != "16":
+        return lo, hi
+    elif FP16:
+        return lo.to(tl.float16), hi.to(tl.float16)
     else:
-        return _fp8(p, ASM)
+        # e4m3 to bf16 goes through fp16, which holds all of it.
+        return lo.to(tl.float16).to(tl.bfloat16), hi.to(tl.float16).to(tl.bfloat16)
 
 
 @triton.jit
@@ -94,49 +86,17 @@ def _pair(S, u, STEP, at, UNITS: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _channels(ORDER, u, j, K: tl.constexpr, UNITS: tl.constexpr, WIDTH: tl.constexpr, ORDERED: tl.constexpr):
-    """Which channels stand in unit u's two halves; -1 for padding."""
-    k = _place(tl.minimum(u, UNITS - 1), WIDTH) + j
-    if ORDERED:
-        return tl.load(ORDER + k), tl.load(ORDER + k + 64)
-    return tl.where(k < K, k, -1), tl.where(k + 64 < K, k + 64, -1)
-
-
-@triton.jit
-def _input(rows, lo, hi):
-    """The layer's input at these channels, `[WIDTH, BM]` twice."""
-    x_lo = tl.load(rows + lo[:, None], mask=(lo >= 0)[:, None], other=0.0)
-    return x_lo, tl.load(rows + hi[:, None], mask=(hi >= 0)[:, None], other=0.0)
-
-
-@triton.jit
-def _quantised(lo, hi, factor, GROUP: tl.constexpr):
-    """e4m3 codes of both halves, and their scales."""
-    lo = lo.to(tl.float32)
-    hi = hi.to(tl.float32)
-    s_lo = largest(lo, 0)
-    s_hi = largest(hi, 0)
-    if GROUP == 128:
-        s_lo = tl.maximum(s_lo, s_hi, propagate_nan=tl.PropagateNan.ALL)
-        s_hi = s_lo
-    s_lo = tl.maximum(s_lo * factor, TINY, propagate_nan=tl.PropagateNan.ALL)
-    s_hi = tl.maximum(s_hi * factor, TINY, propagate_nan=tl.PropagateNan.ALL)
-    lo = rounded(lo, tl.div_rn(1.0, s_lo)[None, :], -8.0, 7.0).to(tl.float8e4nv)
-    return lo, rounded(hi, tl.div_rn(1.0, s_hi)[None, :], -8.0, 7.0).to(tl.float8e4nv), s_lo, s_hi
-
-
-@triton.jit
 def linear(
-    X, SX, XO, SXO, ORDER, W, SW, WO, SWO, BIAS, Y, PART, LOCK, M, N, STRIDE, factor,
-    K: tl.constexpr, MAIN: tl.constexpr, O: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, FUSED: tl.constexpr,
-    ORDERED: tl.constexpr, BIASED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
-    SWIZZLE: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
+    X, SX, XO, SXO, W, SW, WO, SWO, BIAS, Y, PART, LOCK, M, N, STRIDE,
+    K: tl.constexpr, MAIN: tl.constexpr, OUT: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, BIASED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, SWIZZLE: tl.constexpr, STAGES: tl.constexpr,
+    UNROLL: tl.constexpr, ASM: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """One tile of Y `[M, N]`, or with SPLIT > 1 a share of its channels; the last of them adds up.
 
     KIND is what X holds: "int4" codes as e4m3 with a scale a group, "fp8" e4m3 with a scale a token, "16" bf16 or fp16 as it
-    is. FUSED: X is the layer's 16-bit input `[M, K]`, quantised here ("int4" alone). W `[MAIN / 128, N, 64]`, SW `[MAIN /
-    GROUP, N]`; WO `[N, O]` int8, SWO `[N]`. PART `[SPLIT, M, N]` fp32, LOCK a zero a tile.
+    is. W `[MAIN / 128, N, 64]`, SW `[MAIN / GROUP, N]`; WO `[N, OUT]` int8, SWO `[N]`. PART `[SPLIT, M, N]` fp32, LOCK a zero
+    a tile. UNROLL units of channels a turn.
     """
     pid_m, pid_n = _tile(tl.program_id(0), M, N, BM, BN, SWIZZLE)
     split = tl.program_id(1)
@@ -155,80 +115,64 @@ def linear(
     w_rows = W + nc[:, None] * 64 + j[None, :]
     y = tl.zeros([BN, BM], tl.float32)
     wide = tl.full([], 0, tl.int64)
-    # A unit ahead of their use: the weight's scales; quantised here, also the input, and its order two ahead. What is 32 bits
-    # wide is loaded early by the compiler.
+    if CHAINED:
+        # Started before the launch that makes X has ended.
+        tl.extra.cuda.gdc_wait()
+    # A unit ahead of their use; what is 32 bits wide is loaded early by the compiler.
     sw_lo, sw_hi = _pair(SW, first, N, nc, UNITS, GROUP)
-    if FUSED:
-        c_lo, c_hi = _channels(ORDER, first, j, K, UNITS, WIDTH, ORDERED)
-        x_lo, x_hi = _input(x_rows, c_lo, c_hi)
-        c_lo, c_hi = _channels(ORDER, first + 1, j, K, UNITS, WIDTH, ORDERED)
-    for u in tl.range(first, last, num_stages=STAGES):
-        if WIDTH == 64:
-            p = tl.load(w_rows + (wide + u) * N * 64)
-        else:
-            p = tl.load(w_rows + ((wide + u) >> 1) * N * 64 + (u & 1) * 32)
-        w_lo, w_hi = _halves(p, KIND, FP16, ASM)
-        next_sw_lo, next_sw_hi = _pair(SW, u + 1, N, nc, UNITS, GROUP)
-        if FUSED:
-            next_lo, next_hi = _input(x_rows, c_lo, c_hi)
-            c_lo, c_hi = _channels(ORDER, u + 2, j, K, UNITS, WIDTH, ORDERED)
-            q_lo, q_hi, sx_lo, sx_hi = _quantised(x_lo, x_hi, factor, GROUP)
-            x_lo, x_hi = next_lo, next_hi
-        else:
+    for start in tl.range(first, last, UNROLL, num_stages=STAGES):
+        for i in tl.static_range(UNROLL):
+            u = tl.minimum(start + i, UNITS - 1)
+            if WIDTH == 64:
+                p = tl.load(w_rows + (wide + u) * N * 64)
+            else:
+                p = tl.load(w_rows + ((wide + u) >> 1) * N * 64 + (u & 1) * 32)
+            w_lo, w_hi = _halves(p, KIND, FP16, ASM)
             k = _place(u, WIDTH) + j
             if KIND == "16":
-                q_lo = tl.load(x_rows + k[:, None], mask=(k < K)[:, None], other=0.0)
-                q_hi = tl.load(x_rows + 64 + k[:, None], mask=(k + 64 < K)[:, None], other=0.0)
+                x_lo = tl.load(x_rows + k[:, None], mask=(k < K)[:, None], other=0.0)
+                x_hi = tl.load(x_rows + 64 + k[:, None], mask=(k + 64 < K)[:, None], other=0.0)
             else:
-                q_lo = tl.load(x_rows + k[:, None])
-                q_hi = tl.load(x_rows + 64 + k[:, None])
+                x_lo = tl.load(x_rows + k[:, None])
+                x_hi = tl.load(x_rows + 64 + k[:, None])
             if KIND == "int4":
                 sx_lo, sx_hi = _pair(SX, u, M, mc, UNITS, GROUP)
-        sums = tl.dot(w_lo, q_lo)
-        if GROUP == 128:
-            sums = tl.dot(w_hi, q_hi, sums)
-        if KIND == "int4":
-            y += sums * ((sw_lo * UNIT)[:, None] * sx_lo[None, :])
-        else:
-            y += sums * (sw_lo * UNIT)[:, None]
-        if GROUP != 128:
-            sums = tl.dot(w_hi, q_hi)
+            next_lo, next_hi = _pair(SW, start + i + 1, N, nc, UNITS, GROUP)
+            unit = UNIT
+            if UNROLL > 1:
+                # A unit of the next share, or none: it counts nothing.
+                unit = tl.where(start + i < last, UNIT, 0.0)
+            sums = tl.dot(w_lo, x_lo)
+            if GROUP == 128:
+                sums = tl.dot(w_hi, x_hi, sums)
             if KIND == "int4":
-                y += sums * ((sw_hi * UNIT)[:, None] * sx_hi[None, :])
+                y += sums * (sw_lo * unit)[:, None] * sx_lo[None, :]
             else:
-                y += sums * (sw_hi * UNIT)[:, None]
-        sw_lo, sw_hi = next_sw_lo, next_sw_hi
+                y += sums * (sw_lo * unit)[:, None]
+            if GROUP != 128:
+                sums = tl.dot(w_hi, x_hi)
+                if KIND == "int4":
+                    y += sums * (sw_hi * unit)[:, None] * sx_hi[None, :]
+                else:
+                    y += sums * (sw_hi * unit)[:, None]
+            sw_lo, sw_hi = next_lo, next_hi
     if KIND == "fp8":
         y *= tl.load(SX + mc)[None, :]
-    if O > 0:
-        if split == SPLIT - 1:
+    if OUT > 0:
+        if split == SPLIT - 1:  # noqa: SIM102 (a constant and a number)
             o = tl.arange(0, 64)
-            scale = tl.zeros([BM], tl.float32)
-            if FUSED:
-                for at in tl.static_range(0, O, 64):
-                    channel = tl.load(ORDER + MAIN + at + o, mask=at + o < O, other=-1)
-                    raw = tl.load(x_rows + channel[:, None], mask=(channel >= 0)[:, None], other=0.0).to(tl.float32)
-                    scale = tl.maximum(scale, largest(raw, 0), propagate_nan=tl.PropagateNan.ALL)
-                scale = tl.maximum(scale * (1.0 / 127.0), TINY, propagate_nan=tl.PropagateNan.ALL)
-            else:
-                scale = tl.load(SXO + mc)
+            rows = XO + mc.to(tl.int64)[None, :] * OUT
             sums = tl.zeros([BN, BM], tl.float32)
-            for at in tl.range(0, O, 64):
-                inside = at + o < O
-                w = tl.load(WO + nc[:, None] * O + (at + o)[None, :], mask=inside[None, :], other=0).to(tl.bfloat16)
-                if FUSED:
-                    channel = tl.load(ORDER + MAIN + at + o, mask=inside, other=-1)
-                    raw = tl.load(x_rows + channel[:, None], mask=(channel >= 0)[:, None], other=0.0).to(tl.float32)
-                    q = rounded(raw, tl.div_rn(1.0, scale)[None, :], -127.0, 127.0).to(tl.bfloat16)
-                else:
-                    rows = XO + mc.to(tl.int64)[None, :] * O
-                    q = tl.load(rows + (at + o)[:, None], mask=inside[:, None], other=0).to(tl.bfloat16)
-                sums = tl.dot(w, q, sums)
-            y += sums * (tl.load(SWO + nc).to(tl.float32)[:, None] * scale[None, :])
+            for at in tl.range(0, OUT, 64):
+                inside = at + o < OUT
+                w = tl.load(WO + nc[:, None] * OUT + (at + o)[None, :], mask=inside[None, :], other=0).to(tl.bfloat16)
+                x = tl.load(rows + (at + o)[:, None], mask=inside[:, None], other=0).to(tl.bfloat16)
+                sums = tl.dot(w, x, sums)
+            y += sums * tl.load(SWO + nc).to(tl.float32)[:, None] * tl.load(SXO + mc)[None, :]
     inside = (m < M)[None, :] & (n < N)[:, None]
     at = m.to(tl.int64)[None, :] * N + n[:, None]
     if SPLIT > 1:
-        size = M.to(tl.int64) * N
+        size = wide + M * N
         tl.store(PART + split * size + at, y, mask=inside)
         tl.debug_barrier()
         lock = LOCK + tl.program_id(0)
