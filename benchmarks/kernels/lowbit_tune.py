@@ -13,7 +13,7 @@ from multiprocessing import get_context
 
 import torch
 
-from trainkit.kernels.lowbit._activation import Recipe
+from trainkit.kernels.lowbit._activation import Recipe, quantise
 from trainkit.kernels.lowbit._product import Weight4, product4
 from trainkit.kernels.lowbit._tuned import Tile
 
@@ -53,10 +53,15 @@ def weights(n, k, outliers):
 
 def call(kind, x, weight, order, tile):
     """One product, its activations' quantisation included."""
-    n, k = weight.codes.shape[1], x.shape[1]
+    k = x.shape[1]
     outliers = 0 if weight.outliers is None else weight.outliers.shape[1]
     recipe = None if kind == "16" else Recipe(kind, k, 128, outliers)
-    return lambda: product4(x, weight, recipe=recipe, group=128, order=order, channels=k, tile=tile) if n else None
+
+    def run():
+        codes = x if recipe is None else quantise(x, recipe, order)[0]
+        return product4(codes, weight, recipe=recipe, group=128, channels=k, dtype=x.dtype, tile=tile)
+
+    return run
 
 
 def graph_us(function, calls=20):

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from trainkit.kernels._grid import flat
 from trainkit.kernels.fused._launch import fusible, on
+from trainkit.kernels.fused._rms_norm import reference as rms_norm
+from trainkit.kernels.fused._swiglu import reference as swiglu
 from trainkit.kernels.lowbit._packing import padded
 from trainkit.kernels.lowbit._reference import TINY, Quantised, gathered, integers
 
@@ -66,41 +68,42 @@ def reference(x: Tensor, recipe: Recipe, order: Tensor | None) -> Quantised:
     return Quantised(codes, scales, outliers, outlier_scales[0])
 
 
-def _front(x: Tensor, norm: Norm | None, gated: bool) -> Tensor:
-    from trainkit.kernels.fused._rms_norm import reference as rms_norm
-    from trainkit.kernels.fused._swiglu import reference as swiglu
-
+def _front(x: Tensor, norm: Norm | None, up: Tensor | None) -> Tensor:
     if norm is not None:
         return rms_norm(x, norm.weight, norm.eps)
-    return swiglu(*x.chunk(2, -1)) if gated else x
+    return x if up is None else swiglu(x, up)
 
 
 def quantise(
-    x: Tensor, recipe: Recipe, order: Tensor | None, *, norm: Norm | None = None, gated: bool = False,
-    keep: bool = False,
+    x: Tensor, recipe: Recipe, order: Tensor | None, *, norm: Norm | None = None,
+    up: Tensor | None = None, keep: bool = False,
 ) -> tuple[Quantised, Tensor | None]:  # fmt: skip
     """Codes of a layer's input, computed from x in one pass.
 
     Args:
-        x: `[M, K]`; `[M, 2K]`, gate and up side by side, if `gated`.
+        x: `[M, K]`.
         recipe: what codes.
         order: `[main + outliers]` int32, the channel at each place and -1 for padding; None for the channels' own order.
         norm: x goes through it first.
-        gated: x is `silu(gate) * up` first.
+        up: `[M, K]`, x becomes `silu(x) * up` first.
         keep: also return the layer's 16-bit input, which the norm has computed on its way.
 
     Returns:
         The codes; the layer's input if `keep`, `[M, K]`.
     """
-    tensors = [t for t in (x, None if norm is None else norm.weight) if t is not None]
+    beside = up if norm is None else norm.weight
+    tensors = [x] if beside is None else [x, beside]
     if not fusible(*tensors) or recipe.main > 65536:
-        y = _front(x, norm, gated)
+        y = _front(x, norm, up)
         return reference(y, recipe, order), y if keep else None
     import triton
 
     from trainkit.kernels.lowbit import _activation_kernels as kernels
 
     x = x if x.stride(-1) == 1 else x.contiguous()
+    if up is not None:
+        beside = up if up.stride() == x.stride() else up.contiguous()
+        x = x if x.stride() == beside.stride() else x.contiguous()
     rows, main, count = x.shape[0], recipe.main, recipe.outliers
     per_token = recipe.kind != "int4"
     group = min(128, triton.next_power_of_2(main)) if per_token else recipe.group
@@ -115,12 +118,12 @@ def quantise(
     width = groups * group
     with on(x):
         kernels.quantise[flat((rows,))](
-            x, None if norm is None else norm.weight, order, y, codes, scales, outliers, outlier_scales, rows,
+            x, beside, order, y, codes, scales, outliers, outlier_scales, rows,
             x.stride(0), 0.0 if norm is None else norm.eps, recipe.factor, K=recipe.channels, MAIN=main, COUNT=count,
             GROUP=group, GROUPS=groups, WHOLE=triton.next_power_of_2(recipe.channels),
-            OB=triton.next_power_of_2(max(count, 1)), FRONT="norm" if norm is not None else "gate" if gated else "",
+            OB=triton.next_power_of_2(max(count, 1)), FRONT="norm" if norm is not None else "gate" if up is not None else "",
             ORDERED=order is not None, KIND=recipe.kind, STORE=y is not None, CHAINED=x.is_cuda, num_warps=min(16, max(4, width // 512)),
             enable_fp_fusion=False,
         )  # fmt: skip
-    kept = (y if y is not None else _front(x, norm, gated)) if keep else None
+    kept = (y if y is not None else _front(x, norm, up)) if keep else None
     return Quantised(codes, scales, outliers, outlier_scales), kept

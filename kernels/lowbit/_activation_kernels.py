@@ -37,7 +37,7 @@ def _values(X, W, ORDER, row, at, inside, r, STRIDE, K: tl.constexpr, FRONT: tl.
         w = tl.load(W + channel, mask=inside, other=0.0).to(tl.float32)
         x = (x * r * w).to(X.dtype.element_ty).to(tl.float32)
     elif FRONT == "gate":
-        up = tl.load(start + K + channel, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(W + row.to(tl.int64) * STRIDE + channel, mask=inside, other=0.0).to(tl.float32)
         x = (x / (1.0 + tl.exp(-x)) * up).to(X.dtype.element_ty).to(tl.float32)
     return x
 
@@ -50,7 +50,7 @@ def quantise(
 ):  # fmt: skip
     """A token a program.
 
-    X `[M, K]` (FRONT "gate": gate and up side by side); MAIN channels, K padded, in GROUPS (a power of two at least MAIN /
+    X `[M, K]`; W the norm's weight `[K]`, or with FRONT "gate" what silu(X) is multiplied with, `[M, K]`; MAIN channels, K padded, in GROUPS (a power of two at least MAIN /
     GROUP) by GROUP; then COUNT outliers. KIND: "int4" in groups as e4m3, "int8" and "fp8" with one scale a token. STORE: also
     write the layer's input itself to Y (`[M, K]`, in X's order).
     """

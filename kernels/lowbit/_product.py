@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainkit.kernels.fused._launch import fusible, on
-from trainkit.kernels.lowbit._activation import Recipe, quantise
+from trainkit.kernels.lowbit._activation import Recipe
 from trainkit.kernels.lowbit._packing import unpack
-from trainkit.kernels.lowbit._reference import Quantised, gathered, grouped_product
+from trainkit.kernels.lowbit._reference import Quantised, grouped_product
 from trainkit.kernels.lowbit._tuned import Tile, tile4, tile8
 
 
@@ -45,17 +45,16 @@ def _workspace(device: torch.device, floats: int, tiles: int) -> tuple[Tensor, T
 
 
 def product4(
-    x: Tensor | Quantised, weight: Weight4, *, recipe: Recipe | None, group: int, order: Tensor | None, channels: int,
+    x: Tensor | Quantised, weight: Weight4, *, recipe: Recipe | None, group: int, channels: int,
     bias: Tensor | None = None, dtype: torch.dtype | None = None, tile: Tile | None = None,
 ) -> Tensor:  # fmt: skip
     """`x @ weight.T + bias`: `[M, N]`.
 
     Args:
-        x: the 16-bit input `[M, K]`, or its codes.
+        x: the input's codes; the 16-bit input `[M, K]` itself for W4A16.
         weight: packed.
-        recipe: how x is quantised; None where it is multiplied as it is (W4A16).
+        recipe: how x was quantised; None for W4A16.
         group: channels that share a scale of the weight.
-        order: of the channels, as `quantise` takes it.
         channels: K.
         bias: `[N]`.
         dtype: of the result; of x where that is 16-bit.
@@ -65,9 +64,7 @@ def product4(
     dtype = dtype or codes.dtype
     rows, (blocks, columns, _) = codes.shape[0], weight.codes.shape
     if not _runs(codes, dtype):
-        return _by_reference(x, weight, recipe, order, bias, dtype)
-    if isinstance(x, Tensor) and recipe is not None:
-        x, _ = quantise(x, recipe, order)
+        return by_reference(x, weight, bias, dtype)
     scales, outliers, outlier_scales = x[1:] if isinstance(x, Quantised) else (None,) * 3
     codes = x.codes if isinstance(x, Quantised) else x
     codes = codes if codes.stride(-1) == 1 else codes.contiguous()
@@ -99,21 +96,16 @@ def _runs(x: Tensor, dtype: torch.dtype) -> bool:
     return fusible(probe)
 
 
-def _by_reference(
-    x: Tensor | Quantised, weight: Weight4, recipe: Recipe | None, order: Tensor | None, bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+def by_reference(x: Tensor | Quantised, weight: Weight4, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The same in PyTorch, in whole numbers."""
     codes = unpack(weight.codes)
-    if recipe is None:
-        assert isinstance(x, Tensor)
-        plain = F.pad(gathered(x.float(), order), (0, codes.shape[1] - x.shape[1] if order is None else 0))
-        one = Quantised(plain, plain.new_ones(1, len(plain)))
-    else:
-        one = x if isinstance(x, Quantised) else quantise(x, recipe, order)[0]
-    y = grouped_product(one.codes, one.scales, codes, weight.scales)
+    if isinstance(x, Tensor):
+        plain = F.pad(x.float(), (0, codes.shape[1] - x.shape[1]))
+        x = Quantised(plain, plain.new_ones(1, len(plain)))
+    y = grouped_product(x.codes, x.scales, codes, weight.scales)
     if weight.outliers is not None and weight.outlier_scales is not None:
-        assert one.outliers is not None and one.outlier_scales is not None
-        y += grouped_product(one.outliers, one.outlier_scales[None], weight.outliers, weight.outlier_scales[None])
+        assert x.outliers is not None and x.outlier_scales is not None
+        y += grouped_product(x.outliers, x.outlier_scales[None], weight.outliers, weight.outlier_scales[None])
     return (y if bias is None else y + bias.float()).to(dtype)
 
 

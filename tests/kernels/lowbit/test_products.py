@@ -12,7 +12,7 @@ from kernels_interpreter import interpreter
 
 from trainkit.kernels.lowbit._activation import Norm, Recipe, quantise, reference
 from trainkit.kernels.lowbit._packing import pack, unpack
-from trainkit.kernels.lowbit._product import Weight4, _by_reference, product4, product8
+from trainkit.kernels.lowbit._product import Weight4, by_reference, product4, product8
 from trainkit.kernels.lowbit._reference import Quantised
 from trainkit.kernels.lowbit._tuned import Tile
 
@@ -82,7 +82,7 @@ def test_integer_path_is_exact(group, outliers, tile, worst):
     quantised = Quantised(x.float().to(torch.float8_e4m3fn), sx, xo if outliers else None, sxo if outliers else None)
     recipe = Recipe("int4", k + outliers, group, outliers)
     got = product4(
-        quantised, weight, recipe=recipe, group=group, order=None, channels=k + outliers, dtype=torch.float32, tile=tile
+        quantised, weight, recipe=recipe, group=group, channels=k + outliers, dtype=torch.float32, tile=tile
     )
     grouped = [a.cpu().double().unflatten(1, (-1, group)) for a in (x, w)]
     want = torch.einsum("mgk,ngk,gm,gn->mn", *grouped, sx.cpu().double(), sw.cpu().double())
@@ -106,9 +106,9 @@ def test_activation_codes_are_the_formulas(kind, front, order):
         places[: channels - recipe.outliers] = shuffled[recipe.outliers :].to(DEVICE)
         if recipe.outliers:
             places[recipe.main :] = shuffled[: recipe.outliers].to(DEVICE)
-    x = random(m, channels * (2 if front == "gate" else 1), dtype=torch.bfloat16)
+    x, up = random(2, m, channels, dtype=torch.bfloat16)
     norm = Norm(random(channels, seed=1, dtype=torch.bfloat16), 1e-5) if front == "norm" else None
-    got, kept = quantise(x, recipe, places, norm=norm, gated=front == "gate", keep=True)
+    got, kept = quantise(x, recipe, places, norm=norm, up=up if front == "gate" else None, keep=True)
     # What the codes are of is what the kernel itself kept: sums of squares differ in their last bit by their order.
     want = reference(kept, recipe, places)
     if front == "gate":
@@ -136,9 +136,9 @@ def test_a_layer_from_its_16_bit_input(outliers):
     )  # fmt: skip
     x, bias = random(m, channels, dtype=torch.float16), random(n, seed=9)
     on_cpu = Weight4(*(None if t is None else t.cpu() for t in weight))
-    want = _by_reference(reference(x.cpu(), recipe, None if order is None else order.cpu()), on_cpu, recipe, None, bias.cpu(), torch.float32)  # fmt: skip
+    want = by_reference(reference(x.cpu(), recipe, None if order is None else order.cpu()), on_cpu, bias.cpu(), torch.float32)  # fmt: skip
     for split, unroll in ((1, 1), (2, 1), (1, 2), (2, 2)):
-        got = product4(x, weight, recipe=recipe, group=group, order=order, channels=channels, bias=bias,
+        got = product4(quantise(x, recipe, order)[0], weight, recipe=recipe, group=group, channels=channels, bias=bias,
                        dtype=torch.float32, tile=Tile(16, 64, split, 2, 4, 8, unroll))  # fmt: skip
         torch.testing.assert_close(got.cpu(), want, rtol=2e-6, atol=2e-4)
 
@@ -152,7 +152,8 @@ def test_wider_activations(kind, group):
     weight = Weight4(pack(w), powers(256 // group, n, seed=5).bfloat16())
     x = random(m, channels, dtype=torch.float16)
     recipe = None if kind == "16" else Recipe("fp8", channels, 0)
-    got = product4(x, weight, recipe=recipe, group=group, order=None, channels=channels, dtype=torch.float16)
+    given = x if recipe is None else quantise(x, recipe, None)[0]
+    got = product4(given, weight, recipe=recipe, group=group, channels=channels, dtype=torch.float16)
     dense = (w.double().unflatten(1, (-1, group)) * weight.scales.double().t()[:, :, None]).flatten(1)[:, :channels]
     if recipe is not None:
         q = reference(x, recipe, None)
@@ -177,5 +178,6 @@ def test_not_a_number_stays_one():
     weight = Weight4(pack(whole(-7, 7, 8, 128)), powers(1, 8, seed=1).bfloat16())
     x = random(3, 128)
     x[1, 5] = float("nan")
-    y = product4(x, weight, recipe=Recipe("int4", 128, 128), group=128, order=None, channels=128)
+    recipe = Recipe("int4", 128, 128)
+    y = product4(quantise(x, recipe, None)[0], weight, recipe=recipe, group=128, channels=128, dtype=x.dtype)
     assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
