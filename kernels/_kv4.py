@@ -75,5 +75,6 @@ def kv4_encode(x: Tensor) -> KV4:
 def kv4_decode(kv: KV4, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """`[..., D]` in `dtype`."""
     codes = torch.cat((kv.codes & 15, kv.codes >> 4), -1)
-    step, low = kv.affine.float().split(1, -1)
-    return (codes * step + low).to(dtype)
+    step, low = kv.affine.float().unbind(-1)
+    out: Tensor = codes * step[..., None] + low[..., None]
+    return out.to(dtype)

@@ -24,7 +24,7 @@ TOKENS = [1, 16, 64, 256, 2048, 8192]
 def candidates(m):
     """Tiles worth trying for m tokens."""
     if m <= 16:
-        for split, unroll, bn, stages in itertools.product((1, 2, 4, 8), (1, 2, 4), (64, 128), (3, 4)):
+        for split, unroll, bn, stages in itertools.product((1, 2, 4, 8), (1, 2, 4), (64, 128), (3,)):
             yield Tile(16 if m > 8 else 8, bn, split, stages, bn // 16, 8, unroll)
     elif m <= 64:
         for split, unroll, bn, bm in itertools.product((1, 2, 4), (1, 2), (64, 128), (16, 32, 64)):
@@ -104,7 +104,12 @@ def main():
     unique = {(kind, k, o, t, m == 1): (kind, k, o, m, t) for kind, k, o, m, t in jobs}
     with ProcessPoolExecutor(15, get_context("spawn")) as pool:
         failed = {str(f) for f in pool.map(compile_one, unique.values(), chunksize=4) if f}
-    print(f"{len(unique)} compiled in {time.perf_counter() - start:.0f} s, {len(failed)} failed", *failed, sep="\n", flush=True)
+    print(
+        f"{len(unique)} compiled in {time.perf_counter() - start:.0f} s, {len(failed)} failed",
+        *failed,
+        sep="\n",
+        flush=True,
+    )
     for kind, (n, k), m in itertools.product(kinds, SHAPES, TOKENS):
         weight, order = weights(n, k, outliers[k])
         x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)

@@ -102,8 +102,9 @@ def quantise(
 
     x = x if x.stride(-1) == 1 else x.contiguous()
     if up is not None:
-        beside = up if up.stride() == x.stride() else up.contiguous()
-        x = x if x.stride() == beside.stride() else x.contiguous()
+        up = up if up.stride() == x.stride() else up.contiguous()
+        x = x if x.stride() == up.stride() else x.contiguous()
+        beside = up
     rows, main, count = x.shape[0], recipe.main, recipe.outliers
     per_token = recipe.kind != "int4"
     group = min(128, triton.next_power_of_2(main)) if per_token else recipe.group
@@ -115,14 +116,15 @@ def quantise(
     outlier_scales = new(rows, dtype=torch.float32) if count else None
     y = new(rows, recipe.channels) if keep and norm is not None else None
     groups = triton.next_power_of_2(triton.cdiv(main, group))
-    width = groups * group
+    warps = min(16, max(4, groups * group // 512))
+    front = "norm" if norm is not None else "gate" if up is not None else ""
     with on(x):
         kernels.quantise[flat((rows,))](
             x, beside, order, y, codes, scales, outliers, outlier_scales, rows,
             x.stride(0), 0.0 if norm is None else norm.eps, recipe.factor, K=recipe.channels, MAIN=main, COUNT=count,
             GROUP=group, GROUPS=groups, WHOLE=triton.next_power_of_2(recipe.channels),
-            OB=triton.next_power_of_2(max(count, 1)), FRONT="norm" if norm is not None else "gate" if up is not None else "",
-            ORDERED=order is not None, KIND=recipe.kind, STORE=y is not None, CHAINED=x.is_cuda, num_warps=min(16, max(4, width // 512)),
+            OB=triton.next_power_of_2(max(count, 1)), FRONT=front,
+            ORDERED=order is not None, KIND=recipe.kind, STORE=y is not None, CHAINED=x.is_cuda, num_warps=warps,
             enable_fp_fusion=False,
         )  # fmt: skip
     kept = (y if y is not None else _front(x, norm, up)) if keep else None

@@ -50,9 +50,9 @@ def quantise(
 ):  # fmt: skip
     """A token a program.
 
-    X `[M, K]`; W the norm's weight `[K]`, or with FRONT "gate" what silu(X) is multiplied with, `[M, K]`; MAIN channels, K padded, in GROUPS (a power of two at least MAIN /
-    GROUP) by GROUP; then COUNT outliers. KIND: "int4" in groups as e4m3, "int8" and "fp8" with one scale a token. STORE: also
-    write the layer's input itself to Y (`[M, K]`, in X's order).
+    X `[M, K]`; W the norm's weight `[K]`, or with FRONT "gate" what silu(X) is multiplied with, `[M, K]`. MAIN channels, K
+    padded, in GROUPS (a power of two at least MAIN / GROUP) by GROUP; then COUNT outliers. KIND: "int4" in groups as e4m3,
+    "int8" and "fp8" with one scale a token. STORE: also write the layer's input itself to Y (`[M, K]`, in X's order).
     """
     row = tl.program_id(0)
     if CHAINED:

@@ -84,7 +84,9 @@ def measure(
         return hook
 
     handles: list[Any] = [layer.register_forward_pre_hook(before(name)) for name, layer in layers.items()]
-    handles += [m.register_forward_hook(after(n)) for n, m in model.named_modules() if "norm" in type(m).__name__.lower()]
+    handles += [
+        m.register_forward_hook(after(n)) for n, m in model.named_modules() if "norm" in type(m).__name__.lower()
+    ]
     was_training, count = model.training, 0
     model.eval()
     try:

@@ -109,29 +109,29 @@ def _eight(layer: nn.Linear, config: W8A8, measured: Input | None, squares: Tens
 
 def _empty(layer: nn.Linear, form: Form) -> LowBitLinear:
     made = LowBitLinear(form, layer.weight.dtype, layer.weight.device)
-    if layer.bias is not None:
+    if made.bias is not None:
         made.bias.copy_(layer.bias.detach())
     return made
 
 
-def _packed(
-    layer: nn.Linear, form: Form, config: Config, measured: Input | None, order: Tensor | None
-) -> LowBitLinear:
+def _packed(layer: nn.Linear, form: Form, config: Config, measured: Input | None, order: Tensor | None) -> LowBitLinear:
     """Round the weight in groups, its outliers in INT8, and pack it."""
     made = _empty(layer, form)
     weight = layer.weight.detach().float()
     weight = rotate(weight) if form.rotated else weight
     hessian, importance = (None, None) if measured is None else (measured.hessian, measured.importance)
-    if order is not None:
+    if order is not None and made.order is not None:
         places = order[order >= 0].long()
         weight = weight[:, places]
         importance = None if importance is None else importance[places]
         hessian = None if hessian is None else hessian[places][:, places]
         made.order.copy_(order)
     rest = form.channels - form.outliers
-    codes, scales = quantised(weight, Blocks(form.channels, form.group, 7, form.outliers), hessian, importance, config.clip)
+    codes, scales = quantised(
+        weight, Blocks(form.channels, form.group, 7, form.outliers), hessian, importance, config.clip
+    )
     made.codes.copy_(pack(F.pad(codes[:, :rest], (0, -rest % BLOCK)).to(torch.int8)))
-    if form.outliers:
+    if made.outlier_codes is not None and made.outlier_scales is not None:
         made.outlier_codes.copy_(codes[:, rest:])
         made.outlier_scales.copy_(scales[-1])
         scales = scales[:-1]

@@ -65,6 +65,10 @@ class LowBitLinear(nn.Module):
 
     codes: Tensor
     scales: Tensor
+    outlier_codes: Tensor | None
+    outlier_scales: Tensor | None
+    order: Tensor | None
+    bias: Tensor | None
 
     def __init__(self, form: Form, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         super().__init__()
@@ -106,7 +110,7 @@ class LowBitLinear(nn.Module):
         codes = unpack(self.codes) if f.weights == "int4" else self.codes
         group = f.group or f.main
         w = (codes.float().view(f.rows, -1, group) * self.scales.float().t()[:, :, None]).flatten(1)
-        if self.outlier_codes is not None:
+        if self.outlier_codes is not None and self.outlier_scales is not None:
             w = torch.cat((w, self.outlier_codes.float() * self.outlier_scales.float()[:, None]), 1)
         if self.order is not None:
             inside = self.order >= 0

@@ -125,7 +125,13 @@ def product8(
         return y
     tile = tile or tile8(rows, columns, channels)
     tiles = -(-rows // tile.bm) * -(-columns // tile.bn)
-    arguments: dict[str, Any] = {"BM": tile.bm, "BN": tile.bn, "BK": 128, "SWIZZLE": tile.swizzle, "STAGES": tile.stages}
+    arguments: dict[str, Any] = {
+        "BM": tile.bm,
+        "BN": tile.bn,
+        "BK": 128,
+        "SWIZZLE": tile.swizzle,
+        "STAGES": tile.stages,
+    }
     with on(weight):
         kernels.linear[(tiles,)](
             x.codes, x.scales, weight, scales, bias, y, rows, columns, K=channels, BIASED=bias is not None, **arguments,

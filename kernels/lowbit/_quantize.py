@@ -86,7 +86,7 @@ def quantize_(
 
 def link(made: LowBitLinear, orders: dict[str, Tensor]) -> None:
     """Let layers that share an input have one order of channels, not equal ones."""
-    if made.form.shared:
+    if made.order is not None:
         made.first = made.form.shared not in orders
         made.order = orders.setdefault(made.form.shared, made.order)
 

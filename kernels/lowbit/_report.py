@@ -61,6 +61,8 @@ class Report:
         widths = [max(len(line[i]) for line in lines) for i in range(3)]
         table = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d}".rstrip() for a, b, c, d in lines]
         done = len(self.quantised)
-        table.append(f"{done} of {len(self.rows)} quantised, {self.bits:.3f} bits a weight, {self.ratio:.3f} of the bytes")
+        table.append(
+            f"{done} of {len(self.rows)} quantised, {self.bits:.3f} bits a weight, {self.ratio:.3f} of the bytes"
+        )
         table.append(f"keys and values: {self.kv_bits} bits; products: {self.backend}")
         return "\n".join(table)

@@ -96,4 +96,5 @@ def _inverse(weight: Tensor, hessian: Tensor) -> Tensor:
     dead = h.diagonal() == 0
     weight[:, dead] = 0
     h = h + torch.diag(dead.double() + DAMPING * h.diagonal().mean())
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True).float()
+    factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    return factor.float()

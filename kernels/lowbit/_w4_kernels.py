@@ -158,8 +158,8 @@ def linear(
             sw_lo, sw_hi = next_lo, next_hi
     if KIND == "fp8":
         y *= tl.load(SX + mc)[None, :]
-    if OUT > 0:
-        if split == SPLIT - 1:  # noqa: SIM102 (a constant and a number)
+    if OUT > 0:  # noqa: SIM102 (a constant, and a number)
+        if split == SPLIT - 1:
             o = tl.arange(0, 64)
             rows = XO + mc.to(tl.int64)[None, :] * OUT
             sums = tl.zeros([BN, BM], tl.float32)

@@ -71,8 +71,12 @@ def test_integer_path_is_exact(group, outliers, tile, worst):
     """Codes given: every group's sum, the outliers', and their scaled total are whole numbers that fp32 holds."""
     m, n, k = 19, 70, 384
     if worst:
-        x, w = torch.full((m, k), -8, dtype=torch.int8, device=DEVICE), torch.full((n, k), 7, dtype=torch.int8, device=DEVICE)
-        xo, wo = torch.full((m, outliers), 127, dtype=torch.int8, device=DEVICE), torch.full((n, outliers), -127, dtype=torch.int8, device=DEVICE)  # fmt: skip
+        x, w, xo, wo = (
+            whole(-8, -8, m, k),
+            whole(7, 7, n, k),
+            whole(127, 127, m, outliers),
+            whole(-127, -127, n, outliers),
+        )
         x[:, ::2], w[::3] = 7, -7
     else:
         x, w = whole(-8, 7, m, k), whole(-7, 7, n, k, seed=1)
@@ -81,9 +85,7 @@ def test_integer_path_is_exact(group, outliers, tile, worst):
     weight = Weight4(pack(w), sw.bfloat16(), wo if outliers else None, swo.bfloat16() if outliers else None)
     quantised = Quantised(x.float().to(torch.float8_e4m3fn), sx, xo if outliers else None, sxo if outliers else None)
     recipe = Recipe("int4", k + outliers, group, outliers)
-    got = product4(
-        quantised, weight, recipe=recipe, group=group, channels=k + outliers, dtype=torch.float32, tile=tile
-    )
+    got = product4(quantised, weight, recipe=recipe, group=group, channels=k + outliers, dtype=torch.float32, tile=tile)
     grouped = [a.cpu().double().unflatten(1, (-1, group)) for a in (x, w)]
     want = torch.einsum("mgk,ngk,gm,gn->mn", *grouped, sx.cpu().double(), sw.cpu().double())
     want += (xo.cpu().double() @ wo.cpu().double().t()) * sxo.cpu()[:, None] * swo.cpu()
@@ -98,7 +100,9 @@ ORDERS = ["own", "shuffled"]
 @pytest.mark.parametrize("front", ["", "norm", "gate"])
 def test_activation_codes_are_the_formulas(kind, front, order):
     channels, m = 208, 5
-    recipe = Recipe(kind, channels, 64, 16 if kind == "int4" and order == "shuffled" else 0, 0.9 if kind == "int4" else 1.0)
+    recipe = Recipe(
+        kind, channels, 64, 16 if kind == "int4" and order == "shuffled" else 0, 0.9 if kind == "int4" else 1.0
+    )
     places = None
     if order == "shuffled":
         places = torch.full((recipe.main + recipe.outliers,), -1, dtype=torch.int32, device=DEVICE)
@@ -136,7 +140,8 @@ def test_a_layer_from_its_16_bit_input(outliers):
     )  # fmt: skip
     x, bias = random(m, channels, dtype=torch.float16), random(n, seed=9)
     on_cpu = Weight4(*(None if t is None else t.cpu() for t in weight))
-    want = by_reference(reference(x.cpu(), recipe, None if order is None else order.cpu()), on_cpu, bias.cpu(), torch.float32)  # fmt: skip
+    codes = reference(x.cpu(), recipe, None if order is None else order.cpu())
+    want = by_reference(codes, on_cpu, bias.cpu(), torch.float32)
     for split, unroll in ((1, 1), (2, 1), (1, 2), (2, 2)):
         got = product4(quantise(x, recipe, order)[0], weight, recipe=recipe, group=group, channels=channels, bias=bias,
                        dtype=torch.float32, tile=Tile(16, 64, split, 2, 4, 8, unroll))  # fmt: skip
