@@ -8,7 +8,6 @@ from torch import Tensor
 
 from trainkit.kernels._installed import lacking
 
-
 AUTOCAST = frozenset(kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind))
 """Devices that have it, asked once: torch.compile before 2.13 cannot trace the question."""
 
