@@ -161,7 +161,7 @@ def keys_step(
             S = warpgroup_mma_wait(0, deps=[S])
     lse = memory.lse.index(s).load(gl.SliceLayout(0, L))
     if c.ALIBI:
-        lse += alibi.slope * (rows + (problem.off - alibi.first_key)).to(gl.float32)
+        lse += alibi.slope * (rows + (problem.Sk - problem.Sq - alibi.first_key)).to(gl.float32)
     p, weight = weigh(S, lse[None, :], alibi.shift, qv[None, :], cols[:, None], qv, kv, problem, words, MASKED, c)
     if c.WANT_DV:
         P = gl.convert_layout(p.to(memory.do.dtype), gl.DotOperandLayout(0, LV, 2))
@@ -220,12 +220,12 @@ def visit_of(mailbox, stage):
 
 
 @gluon.jit
-def result_rows(desc, visit, paging, width: gl.constexpr, c: gl.constexpr):
+def result_rows(desc, out_row, kv_head, b, paging, width: gl.constexpr, c: gl.constexpr):
     """Where the tile's keys have their gradients, laid out as `[tokens, heads, width]`, in pages as those are."""
     if c.PAGE:
-        return Rows(desc, 0, visit.kv_head * width, paging.pages + gl.load(paging.indptr + visit.b), c.PAGE)
+        return Rows(desc, 0, kv_head * width, paging.pages + gl.load(paging.indptr + b), c.PAGE)
     else:
-        return Rows(desc, visit.out_row, visit.kv_head * width, 0, 0)
+        return Rows(desc, out_row, kv_head * width, 0, 0)
 
 
 @gluon.jit
@@ -327,10 +327,11 @@ def keys_consumer(task, results, W: gl.constexpr, c: gl.constexpr):
             dk_buffer = (memory.out if c.STAGED else memory.k).index(W)
             dv_buffer = (memory.out if c.STAGED else memory.v if c.VALUES else memory.k).index(W)
         # Read anew: not kept in a register through the loops.
-        visit = visit_of(memory.mailbox, stage)
+        kv_head = posted(memory.mailbox, stage, 3)
+        out_row = posted(memory.mailbox, stage, 4)
         first = n0 + 64 * W
         if c.WANT_DV:
-            rows = result_rows(task.dv_d, visit, task.paging, c.DV, c)
+            rows = result_rows(task.dv_d, out_row, kv_head, visit.b, task.paging, c.DV, c)
             store_rows(
                 rows,
                 results.DV_OUT,
@@ -344,7 +345,7 @@ def keys_consumer(task, results, W: gl.constexpr, c: gl.constexpr):
                 c.PAGE,
             )
         if c.WANT_DK:
-            rows = result_rows(task.dk_d, visit, task.paging, c.D, c)
+            rows = result_rows(task.dk_d, out_row, kv_head, visit.b, task.paging, c.D, c)
             dk = (dk * task.scale).to(memory.k.dtype)
             store_rows(rows, results.DK, results.dk_stride, dk, dk_buffer, first, visit.Sk, c.D, LK, c.PAGE)
         if not c.STAGED:

@@ -174,7 +174,8 @@ def keys_producer(task, views, stats, COUNTER, c: gl.constexpr):
     base = 0
     summed = -1
     taken = next_tile(COUNTER, task.total, pool, c)
-    while taken.number < task.total:
+    t = taken.number
+    while t < task.total:
         # Where dQ is summed, `delay` groups more have no keys: at their tiles the last heads' dQ is converted.
         group = taken.group
         live = (group < groups).to(gl.int32)
@@ -199,7 +200,7 @@ def keys_producer(task, views, stats, COUNTER, c: gl.constexpr):
         if c.FUSED:
             acquire()
         visit = KeyVisit(
-            taken.number, n0, work.request, work.head, work.entry * task.sizes.Sk + work.k0, dq_row, work.Sq, Sk, first, n1, n2,
+            t, n0, work.request, work.head, work.entry * task.sizes.Sk + work.k0, dq_row, work.Sq, Sk, first, n1, n2,
             count, group, summed, taken.place, taken.waits,
         )  # fmt: skip
         post(memory.mailbox, stage, visit)
@@ -217,8 +218,6 @@ def keys_producer(task, views, stats, COUNTER, c: gl.constexpr):
                 blocks = lists.blocks + row.to(gl.int64) * lists.width
                 count = gl.load(lists.counts + row) * live
             here = (work.entry * task.Hq + h) * task.sizes.Sq + work.q0
-            queries = rows_of(task.q_d, q_view, work.entry, work.q0, h)
-            grads = rows_of(task.do_d, do_view, work.entry, work.q0, h)
             for i in range(0, count):
                 at = block_at(blocks, first, i, 1, c.BLOCK_SPARSE) * c.BM
                 lse, delta = row_stats(LSE + here, DELTA + here, at + lanes, work.Sq)
@@ -229,6 +228,7 @@ def keys_producer(task, views, stats, COUNTER, c: gl.constexpr):
                 mbarrier.wait(bars.q_free.index(s), ((n // c.ST) & 1) ^ 1)
                 memory.lse.index(s).store(lse)
                 mbarrier.arrive(bars.q_ready.index(s))
+                queries = rows_of(task.q_d, q_view, work.entry, work.q0, h)
                 expect_rows(bars.q_ready.index(s), queries, c.BM, queries, 0)
                 load_rows(queries, at, 0, bars.q_ready.index(s), memory.q.index(s), c.BM, 0)
                 # After the first block's queries, whose stage is free sooner.
@@ -238,6 +238,7 @@ def keys_producer(task, views, stats, COUNTER, c: gl.constexpr):
                 mbarrier.wait(bars.do_free.index(o), ((n // c.SO) & 1) ^ 1)
                 memory.delta.index(o).store(delta)
                 mbarrier.arrive(bars.do_ready.index(o))
+                grads = rows_of(task.do_d, do_view, work.entry, work.q0, h)
                 expect_rows(bars.do_ready.index(o), grads, c.BM, grads, 0)
                 load_rows(grads, at, 0, bars.do_ready.index(o), memory.do.index(o), c.BM, 0)
                 # Late, since what is promised early balances the load worse at the end.
@@ -249,11 +250,13 @@ def keys_producer(task, views, stats, COUNTER, c: gl.constexpr):
             load_keys(keys, values, n0, Sk, memory, bars, kept, c)
         if mine < 0:
             taken = next_tile(COUNTER, task.total, pool, c)
+            mine = taken.number
+        t = mine
         kept += live
         done += 1
     stage = done & 1
     mbarrier.wait(bars.mail_free.index(stage), ((done >> 1) & 1) ^ 1)
-    post(memory.mailbox, stage, (taken.number, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, summed))
+    post(memory.mailbox, stage, (t, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, summed))
     mbarrier.arrive(bars.mail_ready.index(stage))
 
 
