@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from trainkit.kernels._attention._call import Call, Tiling, layout
 from trainkit.kernels._attention._codegen import arguments
 from trainkit.kernels._attention._spec import Spec
 from trainkit.kernels._attention._views import aligned, dense_view, matrix_view
+from trainkit.kernels._cache import capturing
 from trainkit.kernels._launch import PLANS, Descriptor, Launch, Slot, Template, counter, signature
 
 HEADS = (64, 128, 256)
@@ -258,6 +260,40 @@ def _pool(q: Tensor, k: Tensor, tiles: int, call: Call) -> Pool:
     return Pool(slots * q.shape[2] // k.shape[2] * rows * q.shape[3], 2 * groups, delay, slots, rows)
 
 
+POOL_FROM = 4.0
+"""Tiles of keys that a query meets, on average, from which on the conversion of its sums hides behind products."""
+UNEVEN_FROM = 4.0
+"""How much longer than the average the longest tile may be: heads wait for it in the pool. Causal: 2."""
+
+
+def _pooled(q: Tensor, k: Tensor, call: Call, bm: int) -> bool:
+    """Whether to sum dQ in a pool, in the pass of dK and dV; otherwise a pass of its own is faster, and as exact every time.
+
+    One pass saves two products of seven, and costs the sums' way through memory in fp32: nearly empty tiles do not pay it.
+    A captured graph cannot ask how many blocks a mask has: two passes are never slow.
+    """
+    spec, (Sq, Sk) = call.spec, (q.shape[1], k.shape[1])
+    if call.variant.mask is not None and call.packed is None:
+        if capturing(q.device):
+            return False
+        blocks = _block_lists.Blocks(call.variant, spec, q.shape[0], q.shape[2], Sq, Sk, bm, ROWS, q.device, True)
+        counts = _block_lists.lists(blocks).counts.float()
+        mean, longest = (bm * n for n in torch.stack([counts.mean(), counts.max()]).tolist())
+        return mean * Sk >= POOL_FROM * ROWS * Sq and longest <= UNEVEN_FROM * mean
+    lengths = [(Sq, Sk)]
+    if call.packed is not None:
+        lengths = list(
+            zip(*([b - a for a, b in pairwise(x)] for x in (call.packed.bounds_q, call.packed.bounds_k)), strict=True)
+        )
+    met = tiles = longest = 0.0
+    for n, m in lengths:
+        seen = n / 2 if spec.causal else n
+        if spec.window is not None:
+            seen = min(seen, (spec.window if spec.causal else 2 * spec.window) + ROWS)
+        met, tiles, longest = met + seen * -(-m // ROWS), tiles + -(-m // ROWS), max(longest, seen)
+    return met >= POOL_FROM * Sq and longest * tiles <= UNEVEN_FROM * met
+
+
 def backward(
     q: Tensor,
     k: Tensor,
@@ -288,7 +324,8 @@ def _backward_plan(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, call: Call) ->
 
     spec, D, DV = call.spec, q.shape[3], v.shape[3]
     # dQ in the same pass saves two of seven products, for a sum in fp32 whose adds come in any order.
-    fused = D == DV and D < 256 and not spec.deterministic
+    bm = _passes(D, DV, False)[0].queries
+    fused = D == DV and D < 256 and not spec.deterministic and _pooled(q, k, call, bm)
     views = qv, kv, vv, gv = matrix_view(q), matrix_view(k), matrix_view(v), matrix_view(grad)
     copied = tuple(x.copied for x in views)
     steps = tuple(x.steps for x in views)

@@ -242,7 +242,7 @@ def test_variants_with_sums_of_dq(name, monkeypatch):
 )
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "window": 300}], ids=str)
 def test_sums_of_dq_take_turns(B, Sq, Sk, Hq, Hkv, D, options):
-    """More heads than the ring of fp32 sums has room for: each slot serves several."""
+    """More heads than the pool of fp32 sums has slots for: each slot serves several."""
     available("hopper")
     leaves = [x.requires_grad_() for x in inputs(B, Sq, Sk, Hq, Hkv, D, D, torch.bfloat16)]
     grad = torch.randn(B, Sq, Hq, D, device="cuda", dtype=torch.bfloat16)

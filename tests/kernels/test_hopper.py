@@ -14,6 +14,7 @@ from paths import ROOT
 
 from trainkit.kernels._attention import _hopper
 from trainkit.kernels._attention._spec import Spec
+from trainkit.kernels._attention._views import matrix_view
 
 SCRIPT = ROOT / "tests" / "support" / "kernels_cross_compile.py"
 
@@ -82,13 +83,13 @@ def test_fused_backward(width, flags, spills):
 
 def test_planes_describe_layouts_in_place():
     x = torch.zeros(2, 10, 4, 64, dtype=torch.bfloat16)
-    assert _hopper.plane(x) == ((20, 256), 256, 10, 0, 64, False)
+    assert matrix_view(x) == ((20, 256), 256, 10, 0, 64, False)
     heads_outside = x.transpose(1, 2).contiguous().transpose(1, 2)
-    assert _hopper.plane(heads_outside) == ((80, 64), 64, 40, 10, 0, False)
+    assert matrix_view(heads_outside) == ((80, 64), 64, 40, 10, 0, False)
     fused = torch.zeros(2, 10, 3 * 256, dtype=torch.bfloat16)[..., 256:512].unflatten(2, (4, 64))
-    assert _hopper.plane(fused) == ((20, 256), 768, 10, 0, 64, False)
+    assert matrix_view(fused) == ((20, 256), 768, 10, 0, 64, False)
     odd = torch.zeros(2, 10, 4, 65, dtype=torch.bfloat16)[..., :64]
-    assert _hopper.plane(odd) == ((20, 256), 256, 10, 0, 64, True)
+    assert matrix_view(odd) == ((20, 256), 256, 10, 0, 64, True)
 
 
 @pytest.mark.parametrize(
