@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from functools import cache
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -260,10 +259,13 @@ def _pool(q: Tensor, k: Tensor, tiles: int, call: Call) -> Pool:
     return Pool(slots * q.shape[2] // k.shape[2] * rows * q.shape[3], 2 * groups, delay, slots, rows)
 
 
-POOL_FROM = 4.0
-"""Tiles of keys that a query meets, on average, from which on the conversion of its sums hides behind products."""
-UNEVEN_FROM = 4.0
-"""How much longer than the average the longest tile may be: heads wait for it in the pool. Causal: 2."""
+POOL_FROM = {64: (0, 12), 128: (4, 8)}
+"""By head_dim, how many tiles of keys a query must meet for its sums' conversion to hide behind products: where a mask is
+causal or none, and where most of a long head's tiles are not seen (a window, a mask_mod); measured beside each other in
+`benchmarks/kernels/2026-12-01.md`.
+"""
+UNEVEN_FROM = 2.5
+"""How much longer than the average a mask's longest tile may be: heads wait for it in the pool. Causal: 2."""
 
 
 def _pooled(q: Tensor, k: Tensor, call: Call, bm: int) -> bool:
@@ -272,26 +274,22 @@ def _pooled(q: Tensor, k: Tensor, call: Call, bm: int) -> bool:
     One pass saves two products of seven, and costs the sums' way through memory in fp32: nearly empty tiles do not pay it.
     A captured graph cannot ask how many blocks a mask has: two passes are never slow.
     """
-    spec, (Sq, Sk) = call.spec, (q.shape[1], k.shape[1])
-    if call.variant.mask is not None and call.packed is None:
+    spec, (Sq, Sk), (plain, sparse) = call.spec, (q.shape[1], k.shape[1]), POOL_FROM[q.shape[3]]
+    if call.packed is not None:
+        # Planned by every call: fewer launches count.
+        return True
+    if call.variant.mask is not None:
         if capturing(q.device):
             return False
         blocks = _block_lists.Blocks(call.variant, spec, q.shape[0], q.shape[2], Sq, Sk, bm, ROWS, q.device, True)
         counts = _block_lists.lists(blocks).counts.float()
         mean, longest = (bm * n for n in torch.stack([counts.mean(), counts.max()]).tolist())
-        return mean * Sk >= POOL_FROM * ROWS * Sq and longest <= UNEVEN_FROM * mean
-    lengths = [(Sq, Sk)]
-    if call.packed is not None:
-        lengths = list(
-            zip(*([b - a for a, b in pairwise(x)] for x in (call.packed.bounds_q, call.packed.bounds_k)), strict=True)
-        )
-    met = tiles = longest = 0.0
-    for n, m in lengths:
-        seen = n / 2 if spec.causal else n
-        if spec.window is not None:
-            seen = min(seen, (spec.window if spec.causal else 2 * spec.window) + ROWS)
-        met, tiles, longest = met + seen * -(-m // ROWS), tiles + -(-m // ROWS), max(longest, seen)
-    return met >= POOL_FROM * Sq and longest * tiles <= UNEVEN_FROM * met
+        return mean * Sk >= sparse * ROWS * Sq and longest <= UNEVEN_FROM * mean
+    met = Sk / ROWS / (2 if spec.causal else 1)
+    if spec.window is not None and spec.window < Sk:
+        met = min(met, (spec.window if spec.causal else 2 * spec.window) / ROWS + 1)
+        return met >= sparse
+    return met >= plain
 
 
 def backward(

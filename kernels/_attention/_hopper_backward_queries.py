@@ -24,6 +24,7 @@ from trainkit.kernels._attention._hopper_tiles import (
     Sizes,
     barriers,
     block_at,
+    clear_rows,
     expect_rows,
     key_list,
     key_rows,
@@ -118,6 +119,12 @@ def queries_step(
     if MASKED:
         words = bits_of(walk.words, n, W, c.BM, c.BN, L, c)
     mbarrier.wait(bars.k_ready.index(s), (n // c.ST) & 1)
+    if c.PAGE:  # noqa: SIM102 (one is known when compiling, the other is not)
+        # The first block visited holds the last key.
+        if n == 0:
+            mbarrier.wait(bars.v_ready.index(v), 0)
+            clear_rows(memory.k.index(s), problem.Sk - at, c.BN, c.D)
+            clear_rows(memory.v.index(v), problem.Sk - at, c.BN, c.DV)
     S = warpgroup_mma(memory.q.index(mine), memory.k.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
     mbarrier.wait(bars.v_ready.index(v), (n // c.SV) & 1)
     dP = warpgroup_mma(memory.do.index(mine), memory.v.index(v).permute((1, 0)), zero, use_acc=False, is_async=True)

@@ -33,6 +33,7 @@ from trainkit.kernels._attention._hopper_tiles import (
     Problem,
     Sizes,
     barriers,
+    clear_rows,
     expect_rows,
     key_list,
     key_rows,
@@ -172,9 +173,11 @@ def producer(task, views, paging, COUNTER, c: gl.constexpr):
         work = take(t, task.items, task.sizes, c.CAUSAL, c)
         h = work.head
         blocks, last, n1, n2, count = key_list(work, task.w, task.lists, c)
-        # A tile that sees nothing takes one block, all of it masked.
-        count = gl.maximum(count, 1)
+        # A tile that sees nothing takes one block, all of it masked: of a part of the keys, one beyond them.
         last = gl.maximum(last, 0)
+        if c.LISTED_WORK:
+            last = gl.where((count == 0) & (work.start > 0), gl.cdiv(work.Sk, c.BN), last)
+        count = gl.maximum(count, 1)
         top, before, n2 = bits_list(task.bits.first, row_of(task.lists, work.request, h, work.tile), n2, count, c)
         stage = done & 1
         mbarrier.wait(bars.mail_free.index(stage), ((done >> 1) & 1) ^ 1)
@@ -418,6 +421,10 @@ def consumer(task, results, rotary, W: gl.constexpr, c: gl.constexpr):
         even, odd, m, row_sum, _alpha = fold(
             S, m, gl.zeros([64], gl.float32, R), n0, rows, words, problem, True, L, c
         )  # fmt: skip
+        if c.PAGE:
+            # The first block visited holds the last key.
+            mbarrier.wait(bars.v_ready.index(s), (base // c.ST) & 1)
+            clear_rows(memory.v.index(s), visit.Sk - n0, c.BN, c.DV)
         if c.MASK is None:
             acc, even, odd = warpgroup_mma_wait(0, deps=[acc, even, odd])
             close(acc, state, done, place, results, task.o_d, memory.out.index(W), bars.v_free.index(u), LO, c)

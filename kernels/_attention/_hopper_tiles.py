@@ -171,7 +171,7 @@ def expect_rows(ready, a, A: gl.constexpr, b, B: gl.constexpr):
 def load_rows(rows, first, count, ready, buffer, B: gl.constexpr, PAGE: gl.constexpr):
     """Start to copy rows [first, first + B) to shared memory; whoever waits for `ready` expects their bytes.
 
-    What follows the last of `count` rows is some other row, or zero, and never of another page than the cache's.
+    What follows the last of `count` rows is another row, or zero; in pages it may be anything: see `clear_rows`.
     """
     if PAGE:
         BOX: gl.constexpr = rows.desc.block_type.shape[0]
@@ -181,6 +181,23 @@ def load_rows(rows, first, count, ready, buffer, B: gl.constexpr, PAGE: gl.const
             tma.async_copy_global_to_shared(rows.desc, [row, rows.col], ready, buffer.slice(BOX * i, BOX, 0))
     else:
         tma.async_copy_global_to_shared(rows.desc, [rows.row + first, rows.col], ready, buffer)
+
+
+@gluon.jit
+def clear_rows(buffer, first, B: gl.constexpr, D: gl.constexpr):
+    """Zero rows [first, B) of a tile in shared memory, for this warpgroup's next products.
+
+    What follows the last key in its page may be anything, and 0 times NaN is NaN.
+    """
+    LINES: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    for i in gl.static_range(B // 16):
+        if first < 16 * i + 16:
+            part = buffer.slice(16 * i, 16, 0)
+            kept = 16 * i + gl.arange(0, 16, gl.SliceLayout(1, LINES)) < first
+            x = part.load(LINES)
+            part.store(gl.where(kept[:, None], x, 0.0).to(buffer.dtype))
+    fence_async_shared()
+    gl.thread_barrier()
 
 
 @gluon.jit

@@ -12,8 +12,10 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install 'trit
 
 from paths import ROOT
 
-from trainkit.kernels._attention import _hopper
+from trainkit.kernels._attention import _block_lists, _hopper
+from trainkit.kernels._attention._call import Call
 from trainkit.kernels._attention._spec import Spec
+from trainkit.kernels._attention._variant import build
 from trainkit.kernels._attention._views import matrix_view
 
 SCRIPT = ROOT / "tests" / "support" / "kernels_cross_compile.py"
@@ -90,6 +92,42 @@ def test_planes_describe_layouts_in_place():
     assert matrix_view(fused) == ((20, 256), 768, 10, 0, 64, False)
     odd = torch.zeros(2, 10, 4, 65, dtype=torch.bfloat16)[..., :64]
     assert matrix_view(odd) == ((20, 256), 256, 10, 0, 64, True)
+
+
+def counts(mask, S, bm):
+    """How many blocks of `bm` queries meet each tile of 128 keys, by looking at every pair."""
+    at = torch.arange(S)
+    seen = mask(None, None, at[:, None], at[None, :]).view(S // bm, bm, S // 128, 128)
+    return seen.any(3).any(1).sum(0)
+
+
+DOC = torch.arange(8192) // 300
+
+
+@pytest.mark.parametrize(
+    ("S", "D", "options", "pooled"),
+    [
+        (4096, 128, {"causal": True}, True),
+        (512, 128, {"causal": True}, False),
+        (256, 64, {"causal": True}, True),
+        (4096, 128, {"causal": True, "window": 300}, False),
+        (4096, 128, {"window": 2000}, True),
+        (4096, 128, {"mask_mod": lambda b, h, q, k: q >= k}, True),
+        (4096, 64, {"mask_mod": lambda b, h, q, k: q >= k}, True),
+        (4096, 128, {"mask_mod": lambda b, h, q, k: (q >= k) & (DOC[q] == DOC[k])}, False),
+        # A prompt of 512 tokens and seven leaves: few tiles are met by all, most by one leaf.
+        (4096, 128, {"mask_mod": lambda b, h, q, k: (q >= k) & ((k < 512) | (q // 512 == k // 512))}, False),
+    ],
+)
+def test_dq_is_summed_in_the_same_pass_where_queries_meet_many_keys(S, D, options, pooled, monkeypatch):
+    q = torch.empty(1, S, 1, D, dtype=torch.bfloat16)
+    spec = Spec(scale=1.0, **options)
+    call = Call(spec, None, build(spec, torch.device("cpu")), True)
+    bm = _hopper._passes(D, D, False)[0].queries
+    if spec.mask_mod is not None:
+        found = counts(spec.mask_mod, S, bm)
+        monkeypatch.setattr(_block_lists, "lists", lambda _: _block_lists.Lists(found, found, found, 0, 0, 1))
+    assert _hopper._pooled(q, q, call, bm) == pooled
 
 
 @pytest.mark.parametrize(
