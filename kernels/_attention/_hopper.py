@@ -284,11 +284,10 @@ def _pooled(q: Tensor, k: Tensor, call: Call, bm: int) -> bool:
         blocks = _block_lists.Blocks(call.variant, spec, q.shape[0], q.shape[2], Sq, Sk, bm, ROWS, q.device, True)
         counts = _block_lists.lists(blocks).counts.float()
         mean, longest = (bm * n for n in torch.stack([counts.mean(), counts.max()]).tolist())
-        return mean * Sk >= sparse * ROWS * Sq and longest <= UNEVEN_FROM * mean
+        return bool(mean * Sk >= sparse * ROWS * Sq and longest <= UNEVEN_FROM * mean)
     met = Sk / ROWS / (2 if spec.causal else 1)
     if spec.window is not None and spec.window < Sk:
-        met = min(met, (spec.window if spec.causal else 2 * spec.window) / ROWS + 1)
-        return met >= sparse
+        return min(met, (spec.window if spec.causal else 2 * spec.window) / ROWS + 1) >= sparse
     return met >= plain
 
 

@@ -429,7 +429,7 @@ def consumer(task, results, rotary, W: gl.constexpr, c: gl.constexpr):
             acc, even, odd = warpgroup_mma_wait(0, deps=[acc, even, odd])
             close(acc, state, done, place, results, task.o_d, memory.out.index(W), bars.v_free.index(u), LO, c)
         state = Softmax(gl.zeros([64, c.DV], gl.float32, LO), pack(even, odd, c.BF16), row_sum, m, row_sum)
-        place = Place(row0, visit.out_row, visit.h, visit.stats, visit.Sq, visit.part)
+        place = Place(row0, visit.out_row, visit.h, visit.stats, visit.Sq, visit.part if c.LISTED_WORK else 0)
         if not c.BLOCK_SPARSE:
             for n in range(1, visit.masked):
                 state = step(
