@@ -1,4 +1,4 @@
-"""What keeps a kernel's launch short: it is planned once for all calls of one form, and each call brings its addresses."""
+"""What keeps a kernel's launch short: it is planned once for all calls of one signature, and each call brings its addresses."""
 
 import operator
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from trainkit.kernels import _gluon
 from trainkit.kernels._cache import Cache, capturing
 
 
-def form(*tensors: Tensor) -> Any:
+def signature(*tensors: Tensor) -> Any:
     """All that a launch depends on of its tensors but where they lie; None where one is not aligned to 16 bytes."""
     parts: list[Any] = []
     for x in tensors:
@@ -29,7 +29,7 @@ def stream() -> int:
 
 
 PLANS: Cache[Any] = Cache(768)
-"""Plans kept: forward, delta and backward of 256 forms of call."""
+"""Plans kept: forward, delta and backward of 256 signatures of call."""
 
 
 class Slot:
@@ -50,15 +50,15 @@ def filled(x: Any, tensors: Sequence[Tensor]) -> Any:
     return tuple(filled(y, tensors) for y in x) if type(x) is tuple else x
 
 
-class Box(NamedTuple):
-    """A TMA descriptor to be: the call's tensor `slot` as a matrix with this step between rows, read in these boxes."""
+class Descriptor(NamedTuple):
+    """A TMA descriptor to be: the call's tensor `slot` as a matrix with this stride between rows, read in blocks."""
 
     slot: int
     shape: tuple[int, int]
     stride: int
     block: tuple[int, int]
 
-    def descriptor(self, x: Tensor) -> Any:
+    def of(self, x: Tensor) -> Any:
         from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
         layout = _swizzle(*self.block, x.dtype)
@@ -74,21 +74,22 @@ def _swizzle(rows: int, width: int, dtype: torch.dtype) -> Any:
 
 
 class Launch:
-    """A kernel's launch for every call of one form.
+    """A kernel's launch for every call of one signature.
 
     Args:
         grid: three numbers of programs.
-        boxes: the kernel's first parameters.
+        descriptors: the kernel's first parameters.
         pointers: its next ones: numbers of the call's tensors, None where the kernel has none, or a tensor of this
             launch's own (which no other call may be given).
         constants: all others, those known when compiling too; a `Slot` in place of a tensor.
     """
 
     def __init__(
-        self, kernel: Any, grid: tuple[int, int, int], boxes: tuple[Box, ...], pointers: Sequence[int | Tensor | None],
-        constants: tuple[Any, ...],
+        self, kernel: Any, grid: tuple[int, int, int], descriptors: tuple[Descriptor, ...],
+        pointers: Sequence[int | Tensor | None], constants: tuple[Any, ...],
     ) -> None:  # fmt: skip
-        self.kernel, self.grid, self.boxes, self.pointers, self.constants = kernel, grid, boxes, pointers, constants
+        self.kernel, self.grid, self.descriptors = kernel, grid, descriptors
+        self.pointers, self.constants = pointers, constants
         self.slotted = slotted(constants)
         self._compiled: Any = None
         self._again: Callable[[Sequence[Tensor]], None] | None = None
@@ -105,7 +106,7 @@ class Launch:
             if self._again is not None:
                 return self._again(tensors)
         compiled = (launch or operator.getitem)(self.kernel, self.grid)(
-            *(box.descriptor(tensors[box.slot]) for box in self.boxes),
+            *(d.of(tensors[d.slot]) for d in self.descriptors),
             *(tensors[p] if isinstance(p, int) else p for p in self.pointers),
             *(filled(self.constants, tensors) if self.slotted else self.constants), num_warps=4,
         )  # fmt: skip
@@ -115,7 +116,7 @@ class Launch:
 
 
 def _again(first: Launch, compiled: Any) -> Callable[[Sequence[Tensor]], None] | None:
-    """The launch past Triton's: what it asks of the arguments was answered, and is the same for every call of the form.
+    """The launch past Triton's: what it asks of the arguments was answered, and is the same for every call of the signature.
 
     None where this Triton's launcher is not the known one, or the kernel wants memory of the launcher's.
     """
@@ -128,16 +129,16 @@ def _again(first: Launch, compiled: Any) -> Callable[[Sequence[Tensor]], None] |
     from triton.runtime import driver
 
     # Behind a function that expands descriptors, where the kernel has any.
-    start = getclosurevars(runner.launch).nonlocals.get("launcher") if first.boxes else runner.launch
+    start = getclosurevars(runner.launch).nonlocals.get("launcher") if first.descriptors else runner.launch
     if start is None:
         return None
     encode = driver.active.utils.fill_tma_descriptor
     maps = []
-    for box, meta in zip(first.boxes, compiled.metadata.tensordesc_meta if first.boxes else (), strict=True):
+    for d, meta in zip(first.descriptors, compiled.metadata.tensordesc_meta if first.descriptors else (), strict=True):
         kind = TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]]
         # Argument 8 of the encoding: what lies beyond the matrix reads as 0.
-        how = (meta["swizzle"], meta["elem_size"], kind, meta["block_size"], list(box.shape), [box.stride, 1], 0)
-        maps.append((box.slot, how, (*box.shape, box.stride, 1)))
+        how = (meta["swizzle"], meta["elem_size"], kind, meta["block_size"], list(d.shape), [d.stride, 1], 0)
+        maps.append((d.slot, how, (*d.shape, d.stride, 1)))
     grid, function = first.grid, compiled.function
     options = (
         runner.launch_cooperative_grid,

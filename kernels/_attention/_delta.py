@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from trainkit.kernels._grid import flat
-from trainkit.kernels._launch import PLANS, Launch, form
+from trainkit.kernels._launch import PLANS, Launch, signature
 
 
 def strides_of(x: Tensor) -> tuple[int, int, int]:
@@ -21,8 +21,8 @@ def row_delta(out: Tensor, grad: Tensor, grad_lse: Tensor | None) -> Tensor:
     delta = torch.empty(B, H, S, dtype=torch.float32, device=out.device)
     tensors = (out, grad, delta, *(() if grad_lse is None else (grad_lse.contiguous(),)))
     if delta.numel():
-        forms = form(*tensors)
-        PLANS.get(None if forms is None else ("delta", forms), lambda: _delta(*tensors))(tensors)
+        known = signature(*tensors)
+        PLANS.get(None if known is None else ("delta", known), lambda: _delta(*tensors))(tensors)
     return delta
 
 

@@ -5,6 +5,10 @@
 import triton.experimental.gluon.language as tl
 from triton.experimental import gluon
 
+from trainkit.kernels._attention._elementwise import elementwise
+
+floor_divide, floor_mod, log1p, sigmoid = elementwise(gluon.jit, tl)
+
 
 @gluon.jit
 def tanh(x):
@@ -26,31 +30,3 @@ def exp2_polynomial(x, factor):
     a = tl.fma((bits & -0x7FC001).to(tl.float32, bitcast=True), 1681.8293, -861950.44)
     lack = -16062677.8 - a * a
     return ((bits << 9) + lack.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
-
-
-@gluon.jit
-def sigmoid(x):
-    """1 / (1 + exp(-x))."""
-    return 1.0 / (1.0 + tl.exp(-x))
-
-
-@gluon.jit
-def floor_divide(a, b):
-    """Python's // of integers: Triton's rounds toward zero."""
-    quotient = a // b
-    rest = a - quotient * b
-    return tl.where((rest != 0) & ((rest < 0) != (b < 0)), quotient - 1, quotient)
-
-
-@gluon.jit
-def floor_mod(a, b):
-    """Python's % of integers: the result has the divisor's sign."""
-    return a - floor_divide(a, b) * b
-
-
-@gluon.jit
-def log1p(x):
-    """log(1 + x), exact for small x too (Kahan): the rounding of 1 + x cancels."""
-    u = 1.0 + x
-    exact = u == 1.0
-    return tl.where(exact, x, tl.where(u == float("inf"), u, tl.log(u) * (x / tl.where(exact, 1.0, u - 1.0))))

@@ -13,8 +13,9 @@ from trainkit.kernels._attention import _block_lists, _triton
 from trainkit.kernels._attention._call import Call, Tiling, layout
 from trainkit.kernels._attention._codegen import arguments
 from trainkit.kernels._attention._spec import Spec
+from trainkit.kernels._attention._views import aligned, dense_view, matrix_view
 from trainkit.kernels._cache import capturing, stream
-from trainkit.kernels._launch import PLANS, Box, Launch, Slot, Template, counter, form
+from trainkit.kernels._launch import PLANS, Descriptor, Launch, Slot, Template, counter, signature
 
 HEADS = (64, 128, 256)
 ROWS = 128
@@ -49,49 +50,8 @@ def _cap(spec: Spec) -> float | None:
     return spec.softcap if spec.alibi_slopes is None and spec.score_mod is None else None
 
 
-class Plane(NamedTuple):
-    """A tensor `[B, S, H, D]` as a matrix of rows: token i of (b, h) is row `b * batch + h * head + i`, column `h * col`."""
-
-    shape: tuple[int, int]
-    stride: int
-    batch: int
-    head: int
-    col: int
-    copied: bool = False
-    """Whether the matrix is that of a dense copy, neither tokens nor heads lying evenly."""
-
-    @property
-    def steps(self) -> tuple[int, int, int]:
-        return self.batch, self.head, self.col
-
-    def box(self, slot: int, rows: int, width: int) -> Box:
-        return Box(slot, self.shape, self.stride, (rows, width))
-
-
-def plane(x: Tensor) -> Plane:
-    """The tensor as TMA reads it."""
-    B, S, H, D = x.shape
-    sb, ss, sh, sd = x.stride()
-    even = sd == 1 and ss * x.element_size() % 16 == 0
-    if even and sh == D and (B == 1 or sb == S * ss) and ss >= H * D:
-        return Plane((B * S, H * D), ss, S, 0, D)
-    if even and sh == S * ss and (B == 1 or sb == H * sh) and ss >= D:
-        return Plane((B * H * S, D), ss, H * S, S, 0)
-    return dense(*x.shape)._replace(copied=True)
-
-
-def dense(B: int, S: int, H: int, D: int) -> Plane:
-    """A contiguous tensor."""
-    return Plane((B * S, H * D), H * D, S, 0, D)
-
-
-def aligned(x: Tensor) -> Tensor:
-    """The tensor, or a copy of it where TMA could not read it for its address."""
-    return x.clone(memory_format=torch.contiguous_format) if x.data_ptr() % 16 else x
-
-
 def _forward_tile(d: int, dv: int, seen: float, causal: bool) -> dict[str, Any]:
-    """Queries and keys a block, buffers in the ring and of queries: what 227 KB of shared memory and the registers hold.
+    """Queries and keys a block, stages of them and of queries: what 227 KB of shared memory and the registers hold.
 
     Args:
         seen: keys that a query sees on average.
@@ -107,9 +67,9 @@ def _forward_tile(d: int, dv: int, seen: float, causal: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _seen(k: Tensor, spec: Spec, listed: bool) -> float:
+def _seen(k: Tensor, spec: Spec, irregular: bool) -> float:
     """About how many keys a query sees; nothing is known where a mask_mod lists blocks or sequences are packed."""
-    if listed:
+    if irregular:
         return 0.0
     whole = k.shape[1] / (2 if spec.causal else 1)
     return whole if spec.window is None else min(whole, spec.window)
@@ -130,27 +90,27 @@ def _programs(x: Tensor, tiles: int) -> int:
 
 
 class Plan(NamedTuple):
-    """What calls of one form share: which of q, k, v (and the output's gradient) are copied, the launches, room for dQ."""
+    """What calls of one signature share: which of q, k, v (and the output's gradient) are copied, launches, room for dQ."""
 
     copied: tuple[bool, ...]
     launches: tuple[Launch, ...]
-    ring: "Ring | None" = None
+    pool: "Pool | None" = None
 
     def inputs(self, *tensors: Tensor) -> list[Tensor]:
         return [x.contiguous() if copy else x for x, copy in zip(tensors, self.copied, strict=True)]
 
 
 def _planned(what: str, call: Call, make: Callable[[], Plan], *tensors: Tensor) -> Plan:
-    """The plan of a call of this form, made once: for its mask and traced functions, if it has any, and for its packed
+    """The plan of a call of this signature, made once: for its mask and traced functions, if it has any, and for its packed
     sequences.
     """
     spec, variant, packed = call.spec, call.variant, call.packed
-    forms = form(*tensors)
-    if forms is None or (packed is not None and capturing(tensors[0].device)):
+    known = signature(*tensors)
+    if known is None or (packed is not None and capturing(tensors[0].device)):
         return make()
     # Packed sequences' list of tiles is for one stream: see `packed_tiles`.
     own = () if packed is None else (id(packed), stream(tensors[0].device))
-    key = (what, forms, spec.causal, spec.window, spec.softcap, spec.scale, spec.deterministic, *own)
+    key = (what, known, spec.causal, spec.window, spec.softcap, spec.scale, spec.deterministic, *own)
     if variant.mask is None and (variant.score is None or _cap(spec) is not None):
         return PLANS.get(key, make, () if packed is None else (packed,))  # type: ignore[no-any-return]
     if packed is not None:
@@ -206,9 +166,9 @@ def _forward_plan(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: C
     irregular = call.variant.mask is not None or call.packed is not None
     tile = _forward_tile(D, DV, _seen(k, spec, irregular), spec.causal)
     bm, bn = tile["BM"], tile["BN"]
-    grid, lists, strides, listed = layout(call, q, k, Tiling(bm, bn, 4, tile["ST"]), False)
-    qp, kp, vp, op = plane(q), plane(k), plane(v), dense(q.shape[0], q.shape[1], q.shape[2], DV)
-    copied = (qp.copied, kp.copied, vp.copied)
+    grid, lists, strides, sparse = layout(call, q, k, Tiling(bm, bn, 4, tile["ST"]), False)
+    qv, kv, vv, ov = matrix_view(q), matrix_view(k), matrix_view(v), dense_view(q.shape[0], q.shape[1], q.shape[2], DV)
+    copied = (qv.copied, kv.copied, vv.copied)
     total = math.prod(grid)
     if total == 0:
         return Plan(copied, ())
@@ -217,21 +177,25 @@ def _forward_plan(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: C
     bits = _bits(call, q, k, bm, bn, False)
     template = Template(
         GROUP=q.shape[2] // k.shape[2], D=D, DV=DV, CAUSAL=spec.causal, WINDOW=spec.window is not None,
-        SINK=sinks is not None, PACKED=call.packed is not None, LISTED=listed, CAP=cap is not None,
+        SINK=sinks is not None, LISTED_WORK=call.packed is not None, BLOCK_SPARSE=sparse, PAGE=0, CAP=cap is not None,
         BOUNDED=cap is not None and cap <= UNBOUNDED_CAP and q.dtype == torch.bfloat16,
         SCORE=None if cap is not None else functions.score, MASK=functions.mask if bits is None else None,
         BITS=bits is not None, BF16=q.dtype == torch.bfloat16, ROPE=call.rope is not None, **tile,
     )  # fmt: skip
     constants = (
-        *strides, *qp.steps, *kp.steps, *vp.steps, q.shape[2] * DV, q.shape[2], q.shape[1], k.shape[1], spec.window or 0,
+        strides, (qv.steps, kv.steps, vv.steps), q.shape[2] * DV, 0, 0, q.shape[2], q.shape[1], k.shape[1], spec.window or 0,
         spec.scale, cap or 1.0, *_captured(call, 6 + (sinks is not None) + len(call.rope or ()), bits is None), grid[0], total,
         template,
     )  # fmt: skip
-    boxes = qp.box(0, 64, D), kp.box(1, bn, D), vp.box(2, bn, DV), op.box(3, 64, min(DV, 128))
+    descriptors = (
+        qv.descriptor(0, 64, D), kv.descriptor(1, bn, D), vv.descriptor(2, bn, DV), ov.descriptor(3, 64, min(DV, 128)),
+    )  # fmt: skip
     first = 6 if sinks is None else 7
     tables = (4 if sinks is None else 6, *((4, 4) if call.rope is None else (first, first + 1)))
-    pointers = (3, 4, *tables, 5, *(5 if p is None else p for p in (*lists, *(bits or (None, None)))))
-    return Plan(copied, (Launch(_hopper_forward.forward, (_programs(q, total), 1, 1), boxes, pointers, constants),))
+    pointers = (3, 4, *tables, 5, *(5 if p is None else p for p in (*lists, *(bits or (None, None)), None, None)))
+    return Plan(
+        copied, (Launch(_hopper_forward.forward, (_programs(q, total), 1, 1), descriptors, pointers, constants),)
+    )
 
 
 class Pass(NamedTuple):
@@ -240,8 +204,8 @@ class Pass(NamedTuple):
     dk: bool
     dv: bool
     queries: int
-    q_ring: int
-    grad_ring: int
+    q_stages: int
+    grad_stages: int
 
 
 def _passes(d: int, dv: int, functions: bool) -> tuple[Pass, ...]:
@@ -252,7 +216,7 @@ def _passes(d: int, dv: int, functions: bool) -> tuple[Pass, ...]:
     """
     if max(d, dv) < 256:
         return (Pass(True, True, 128 if max(d, dv) == 64 else 64, 2, 2),)
-    # dV alone needs no values: their room goes to a second buffer.
+    # dV alone needs no values: their memory goes to a second stage.
     return (
         Pass(True, False, 32, 2, 2) if functions else Pass(True, False, 64, 2, 1),
         Pass(False, True, 64, 2, 2) if d == dv else Pass(False, True, 32, 2, 2),
@@ -266,36 +230,69 @@ def _key_tile(d: int, dv: int, functions: bool) -> tuple[int, int, int]:
     return (32, 2, 2) if functions else (64, 2, 1)
 
 
-class Ring(NamedTuple):
-    """Room for dQ in fp32 while it is summed: see `_hopper_ring`."""
+class Pool(NamedTuple):
+    """Accumulators in fp32 for dQ while it is summed: see `_hopper_dq_pool`."""
 
     size: int
     marks: int
-    lag: int
+    delay: int
     slots: int
     rows: int
 
-    def room(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def workspace(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Zeros to sum in, and to mark what is done in."""
         zeros = torch.zeros(self.size + self.marks, dtype=torch.float32, device=device)
         return zeros, zeros.narrow(0, self.size, self.marks).view(torch.int32)
 
 
-def _under_way(q: Tensor, tiles: int, units: int) -> int:
-    """Units, key heads of a batch entry, whose tiles fill the processors about once."""
-    return min(units, max(1, _processors(q) // tiles))
+def _under_way(q: Tensor, tiles: int, groups: int) -> int:
+    """Groups, key heads of a batch entry, whose tiles fill the processors about once."""
+    return min(groups, max(1, _processors(q) // tiles))
 
 
-def _ring(q: Tensor, k: Tensor, tiles: int, call: Call) -> Ring:
-    units = k.shape[2] * q.shape[0]
-    # A box may reach over the last token, in packed sequences from any row on.
+def _pool(q: Tensor, k: Tensor, tiles: int, call: Call) -> Pool:
+    groups = k.shape[2] * q.shape[0]
+    # A block may reach over the last token, in packed sequences from any row on.
     rows = (-(-q.shape[1] // ROWS) + (call.packed is not None)) * ROWS
-    lag = _under_way(q, tiles, units)
-    # Under a causal mask a head's longest tile outlasts two rounds of all processors, and its rounding follows: with less
-    # room tiles wait. Never less than 2 * lag: the last units' tiles, not taken unit by unit, would wait for each other.
+    delay = _under_way(q, tiles, groups)
+    # Under a causal mask a head's longest tile outlasts two rounds of all processors, and its conversion follows: with less
+    # memory tiles wait. Never less than 2 * delay: the last groups' tiles, not taken group by group, would wait for each
+    # other.
     rounds = _processors(q) / tiles
-    slots = min(units, max(2, math.ceil(2 * rounds - 0.1)) + 1 + max(0, int(1.5 * rounds - 1)))
-    return Ring(slots * q.shape[2] // k.shape[2] * rows * q.shape[3], 2 * units, lag, slots, rows)
+    slots = min(groups, max(2, math.ceil(2 * rounds - 0.1)) + 1 + max(0, int(1.5 * rounds - 1)))
+    return Pool(slots * q.shape[2] // k.shape[2] * rows * q.shape[3], 2 * groups, delay, slots, rows)
+
+
+POOL_FROM = {64: (0, 12), 128: (4, 8)}
+"""By head_dim, how many tiles of keys a query must meet for its sums' conversion to hide behind products: where a mask is
+causal or none, and where most of a long head's tiles are not seen (a window, a mask_mod); measured beside each other in
+`benchmarks/kernels/2026-12-01.md`.
+"""
+UNEVEN_FROM = 2.5
+"""How much longer than the average a mask's longest tile may be: heads wait for it in the pool. Causal: 2."""
+
+
+def _pooled(q: Tensor, k: Tensor, call: Call, bm: int) -> bool:
+    """Whether to sum dQ in a pool, in the pass of dK and dV; otherwise a pass of its own is faster, and as exact every time.
+
+    One pass saves two products of seven, and costs the sums' way through memory in fp32: nearly empty tiles do not pay it.
+    A captured graph cannot ask how many blocks a mask has: two passes are never slow.
+    """
+    spec, (Sq, Sk), (plain, sparse) = call.spec, (q.shape[1], k.shape[1]), POOL_FROM[q.shape[3]]
+    if call.packed is not None:
+        # Planned by every call: fewer launches count.
+        return True
+    if call.variant.mask is not None:
+        if capturing(q.device):
+            return False
+        blocks = _block_lists.Blocks(call.variant, spec, q.shape[0], q.shape[2], Sq, Sk, bm, ROWS, q.device, True)
+        counts = _block_lists.lists(blocks).counts.float()
+        mean, longest = (bm * n for n in torch.stack([counts.mean(), counts.max()]).tolist())
+        return bool(mean * Sk >= sparse * ROWS * Sq and longest <= UNEVEN_FROM * mean)
+    met = Sk / ROWS / (2 if spec.causal else 1)
+    if spec.window is not None and spec.window < Sk:
+        return min(met, (spec.window if spec.causal else 2 * spec.window) / ROWS + 1) >= sparse
+    return met >= plain
 
 
 def backward(
@@ -312,33 +309,34 @@ def backward(
     q, k, v, grad = aligned(q), aligned(k), aligned(v), aligned(grad)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     plan = _planned("backward", call, lambda: _backward_plan(q, k, v, grad, call), q, k, v, grad, lse, delta)
-    room = () if plan.ring is None else plan.ring.room(q.device)
+    workspace = () if plan.pool is None else plan.pool.workspace(q.device)
     captured = (*call.variant.score_tables, *call.variant.mask_tables)
-    tensors = (*plan.inputs(q, k, v, grad), dq, dk, dv, lse, delta, counter(q.device), *room, *captured)
+    tensors = (*plan.inputs(q, k, v, grad), dq, dk, dv, lse, delta, counter(q.device), *workspace, *captured)
     for run in plan.launches:
         run(tensors, launch)
     return dq, dk, dv
 
 
 def _backward_plan(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, call: Call) -> Plan:
-    """Tensors of each launch: q, k, v, grad, dq, dk, dv, lse, delta, the counter; where dQ is summed, also the ring's room
+    """Tensors of each launch: q, k, v, grad, dq, dk, dv, lse, delta, the counter; where dQ is summed, also the pool's sums
     and marks.
     """
     from trainkit.kernels._attention import _hopper_backward_keys, _hopper_backward_queries
 
     spec, D, DV = call.spec, q.shape[3], v.shape[3]
     # dQ in the same pass saves two of seven products, for a sum in fp32 whose adds come in any order.
-    fused = D == DV and D < 256 and not spec.deterministic
-    planes = qp, kp, vp, gp = plane(q), plane(k), plane(v), plane(grad)
-    copied = tuple(p.copied for p in planes)
-    steps = tuple(n for p in planes for n in p.steps)
-    dqp, dkp, dvp = (dense(*x.shape) for x in (q, k, v))
+    bm = _passes(D, DV, False)[0].queries
+    fused = D == DV and D < 256 and not spec.deterministic and _pooled(q, k, call, bm)
+    views = qv, kv, vv, gv = matrix_view(q), matrix_view(k), matrix_view(v), matrix_view(grad)
+    copied = tuple(x.copied for x in views)
+    steps = tuple(x.steps for x in views)
+    dqv, dkv, dvv = (dense_view(*x.shape) for x in (q, k, v))
     cap = _cap(spec)
     alibi = spec.alibi_slopes if spec.causal and spec.softcap is None and spec.score_mod is None else None
     functions = call.variant.functions("gluon")
     constants = {
         "GROUP": q.shape[2] // k.shape[2], "D": D, "DV": DV, "CAUSAL": spec.causal, "WINDOW": spec.window is not None,
-        "PACKED": call.packed is not None, "CAP": cap is not None, "ALIBI": 0 if alibi is None else alibi.dim(),
+        "LISTED_WORK": call.packed is not None, "PAGE": 0, "CAP": cap is not None, "ALIBI": 0 if alibi is None else alibi.dim(),
     }  # fmt: skip
     scored = call.variant.score is not None and cap is None and alibi is None
     derived = scored and not call.variant.adds
@@ -346,60 +344,66 @@ def _backward_plan(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, call: Call) ->
     scalars = (q.shape[1], k.shape[1], spec.window or 0, spec.scale, cap or 1.0)
 
     launches = []
-    ring = None
-    for want_dk, want_dv, bm, q_ring, grad_ring in _passes(D, DV, traced):
-        grid, lists, strides, listed = layout(call, q, k, Tiling(bm, ROWS, 4, q_ring), True)
+    pool = None
+    for want_dk, want_dv, bm, q_stages, grad_stages in _passes(D, DV, traced):
+        grid, lists, strides, sparse = layout(call, q, k, Tiling(bm, ROWS, 4, q_stages), True)
         total = math.prod(grid)
         if total == 0:
             continue
         if not fused:
-            # No ring, and no more of its numbers than the order of tiles needs.
-            lag = _under_way(q, grid[0], total // grid[0])
-            sums, turn, room = dqp.box(4, 64, D * bm // 128), (lag, 1, 0), (8, 8)
+            # No pool, and no more of its numbers than the order of tiles needs.
+            delay = _under_way(q, grid[0], total // grid[0])
+            sums, numbers, workspace = dqv.descriptor(4, 64, D * bm // 128), (delay, 1, 0), (8, 8)
         else:
-            ring = _ring(q, k, grid[0], call)
-            sums, turn, room = Box(10, (ring.size // D, D), D, (64, D * bm // 128)), ring[2:], (10, 11)
-            total += ring.lag * grid[0]
+            pool = _pool(q, k, grid[0], call)
+            sums = Descriptor(10, (pool.size // D, D), D, (64, D * bm // 128))
+            numbers, workspace = pool[2:], (10, 11)
+            total += pool.delay * grid[0]
         bits = _bits(call, q, k, bm, ROWS, True)
         template = Template(
-            **constants, BM=bm, ST=q_ring, SO=grad_ring, WANT_DK=want_dk, WANT_DV=want_dv, VALUES=want_dk or D != DV,
-            FUSED=fused, LATE=fused and D == 128, STAGED=D == DV and D < 256, LISTED=listed,
+            **constants, BM=bm, ST=q_stages, SO=grad_stages, WANT_DK=want_dk, WANT_DV=want_dv, VALUES=want_dk or D != DV,
+            FUSED=fused, LATE=fused and D == 128, STAGED=D == DV and D < 256, BLOCK_SPARSE=sparse,
             SCORE=functions.score_t if scored else None,
             GRAD=functions.score_grad_t if derived else None, MASK=functions.mask_t if bits is None else None,
             BITS=bits is not None,
         )  # fmt: skip
-        boxes = (
-            qp.box(0, bm, D), kp.box(1, 64, D), vp.box(2, 64, DV), gp.box(3, bm, DV), dkp.box(5, 64, D), dvp.box(6, 64, DV),
-            sums,
+        descriptors = (
+            qv.descriptor(0, bm, D), kv.descriptor(1, 64, D), vv.descriptor(2, 64, DV), gv.descriptor(3, bm, DV),
+            dkv.descriptor(5, 64, D), dvv.descriptor(6, 64, DV), sums,
         )  # fmt: skip
         launches.append(
             Launch(
-                _hopper_backward_keys.backward_keys, (_programs(q, total), 1, 1), boxes,
-                (4, *room, 5, 6, 7, 8, 9, *(8 if p is None else p for p in (*lists, *(bits or (None, None))))),
+                _hopper_backward_keys.backward_keys, (_programs(q, total), 1, 1), descriptors,
+                (4, *workspace, 5, 6, 7, 8, 9, *(8 if p is None else p for p in (*lists, *(bits or (None, None)), None, None))),
                 (
-                    *turn, *strides, *steps, k.shape[2] * D, k.shape[2] * DV, q.shape[2], k.shape[2], *scalars,
+                    *numbers, strides, steps, k.shape[2] * D, k.shape[2] * DV, q.shape[2], k.shape[2], *scalars,
                     *_captured(call, 12 if fused else 10, bits is None), grid[0], total, template,
                 ),
             )
         )  # fmt: skip
     if fused:
-        return Plan(copied, tuple(launches), ring)
+        return Plan(copied, tuple(launches), pool)
 
-    bn, key_ring, value_ring = _key_tile(D, DV, traced)
-    grid, lists, strides, listed = layout(call, q, k, Tiling(ROWS, bn, 4, key_ring), False)
+    bn, key_stages, value_stages = _key_tile(D, DV, traced)
+    grid, lists, strides, sparse = layout(call, q, k, Tiling(ROWS, bn, 4, key_stages), False)
     if math.prod(grid):
         bits = _bits(call, q, k, ROWS, bn, False)
         template = Template(
-            **constants, BM=ROWS, BN=bn, ST=key_ring, SV=value_ring, LISTED=listed, SCORE=functions.score if scored else None,
-            GRAD=functions.score_grad if derived else None, MASK=functions.mask if bits is None else None, BITS=bits is not None,
+            **constants, BM=ROWS, BN=bn, ST=key_stages, SV=value_stages, BLOCK_SPARSE=sparse,
+            SCORE=functions.score if scored else None, GRAD=functions.score_grad if derived else None,
+            MASK=functions.mask if bits is None else None, BITS=bits is not None,
         )  # fmt: skip
-        sides = qp.box(0, 64, D), kp.box(1, bn, D), vp.box(2, bn, DV), gp.box(3, 64, DV), dqp.box(4, 64, D)
+        sides = (
+            qv.descriptor(0, 64, D), kv.descriptor(1, bn, D), vv.descriptor(2, bn, DV), gv.descriptor(3, 64, DV),
+            dqv.descriptor(4, 64, D),
+        )  # fmt: skip
         launches.append(
             Launch(
                 _hopper_backward_queries.backward_queries, (math.prod(grid), 1, 1), sides,
-                (4, 7, 8, *(8 if p is None else p for p in (*lists, *(bits or (None, None))))),
+                (4, 7, 8, *(8 if p is None else p for p in (*lists, *(bits or (None, None)), None, None))),
                 (
-                    *strides, *steps, q.shape[2] * D, q.shape[2], *scalars, *_captured(call, 10, bits is None), grid[0], template,
+                    strides, steps, q.shape[2] * D, 0, q.shape[2], *scalars, *_captured(call, 10, bits is None),
+                    grid[0], template,
                 ),
             )
         )  # fmt: skip

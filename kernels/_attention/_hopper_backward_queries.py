@@ -2,6 +2,8 @@
 # (Gluon's language, which Python's types do not describe.)
 """dQ on Hopper by itself: without atomics, the same bits every time, for two of seven products more."""
 
+from typing import NamedTuple
+
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -12,42 +14,102 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from trainkit.kernels._attention._hopper_bits import bits_of
-from trainkit.kernels._attention._hopper_gradients import put, row_stats, score_gradient, slope_of, weigh
-from trainkit.kernels._attention._hopper_tiles import barriers, block_at, key_list, locate, opaque_zero
+from trainkit.kernels._attention._hopper_gradients import row_stats, score_gradient, slope_of, weigh
+from trainkit.kernels._attention._hopper_tiles import (
+    Items,
+    Lists,
+    Paging,
+    Problem,
+    Rows,
+    Sizes,
+    barriers,
+    block_at,
+    clear_rows,
+    expect_rows,
+    key_list,
+    key_rows,
+    load_rows,
+    opaque_zero,
+    row_of,
+    rows_of,
+    store_rows,
+    take,
+)
+
+
+class QueryMemory(NamedTuple):
+    """Shared memory: the tile's queries and output gradients, stages of keys and values."""
+
+    q: gl.tensor
+    do: gl.tensor
+    k: gl.tensor
+    v: gl.tensor
+
+
+class QueryBarriers(NamedTuple):
+    """Of each stage: that it is full, that it is free again."""
+
+    q_ready: gl.tensor
+    k_ready: gl.tensor
+    k_free: gl.tensor
+    v_ready: gl.tensor
+    v_free: gl.tensor
+
+
+class Sides(NamedTuple):
+    """Where the program's tensors lie."""
+
+    q: Rows
+    do: Rows
+    k: Rows
+    v: Rows
+    dq: Rows
+
+
+class Walk(NamedTuple):
+    """The key blocks to visit: the list, the last one, how many are masked at first, masked or full, and in all."""
+
+    blocks: gl.tensor
+    last: gl.tensor
+    masked: gl.tensor
+    masked_or_full: gl.tensor
+    count: gl.tensor
+    words: gl.tensor
+
+
+class Slope(NamedTuple):
+    """ALiBi's slope, and the key that positions count from."""
+
+    slope: gl.tensor
+    first: gl.tensor
 
 
 @gluon.jit
-def queries_producer(task, starts, BLOCKS, last, count, c: gl.constexpr):
+def queries_producer(sides, m0, walk, Sk, memory, bars, c: gl.constexpr):
     """Bring the tile's queries and output gradients once, then its key and value blocks."""
-    descs, memory, bars = task
-    q_d, k_d, v_d, do_d, _ = descs
-    qs, dos, ks, vs = memory
-    q_ready, k_ready, k_free, v_ready, v_free = bars
-    qr, qc, kr, kc, vr, vc, dr, dc = starts
-    mbarrier.expect(q_ready.index(0), 2 * q_d.block_type.nbytes + 2 * do_d.block_type.nbytes)
+    expect_rows(bars.q_ready.index(0), sides.q, 128, sides.do, 128)
     for j in gl.static_range(2):
-        tma.async_copy_global_to_shared(q_d, [qr + 64 * j, qc], q_ready.index(0), qs.index(j))
-        tma.async_copy_global_to_shared(do_d, [dr + 64 * j, dc], q_ready.index(0), dos.index(j))
-    for n in range(0, count):
-        at = block_at(BLOCKS, last, n, -1, c.LISTED) * c.BN
+        load_rows(sides.q, m0 + 64 * j, 0, bars.q_ready.index(0), memory.q.index(j), 64, 0)
+        load_rows(sides.do, m0 + 64 * j, 0, bars.q_ready.index(0), memory.do.index(j), 64, 0)
+    for n in range(0, walk.count):
+        at = block_at(walk.blocks, walk.last, n, -1, c.BLOCK_SPARSE) * c.BN
         s = n % c.ST
         v = n % c.SV
-        mbarrier.wait(k_free.index(s), ((n // c.ST) & 1) ^ 1)
-        mbarrier.expect(k_ready.index(s), k_d.block_type.nbytes)
-        tma.async_copy_global_to_shared(k_d, [kr + at, kc], k_ready.index(s), ks.index(s))
-        mbarrier.wait(v_free.index(v), ((n // c.SV) & 1) ^ 1)
-        mbarrier.expect(v_ready.index(v), v_d.block_type.nbytes)
-        tma.async_copy_global_to_shared(v_d, [vr + at, vc], v_ready.index(v), vs.index(v))
+        mbarrier.wait(bars.k_free.index(s), ((n // c.ST) & 1) ^ 1)
+        expect_rows(bars.k_ready.index(s), sides.k, c.BN, sides.k, 0)
+        load_rows(sides.k, at, Sk, bars.k_ready.index(s), memory.k.index(s), c.BN, c.PAGE)
+        mbarrier.wait(bars.v_free.index(v), ((n // c.SV) & 1) ^ 1)
+        expect_rows(bars.v_ready.index(v), sides.v, c.BN, sides.v, 0)
+        load_rows(sides.v, at, Sk, bars.v_ready.index(v), memory.v.index(v), c.BN, c.PAGE)
 
 
 @gluon.jit
 def queries_step(
-    dq, dS, lse, delta, slope, rows, n, at, WORDS, problem, memory, bars, MASKED: gl.constexpr, W: gl.constexpr,
-    L: gl.constexpr, LO: gl.constexpr, c: gl.constexpr,
+    dq, dS, lse, delta, slope, rows, n, walk, problem, memory, bars, MASKED: gl.constexpr, W: gl.constexpr, L: gl.constexpr,
+    LO: gl.constexpr, c: gl.constexpr,
 ):  # fmt: skip
     """Block n's dS, while that of block n - 1 (0 before the first) meets its keys."""
-    qs, dos, ks, vs = memory
-    _, k_ready, k_free, v_ready, v_free = bars
+    at = block_at(walk.blocks, walk.last, n, -1, c.BLOCK_SPARSE) * c.BN
     s = n % c.ST
     t = gl.maximum(n - 1, 0) % c.ST
     mine = W + opaque_zero(n)
@@ -55,103 +117,103 @@ def queries_step(
     zero = gl.zeros([64, c.BN], gl.float32, L)
     words = 0
     if MASKED:
-        words = bits_of(WORDS, n, W, c.BM, c.BN, L, c)
-    mbarrier.wait(k_ready.index(s), (n // c.ST) & 1)
-    S = warpgroup_mma(qs.index(mine), ks.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
-    mbarrier.wait(v_ready.index(v), (n // c.SV) & 1)
-    dP = warpgroup_mma(dos.index(mine), vs.index(v).permute((1, 0)), zero, use_acc=False, is_async=True)
-    dq = warpgroup_mma(dS, ks.index(t), dq, is_async=True)
+        words = bits_of(walk.words, n, W, c.BM, c.BN, L, c)
+    mbarrier.wait(bars.k_ready.index(s), (n // c.ST) & 1)
+    if c.PAGE:  # noqa: SIM102 (one is known when compiling, the other is not)
+        # The first block visited holds the last key.
+        if n == 0:
+            mbarrier.wait(bars.v_ready.index(v), 0)
+            clear_rows(memory.k.index(s), problem.Sk - at, c.BN, c.D)
+            clear_rows(memory.v.index(v), problem.Sk - at, c.BN, c.DV)
+    S = warpgroup_mma(memory.q.index(mine), memory.k.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
+    mbarrier.wait(bars.v_ready.index(v), (n // c.SV) & 1)
+    dP = warpgroup_mma(memory.do.index(mine), memory.v.index(v).permute((1, 0)), zero, use_acc=False, is_async=True)
+    dq = warpgroup_mma(dS, memory.k.index(t), dq, is_async=True)
     S = warpgroup_mma_wait(2, deps=[S])
     cols = at + gl.arange(0, c.BN, gl.SliceLayout(0, L))
-    kv = gl.minimum(cols, problem[3] - 1) if MASKED else cols
+    kv = gl.minimum(cols, problem.Sk - 1) if MASKED else cols
     shift = 0.0
     if c.ALIBI:
-        shift = slope[0] * (cols - slope[1]).to(gl.float32)[None, :]
+        shift = slope.slope * (cols - slope.first).to(gl.float32)[None, :]
     _p, weight = weigh(S, lse[:, None], shift, rows[:, None], cols[None, :], rows, kv, problem, words, MASKED, c)
     dP = warpgroup_mma_wait(1, deps=[dP])
-    mbarrier.arrive(v_free.index(v))
+    mbarrier.arrive(bars.v_free.index(v))
     ds = score_gradient(weight, dP - delta[:, None], S, rows, kv, problem, c)
     dq = warpgroup_mma_wait(0, deps=[dq])
     if n > 0:
-        mbarrier.arrive(k_free.index(t))
-    return dq, gl.convert_layout(ds.to(ks.dtype), gl.DotOperandLayout(0, LO, 2))
+        mbarrier.arrive(bars.k_free.index(t))
+    return dq, gl.convert_layout(ds.to(memory.k.dtype), gl.DotOperandLayout(0, LO, 2))
 
 
 @gluon.jit
-def queries_consumer(task, problem, stats, places, m0, BLOCKS, WORDS, walk, W: gl.constexpr, c: gl.constexpr):
+def queries_consumer(problem, stats, sides, DQ, stride, m0, walk, memory, bars, W: gl.constexpr, c: gl.constexpr):
     """Queries [m0 + 64 W, m0 + 64 W + 64): their gradient over the keys they see."""
     L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, c.BN, 16])
     LO: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, c.D, 16])
-    descs, memory, bars = task
-    qs, _, ks, _ = memory
     LSE, DELTA = stats
-    DQ, dq_stride, out_row, out_col = places
-    last, n1, n2, count = walk
-    Sq, scale = problem[2], problem[6]
-    offsets = m0 + 64 * W + gl.arange(0, 64, gl.SliceLayout(1, L))
+    Sq = problem.Sq
+    first = m0 + 64 * W
+    offsets = first + gl.arange(0, 64, gl.SliceLayout(1, L))
     lse, delta = row_stats(LSE, DELTA, offsets, Sq)
-    slope = (0.0, m0)
+    slope = Slope(0.0, m0)
     if c.ALIBI:
-        slope = (slope_of(problem, c), m0 + problem[4])
-        lse += slope[0] * (offsets - m0).to(gl.float32)
+        slope = Slope(slope_of(problem, c), m0 + problem.off)
+        lse += slope.slope * (offsets - m0).to(gl.float32)
     rows = gl.minimum(offsets, Sq - 1)
     dq = gl.zeros([64, c.D], gl.float32, LO)
-    dS = gl.zeros([64, c.BN], qs.dtype, gl.DotOperandLayout(0, LO, 2))
-    mbarrier.wait(bars[0].index(0), 0)
-    for n in range(0, n1):
-        at = block_at(BLOCKS, last, n, -1, c.LISTED) * c.BN
-        dq, dS = queries_step(dq, dS, lse, delta, slope, rows, n, at, WORDS, problem, memory, bars, True, W, L, LO, c)
-    for n in range(n1, n2):
-        at = block_at(BLOCKS, last, n, -1, c.LISTED) * c.BN
-        dq, dS = queries_step(dq, dS, lse, delta, slope, rows, n, at, WORDS, problem, memory, bars, False, W, L, LO, c)
-    if c.WINDOW or c.LISTED:
-        for n in range(n2, count):
-            at = block_at(BLOCKS, last, n, -1, c.LISTED) * c.BN
-            dq, dS = queries_step(
-                dq, dS, lse, delta, slope, rows, n, at, WORDS, problem, memory, bars, True, W, L, LO, c
-            )
-    if count > 0:
-        dq = warpgroup_mma(dS, ks.index((count - 1) % c.ST), dq, is_async=True)
+    dS = gl.zeros([64, c.BN], memory.q.dtype, gl.DotOperandLayout(0, LO, 2))
+    mbarrier.wait(bars.q_ready.index(0), 0)
+    for n in range(0, walk.masked):
+        dq, dS = queries_step(dq, dS, lse, delta, slope, rows, n, walk, problem, memory, bars, True, W, L, LO, c)
+    for n in range(walk.masked, walk.masked_or_full):
+        dq, dS = queries_step(dq, dS, lse, delta, slope, rows, n, walk, problem, memory, bars, False, W, L, LO, c)
+    if c.WINDOW or c.BLOCK_SPARSE:
+        for n in range(walk.masked_or_full, walk.count):
+            dq, dS = queries_step(dq, dS, lse, delta, slope, rows, n, walk, problem, memory, bars, True, W, L, LO, c)
+    if walk.count > 0:
+        dq = warpgroup_mma(dS, memory.k.index((walk.count - 1) % c.ST), dq, is_async=True)
         dq = warpgroup_mma_wait(0, deps=[dq])
-    put(descs[4], DQ, (dq * scale).to(qs.dtype), qs.index(W), out_row, m0, out_col, dq_stride, Sq, W, c.D, LO)
+    dq = (dq * problem.scale).to(memory.q.dtype)
+    store_rows(sides.dq, DQ, stride, dq, memory.q.index(W), first, Sq, c.D, LO, 0)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["Hq", "Sq", "Sk", "w", "tiles"])
+@gluon.jit(do_not_specialize=["Hq", "Sq", "Sk", "w", "tiles", "dq_part"])
 def backward_queries(
-    q_d, k_d, v_d, do_d, dq_d, DQ, LSE, DELTA, TILES, CU_Q, CU_K, BLOCKS, COUNTS, FULL, FIRST, WORDS, sbb, sbh, NB,
-    q_batch, q_head, q_col, k_batch, k_head, k_col, v_batch, v_head, v_col, do_batch, do_head, do_col, dq_stride, Hq, Sq, Sk,
-    w, scale, cap, score_args, mask_args, tiles, c: gl.constexpr,
+    q_d, k_d, v_d, do_d, dq_d, DQ, LSE, DELTA, ITEMS, CU_Q, CU_K, BLOCKS, COUNTS, FULL, FIRST, WORDS, INDPTR, PAGES, list_strides,
+    views, dq_stride, dq_part, Hq, Sq, Sk, w, scale, cap, score_args, mask_args, tiles, c: gl.constexpr,
 ):  # fmt: skip
-    """Compute dQ of 128 queries of one head."""
-    total_q = Sq
-    tile, b, h, zb, q0, k0, stats, Sq, Sk = locate(
-        gl.program_id(0), (TILES, CU_Q, CU_K), (Hq, Sq, Sk, tiles), c.CAUSAL, c.PACKED
-    )
-    m0 = tile * 128
-    off = Sk - Sq
-    g = h // c.GROUP
-    BLOCKS, last, n1, n2, count = key_list(tile, b, h, Sq, Sk, w, (BLOCKS, COUNTS, FULL, sbb, sbh, NB), c)
+    """Compute dQ of 128 queries of one head; of a part of the keys it is a part of dQ, `dq_part` rows after the one before."""
+    q_view, k_view, v_view, do_view = views
+    stride_b, stride_h, width = list_strides
+    paging = Paging(INDPTR, PAGES)
+    work = take(gl.program_id(0), Items(ITEMS, CU_Q, CU_K), Sizes(Hq, Sq, Sk, tiles), c.CAUSAL, c)
+    h = work.head
+    m0 = work.tile * 128
+    lists = Lists(BLOCKS, COUNTS, FULL, stride_b, stride_h, width)
+    blocks, last, n1, n2, count = key_list(work, w, lists, c)
     if c.BITS:
-        WORDS += (gl.load(FIRST + (b * sbb + h * sbh + tile)) - n2) * (4 * c.BM)
-    memory = (
+        WORDS += (gl.load(FIRST + row_of(lists, work.request, h, work.tile)) - n2) * (4 * c.BM)
+    memory = QueryMemory(
         gl.allocate_shared_memory(q_d.dtype, [2, 64, c.D], q_d.layout),
         gl.allocate_shared_memory(do_d.dtype, [2, 64, c.DV], do_d.layout),
         gl.allocate_shared_memory(k_d.dtype, [c.ST, c.BN, c.D], k_d.layout),
         gl.allocate_shared_memory(v_d.dtype, [c.SV, c.BN, c.DV], v_d.layout),
     )
-    bars = (barriers(1, 1), barriers(c.ST, 1), barriers(c.ST, 2), barriers(c.SV, 1), barriers(c.SV, 2))
-    starts = (
-        zb * q_batch + h * q_head + q0 + m0, h * q_col, zb * k_batch + g * k_head + k0, g * k_col,
-        zb * v_batch + g * v_head + k0, g * v_col, zb * do_batch + h * do_head + q0 + m0, h * do_col,
+    bars = QueryBarriers(barriers(1, 1), barriers(c.ST, 1), barriers(c.ST, 2), barriers(c.SV, 1), barriers(c.SV, 2))
+    dq_row = work.entry * Sq + work.q0
+    if c.LISTED_WORK:
+        dq_row += work.part * dq_part
+    sides = Sides(
+        rows_of(q_d, q_view, work.entry, work.q0, h), rows_of(do_d, do_view, work.entry, work.q0, h),
+        key_rows(k_d, k_view, paging, work, h // c.GROUP, c), key_rows(v_d, v_view, paging, work, h // c.GROUP, c),
+        Rows(dq_d, dq_row, h * c.D, 0, 0),
     )  # fmt: skip
-    task = ((q_d, k_d, v_d, do_d, dq_d), memory, bars)
-    problem = (b, h, Sq, Sk, off, w, scale, cap, score_args, mask_args)
-    rows = (LSE + stats, DELTA + stats)
-    places = (DQ, dq_stride, zb * total_q + q0, h * c.D)
-    walk = (last, n1, n2, count)
+    problem = Problem(work.request, h, work.Sq, work.Sk, work.Sk - work.Sq, w, scale, cap, score_args, mask_args)
+    stats = (LSE + work.stats, DELTA + work.stats)
+    walk = Walk(blocks, last, n1, n2, count, WORDS)
     gl.warp_specialize([
-        (queries_consumer, (task, problem, rows, places, m0, BLOCKS, WORDS, walk, 0, c)),
-        (queries_consumer, (task, problem, rows, places, m0, BLOCKS, WORDS, walk, 1, c)),
-        (queries_producer, (task, starts, BLOCKS, last, count, c)),
+        (queries_consumer, (problem, stats, sides, DQ, dq_stride, m0, walk, memory, bars, 0, c)),
+        (queries_consumer, (problem, stats, sides, DQ, dq_stride, m0, walk, memory, bars, 1, c)),
+        (queries_producer, (sides, m0, walk, work.Sk, memory, bars, c)),
     ], [4, 1], [240, 24])  # fmt: skip

@@ -1,10 +1,9 @@
 # mypy: ignore-errors
 # (Gluon's language, which Python's types do not describe.)
-"""What the two backward kernels on Hopper share: row statistics, probabilities, the way out."""
+"""What the two backward kernels on Hopper share: row statistics, probabilities, gradients of scores."""
 
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
 from trainkit.kernels._attention._elementwise_gluon import tanh
 from trainkit.kernels._attention._hopper_bits import sifted
@@ -26,11 +25,11 @@ def slope_of(problem, c: gl.constexpr):
     Under a causal mask the distance needs no absolute value: slope * (q - k) is one term of the query, which joins its lse,
     and one of the key. Both count from a token of the tile, so that they are small where weights are not.
     """
-    b, h, args = problem[0], problem[1], problem[8]
+    args = problem.score_args
     if c.ALIBI == 1:
-        at = h * args[2]
+        at = problem.h * args[2]
     else:
-        at = b * args[2] + h * args[4]
+        at = problem.b * args[2] + problem.h * args[4]
     return gl.load(args[0] + at).to(gl.float32) * LOG2E
 
 
@@ -41,14 +40,13 @@ def weigh(S, lse, shift, q, k, qv, kv, problem, words, MASKED: gl.constexpr, c: 
     The second is the first times the derivative of the soft cap, where that is all that was done to the scores. `shift` is
     added to the scores in base 2 where there is ALiBi.
     """
-    b, h, _, _, off, _, scale, cap, score_args, _ = problem
-    factor = scale * LOG2E
+    factor = problem.scale * LOG2E
     if c.CAP:
-        S = tanh(S * (scale / cap))
-        factor = cap * LOG2E
+        S = tanh(S * (problem.scale / problem.cap))
+        factor = problem.cap * LOG2E
     T = S
     if c.SCORE is not None:
-        T = c.SCORE(S * scale, b, h, qv, kv, off, score_args)
+        T = c.SCORE(S * problem.scale, problem.b, problem.h, qv, kv, problem.off, problem.score_args)
         factor = LOG2E
     if MASKED and c.BITS:
         T = sifted(T, words)
@@ -67,30 +65,10 @@ def weigh(S, lse, shift, q, k, qv, kv, problem, words, MASKED: gl.constexpr, c: 
 @gluon.jit
 def score_gradient(weight, dp, S, qv, kv, problem, c: gl.constexpr):
     """Gradient of the raw scores S from that of the weights, `dp` (less the row's delta), and `weigh`'s second result."""
-    b, h, _, _, off, _, scale, _, score_args, _ = problem
     ds = weight * dp
     if c.GRAD is not None:
-        ds = c.GRAD(S * scale, ds, b, h, qv, kv, off, weight > 0.0, score_args, score_args, False)
+        args = problem.score_args
+        ds = c.GRAD(S * problem.scale, ds, problem.b, problem.h, qv, kv, problem.off, weight > 0.0, args, args, False)
         # Where the weight is 0 the score may be anything: 0 times its derivative, and not NaN.
         ds = gl.where(weight > 0.0, ds, 0.0)
     return ds
-
-
-@gluon.jit
-def put(desc, OUT, x, buffer, row, row0, col, stride, count, W: gl.constexpr, D: gl.constexpr, LO: gl.constexpr):
-    """Write 64 rows of a result, row0 + 64 W on, through `buffer` by TMA (not waited for), at a sequence's end row by row.
-
-    What went through the buffer before has left it by then.
-    """
-    first = row0 + 64 * W
-    if first + 64 <= count:
-        tma.store_wait(0)
-        gl.thread_barrier()
-        buffer.store(x)
-        fence_async_shared()
-        tma.async_copy_shared_to_global(desc, [row + first, col], buffer)
-    else:
-        at = first + gl.arange(0, 64, gl.SliceLayout(1, LO))
-        cols = gl.arange(0, D, gl.SliceLayout(0, LO))
-        to = OUT + (row + at[:, None]).to(gl.int64) * stride + (col + cols[None, :])
-        gl.store(to, x, mask=(at < count)[:, None] & (cols >= 0)[None, :])

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from trainkit.kernels._installed import lacking
 
+AUTOCAST = frozenset(kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind))
+"""Devices that have it, asked once: torch.compile before 2.13 cannot trace the question."""
+
 
 def transformed(x: Tensor) -> bool:
     """Whether x is what torch.func's transforms make of a tensor, which has no memory for a kernel."""
@@ -42,8 +45,7 @@ def on(x: Tensor) -> AbstractContextManager[Any]:
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast casts x to, as it does for a matrix product; None outside of autocast."""
     kind = x.device.type
-    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if on else None
+    return torch.get_autocast_dtype(kind) if kind in AUTOCAST and torch.is_autocast_enabled(kind) else None
 
 
 def warps(block: int) -> int:

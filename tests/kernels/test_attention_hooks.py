@@ -127,3 +127,27 @@ def test_torch_knows_the_name():
     assert registry.current_flash_attention_impl() == "trainkit"
     registry.restore_flash_attention_impl()
     assert registry.current_flash_attention_impl() is None
+
+
+@pytest.mark.parametrize("memory", ["[B, H, S, D]", "[B, S, H, D]"])
+def test_flash_attention_of_torch_gives_the_strides_that_a_compiled_graph_counts_on(memory):
+    """PyTorch's own kernels lay results out as their inputs are, and its fake tensors say so."""
+    pytest.importorskip("triton")
+    from trainkit.kernels import _torch_attention
+
+    g = torch.Generator().manual_seed(0)
+    heads_first = memory == "[B, H, S, D]"
+    shape = (2, 4, 6, 16) if heads_first else (2, 6, 4, 16)
+    q, k, v, grad = (torch.randn(shape, generator=g) for _ in range(4))
+    q, k, v, grad = (x if heads_first else x.transpose(1, 2) for x in (q, k, v, grad))
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    want = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True)
+    with interpreter():
+        out, lse, *_, seed, offset, _ = _torch_attention.forward(q, k, v, is_causal=True)
+        grads = _torch_attention.backward(
+            grad, q, k, v, out, lse, None, None, 6, 6, 0.0, True, seed, offset, scale=None
+        )
+    pairs = zip((out, *grads), (want, *torch.autograd.grad(want, leaves, grad.double())), (q, q, k, v), strict=True)
+    for got, exact, like in pairs:
+        torch.testing.assert_close(got.double(), exact, atol=1e-5, rtol=0)
+        assert got.stride() == like.stride()

@@ -93,6 +93,7 @@ def test_integers_and_reals_as_wide_as_the_function_has_them(name):
     check(q, k, v, truth(q, k, v, mask=WIDE[name]), mask_mod=WIDE[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["mask", "rope", "hook"])
 def test_tensors_beyond_2_to_the_31_elements(what):
     """Two gigabytes, hardly a page of which is touched; in a process of its own: what wrapped was a crash."""

@@ -12,8 +12,11 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install 'trit
 
 from paths import ROOT
 
-from trainkit.kernels._attention import _hopper
+from trainkit.kernels._attention import _block_lists, _hopper
+from trainkit.kernels._attention._call import Call
 from trainkit.kernels._attention._spec import Spec
+from trainkit.kernels._attention._variant import build
+from trainkit.kernels._attention._views import matrix_view
 
 SCRIPT = ROOT / "tests" / "support" / "kernels_cross_compile.py"
 
@@ -82,13 +85,49 @@ def test_fused_backward(width, flags, spills):
 
 def test_planes_describe_layouts_in_place():
     x = torch.zeros(2, 10, 4, 64, dtype=torch.bfloat16)
-    assert _hopper.plane(x) == ((20, 256), 256, 10, 0, 64, False)
+    assert matrix_view(x) == ((20, 256), 256, 10, 0, 64, False)
     heads_outside = x.transpose(1, 2).contiguous().transpose(1, 2)
-    assert _hopper.plane(heads_outside) == ((80, 64), 64, 40, 10, 0, False)
+    assert matrix_view(heads_outside) == ((80, 64), 64, 40, 10, 0, False)
     fused = torch.zeros(2, 10, 3 * 256, dtype=torch.bfloat16)[..., 256:512].unflatten(2, (4, 64))
-    assert _hopper.plane(fused) == ((20, 256), 768, 10, 0, 64, False)
+    assert matrix_view(fused) == ((20, 256), 768, 10, 0, 64, False)
     odd = torch.zeros(2, 10, 4, 65, dtype=torch.bfloat16)[..., :64]
-    assert _hopper.plane(odd) == ((20, 256), 256, 10, 0, 64, True)
+    assert matrix_view(odd) == ((20, 256), 256, 10, 0, 64, True)
+
+
+def counts(mask, S, bm):
+    """How many blocks of `bm` queries meet each tile of 128 keys, by looking at every pair."""
+    at = torch.arange(S)
+    seen = mask(None, None, at[:, None], at[None, :]).view(S // bm, bm, S // 128, 128)
+    return seen.any(3).any(1).sum(0)
+
+
+DOC = torch.arange(8192) // 300
+
+
+@pytest.mark.parametrize(
+    ("S", "D", "options", "pooled"),
+    [
+        (4096, 128, {"causal": True}, True),
+        (512, 128, {"causal": True}, False),
+        (256, 64, {"causal": True}, True),
+        (4096, 128, {"causal": True, "window": 300}, False),
+        (4096, 128, {"window": 2000}, True),
+        (4096, 128, {"mask_mod": lambda b, h, q, k: q >= k}, True),
+        (4096, 64, {"mask_mod": lambda b, h, q, k: q >= k}, True),
+        (4096, 128, {"mask_mod": lambda b, h, q, k: (q >= k) & (DOC[q] == DOC[k])}, False),
+        # A prompt of 512 tokens and seven leaves: few tiles are met by all, most by one leaf.
+        (4096, 128, {"mask_mod": lambda b, h, q, k: (q >= k) & ((k < 512) | (q // 512 == k // 512))}, False),
+    ],
+)
+def test_dq_is_summed_in_the_same_pass_where_queries_meet_many_keys(S, D, options, pooled, monkeypatch):
+    q = torch.empty(1, S, 1, D, dtype=torch.bfloat16)
+    spec = Spec(scale=1.0, **options)
+    call = Call(spec, None, build(spec, torch.device("cpu")), True)
+    bm = _hopper._passes(D, D, False)[0].queries
+    if spec.mask_mod is not None:
+        found = counts(spec.mask_mod, S, bm)
+        monkeypatch.setattr(_block_lists, "lists", lambda _: _block_lists.Lists(found, found, found, 0, 0, 1))
+    assert _hopper._pooled(q, q, call, bm) == pooled
 
 
 @pytest.mark.parametrize(

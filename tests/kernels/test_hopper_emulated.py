@@ -117,7 +117,9 @@ def backward(case, seed):
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
     wants = torch.autograd.grad(out, leaves, grad.float())
     delta = (out.detach() * grad.float()).sum(-1).transpose(1, 2).contiguous()
-    with interpreter():
+    with interpreter(), pytest.MonkeyPatch.context() as patch:
+        # However short.
+        patch.setattr(_hopper, "_pooled", lambda *_: True)
         launch = kernels_gluon.launcher(seed, programs=1 + seed % 3, resident=1 + seed % 4)
         grads = _hopper.backward(q, k, v, lse.detach().contiguous(), grad, delta, call, launch)
     for got, want in zip(grads, wants, strict=True):
@@ -136,12 +138,12 @@ def test_backward(name):
 
 @pytest.mark.parametrize("seed", range(1, 4))
 def test_more_heads_than_dq_has_room_for(seed, monkeypatch):
-    """Two or three programs sum dQ of seven heads in three places."""
+    """Two or three programs sum dQ of seven heads in three slots."""
     monkeypatch.setattr(_hopper, "PLANS", Cache(99))
     monkeypatch.setattr(_hopper, "_processors", lambda _: 2)
     backward((64, 64, 130, 140, {"causal": True, "heads": (7, 7)}), seed)
     q = torch.empty(1, 130, 7, 64)
-    assert _hopper._ring(q, q, 2, Call(Spec(scale=1.0), None, None, True)).slots == 3
+    assert _hopper._pool(q, q, 2, Call(Spec(scale=1.0), None, None, True)).slots == 3
 
 
 def test_exponentials_without_the_special_function_unit():
@@ -235,23 +237,23 @@ def plant(monkeypatch, file, right, wrong):
 
 WRONG = {
     "values given back too early": (
-        "        acc, even, odd = warpgroup_mma_wait(0, deps=[acc, even, odd])\n        mbarrier.arrive(v_free.index(t))",
-        "        mbarrier.arrive(v_free.index(t))\n        acc, even, odd = warpgroup_mma_wait(0, deps=[acc, even, odd])",
+        "        acc, even, odd = warpgroup_mma_wait(0, deps=[acc, even, odd])\n        mbarrier.arrive(bars.v_free.index(t))",
+        "        mbarrier.arrive(bars.v_free.index(t))\n        acc, even, odd = warpgroup_mma_wait(0, deps=[acc, even, odd])",
     ),
-    "queries never given back": ("        if c.QS == 2:\n            mbarrier.arrive(q_free.index(slot))", ""),
+    "queries never given back": ("        if c.QS == 2:\n            mbarrier.arrive(bars.q_free.index(slot))", ""),
     "output stage not waited for": ("    tma.store_wait(0)\n    gl.thread_barrier()\n    stage.store", "    stage.store"),
     "tile without keys forgotten": ("count = gl.maximum(count, 1)", "count = count"),
     "diagonal one off": ("end = (at + 1)[", "end = (at + 2)["),
-    "rows of the next head": ("gl.convert_layout(lse, RO), mask=offsets < Sq)", "gl.convert_layout(lse, RO))"),
+    "rows of the next head": ("gl.convert_layout(lse, RO), mask=offsets < place.Sq)", "gl.convert_layout(lse, RO))"),
 }  # fmt: skip
 
 
 WRONG_BACKWARD = {
-    "keys not waited for": ("_hopper_keys_producer", "    mbarrier.wait(free.index(0), (kept & 1) ^ 1)\n", ""),
+    "keys not waited for": ("_hopper_backward_keys_producer", "    mbarrier.wait(bars.kv_free.index(0), (kept & 1) ^ 1)\n", ""),
     "results written over sums on their way": (
-        "_hopper_gradients", "        tma.store_wait(0)\n        gl.thread_barrier()\n        buffer", "        buffer"
+        "_hopper_tiles", "        tma.store_wait(0)\n        gl.thread_barrier()\n        buffer", "        buffer"
     ),
-    "sums rounded before they are complete": ("_hopper_ring", "volatile=True) < 2 * tiles", "volatile=True) < tiles"),
+    "sums converted before they are complete": ("_hopper_dq_pool", "volatile=True) < 2 * tiles", "volatile=True) < tiles"),
 }  # fmt: skip
 
 
@@ -288,7 +290,7 @@ def test_wrong_bits_are_found(name, monkeypatch):
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_kernel_is_found(name, monkeypatch):
     """What this file's other tests are worth: each of these mistakes is one that the source could have."""
-    plant(monkeypatch, "_hopper_forward", *WRONG[name])
+    plant(monkeypatch, "_hopper_softmax" if "diagonal" in name else "_hopper_forward", *WRONG[name])
     with pytest.raises((AssertionError, IndexError, ValueError)):
         for seed in range(6):
             forward((64, 64, 420, 150, {"causal": True}), seed)

@@ -128,15 +128,16 @@ def recorder(monkeypatch):
     monkeypatch.setattr(_block_lists, "lists", lambda *_: (lists, lists, lists, 0, 0, 1))
     monkeypatch.setattr(_block_lists, "bits", lambda *_: (lists, lists))
     monkeypatch.setattr(_hopper, "counter", lambda _: torch.full((2,), 13, dtype=torch.int32))
-    room = _hopper.Ring.room
+    monkeypatch.setattr(_hopper, "_pooled", lambda *_: True)
+    workspace = _hopper.Pool.workspace
 
-    def marked(ring, device):
-        sums, marks = room(ring, device)
+    def marked(pool, device):
+        sums, marks = workspace(pool, device)
         assert sums.count_nonzero() == 0
         sums[0], marks[0] = 14.0, 15
         return sums, marks
 
-    monkeypatch.setattr(_hopper.Ring, "room", marked)
+    monkeypatch.setattr(_hopper.Pool, "workspace", marked)
     return recorder
 
 

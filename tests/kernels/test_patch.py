@@ -3,6 +3,7 @@
 import ast
 import copy
 import importlib
+import itertools
 import pickle
 import re
 from pathlib import Path
@@ -269,3 +270,47 @@ def test_transformers(window):
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("how", ["lengths", "lengths and a mask", "indices", "indices by row", "two lengths"])
+def test_packed_sequences_of_transformers_do_not_mix(how):
+    """What a model passes to its attention of packed sequences, against attention of each sequence alone in fp64."""
+    from trainkit.kernels._transformers import forward
+
+    rows = 2 if how == "indices by row" else 1
+    ends = [[0, 3, 3, 8, 12], [0, 5, 12]]
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(rows, h, 12, 8, generator=g) for h in (4, 2, 2))
+    lengths = torch.tensor(ends[0], dtype=torch.int32)
+    which = torch.stack([
+        torch.bucketize(torch.arange(12), torch.tensor(x[1:]), right=True) for x in ends[:rows]
+    ])  # fmt: skip
+    causal = torch.ones(12, 12, dtype=torch.bool).tril()[None, None]
+    options = {
+        "lengths": {"cu_seq_lens_q": lengths},
+        "lengths and a mask": {
+            "cu_seq_lens_q": lengths,
+            "cu_seq_lens_k": lengths,
+            "max_length_q": 5,
+            "max_length_k": 5,
+        },
+        "two lengths": {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths.long()},
+    }.get(how, {"seq_idx": which.int()})
+    mask = causal.expand(rows, 1, 12, 12) if how != "lengths" and how != "two lengths" else None
+    out, _ = forward(torch.nn.Module(), q, k, v, mask, scaling=0.4, **options)
+    for b in range(rows):
+        for first, last in itertools.pairwise(ends[b]):
+            x, y, z = (t[b, :, first:last].double() for t in (q, k, v))
+            y, z = (t.repeat_interleave(2, 0) for t in (y, z))
+            scores = (x @ y.mT * 0.4).masked_fill(~causal[0, 0, : last - first, : last - first], -torch.inf)
+            want = torch.softmax(scores, -1) @ z
+            torch.testing.assert_close(out[b, first:last].transpose(0, 1).double(), want, atol=1e-5, rtol=0)
+
+
+def test_lengths_that_do_not_fit_are_refused():
+    from trainkit.kernels._transformers import forward
+
+    q, k, v = (torch.randn(1, 2, 12, 8) for _ in range(3))
+    mask = torch.ones(1, 1, 12, 12, dtype=torch.bool)
+    with pytest.raises(ValueError, match="rise from 0 to the 12 tokens"):
+        forward(torch.nn.Module(), q, k, v, mask, cu_seq_lens_q=torch.tensor([0, 5, 11]))

@@ -13,6 +13,7 @@ import re
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -141,7 +142,7 @@ class Plane:
         assert one == 1 and stride * d.base.element_size() % 16 == 0
         self.matrix = torch.as_strided(d.base, (rows, columns), (stride, 1))
         self.box, self.dtype, self.layout = tuple(d.block_shape), KINDS[d.base.dtype], None
-        self.block_type = SimpleNamespace(nbytes=math.prod(self.box) * d.base.element_size())
+        self.block_type = SimpleNamespace(shape=self.box, nbytes=math.prod(self.box) * d.base.element_size())
 
     def part(self, at):
         spans = [
@@ -388,8 +389,7 @@ def allocate(dtype, shape, layout):
     return Shared(blank, dtype)
 
 
-def unmodelled(*args, **named):
-    return None
+def unmodelled(*args, **named): ...
 
 
 def identity(x, *rest, **named):
@@ -399,9 +399,9 @@ def identity(x, *rest, **named):
 language = SimpleNamespace(
     **{k.name: k for k in KINDS.values()}, allocate_shared_memory=allocate, warp_specialize=warp_specialize,
     **{n: wrapped(getattr(np, n)) for n in ("exp2", "exp", "log", "log2", "sqrt", "sin", "cos", "floor", "ceil", "abs", "where")},
-    fma=wrapped(multiply_add), constexpr=identity, convert_layout=identity, static_range=range, thread_barrier=unmodelled,
-    BlockedLayout=unmodelled, SliceLayout=unmodelled, DotOperandLayout=unmodelled, NVMMADistributedLayout=unmodelled,
-    SwizzledSharedLayout=unmodelled, NVMMASharedLayout=SimpleNamespace(get_default_for=unmodelled),
+    fma=wrapped(multiply_add), tensor=object, tuple=tuple, constexpr=identity, convert_layout=identity, static_range=range,
+    **{f"{n}Layout": unmodelled for n in ("Blocked", "Slice", "DotOperand", "NVMMADistributed", "SwizzledShared")},
+    thread_barrier=unmodelled, NVMMASharedLayout=SimpleNamespace(get_default_for=unmodelled),
     maximum=wrapped(np.fmax), minimum=wrapped(np.fmin), max=reduced(np.fmax), sum=reduced(np.add), load=load, store=store,
     cdiv=lambda a, b: tensor(a + b - 1) // b, arange=lambda a, b, layout: tensor(np.arange(a, b)), atomic_add=atomic_add,
     full=lambda shape, x, kind, layout: kind.rounded(np.full([*map(int, shape)], x)), inline_asm_elementwise=inline_asm,
@@ -417,8 +417,8 @@ def jit(function=None, **options):
 OUTSIDE = {
     "triton.language": language,
     "triton.experimental.gluon.language": language,
-    "gluon": SimpleNamespace(jit=jit), "ir": None, "builtin": identity, "fence_async_shared": unmodelled,
-    "mbarrier": Mbarrier, "tma": Tma, "async_copy": AsyncCopy,
+    "gluon": SimpleNamespace(jit=jit), "NamedTuple": NamedTuple, "ir": None, "builtin": identity,
+    "fence_async_shared": unmodelled, "mbarrier": Mbarrier, "tma": Tma, "async_copy": AsyncCopy,
     "warpgroup_mma": warpgroup_mma, "warpgroup_mma_wait": warpgroup_mma_wait,
 }  # fmt: skip
 
