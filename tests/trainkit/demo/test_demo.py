@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-STEPS = 100
+STEPS = 64
 
 
 # As a user starts it from the repository's root: the source tree there must not hide what is installed.
