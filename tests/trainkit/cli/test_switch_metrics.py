@@ -12,7 +12,7 @@ from trainkit.switchml import SoftwareSwitch
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
-def test_twenty_strangers_of_each_kind_delay_nobody(host: str) -> None:
+def test_a_hundred_strangers_delay_nobody(host: str) -> None:
     """Silent, stopping half-way, talking nonsense, and having closed their own direction."""
     kinds = [(b"", False), (b"GET /metr", False), (b"\0" * 4096, False), (b"GET /metr", True), (b"", True)]
     with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as one:
@@ -20,12 +20,12 @@ def test_twenty_strangers_of_each_kind_delay_nobody(host: str) -> None:
     with contextlib.ExitStack() as stack:
         switch = stack.enter_context(SoftwareSwitch())
         stack.enter_context(served(switch, (host, port)))
+        begun = time.monotonic()
         for noise, half_open in kinds * 20:
             caller = stack.enter_context(socket.create_connection((host, port)))
             caller.sendall(noise)
             if half_open:
                 caller.shutdown(socket.SHUT_WR)
-        begun = time.monotonic()
         url = f"http://[{host}]:{port}/metrics" if ":" in host else f"http://{host}:{port}/metrics"
         assert b"switchml_" in urllib.request.urlopen(url, timeout=10).read()
-        assert time.monotonic() - begun < 2.0 + _SHY_S  # more callers than it has room for
+        assert time.monotonic() - begun < 2.0 + _SHY_S  # it has room for 64 at a time
