@@ -12,14 +12,14 @@ from torch.distributed.distributed_c10d import PrefixStore
 
 from trainkit.collectives._exchange import Placement
 from trainkit.collectives._topology import Topology
-from trainkit.collectives.execute._errors import PeerLost
 from trainkit.collectives.execute._failover import gloo_group
 from trainkit.collectives.execute._guarded import Guarded
+from trainkit.collectives.execute._messages import Messages
 from trainkit.collectives.execute._options import ForestOptions, options_of
 from trainkit.collectives.execute._runner import Runner
 from trainkit.collectives.execute._schedules import Schedules
 from trainkit.collectives.execute._tcp import DTYPES
-from trainkit.collectives.execute._work import CollectiveWork, MessageWork
+from trainkit.collectives.execute._work import CollectiveWork
 
 BACKEND = "trainkit"
 Tensors = list[torch.Tensor]
@@ -103,6 +103,7 @@ class Backend(dist.ProcessGroup):
             topology, options.chunk_bytes, runner.placement, options.patience_s, runner.heed, group
         )
         self._guarded = Guarded(runner, gloo) if size > 1 else None
+        self._messages = Messages(runner, gloo)
 
     @property
     def group_name(self) -> str:  # type: ignore[override]
@@ -236,15 +237,19 @@ class Backend(dist.ProcessGroup):
 
     def send(self, tensors: Tensors, peer: int, tag: int) -> Any:  # type: ignore[override]
         """To one rank; no other takes part."""
-        return self._message(tensors, self._of(tensors).send(tensors, peer, tag), peer)
+        if tensors[0].is_cuda:
+            return self._inner["cuda"].send(tensors, peer, tag)
+        return self._messages.send(tensors[0], peer, tag)
 
     def recv(self, tensors: Tensors, peer: int, tag: int) -> Any:  # type: ignore[override]
         """From one rank."""
-        return self._message(tensors, self._of(tensors).recv(tensors, peer, tag), peer)
+        if tensors[0].is_cuda:
+            return self._inner["cuda"].recv(tensors, peer, tag)
+        return self._messages.receive(tensors[0], peer, tag)
 
     def recv_anysource(self, tensors: Tensors, tag: int) -> Any:
         """From any rank."""
-        return self._message(tensors, self._of(tensors).recv_anysource(tensors, tag), None)
+        return self._messages.receive(tensors[0], None, tag)
 
     # what older and newer versions of PyTorch call them
     _allgather_base = all_gather_single  # type: ignore[assignment]
@@ -302,19 +307,6 @@ class Backend(dist.ProcessGroup):
         shapes = [(str(tensor.dtype), tensor.numel() if sizes else 0) for tensor in sources]
         what = f"{name} {how} of {shapes}"
         return self._work(self._guarded.run(what, lambda: getattr(inner, name)(*arguments)), results)
-
-    def _message(self, tensors: Tensors, work: Any, peer: int | None) -> Any:
-        return work if tensors[0].is_cuda or work is None else MessageWork(work, self._message_failed, peer)
-
-    def _message_failed(self, words: str, peer: int | None) -> Exception:
-        lost = self._runners["cpu"].lost()
-        rank = peer if lost is None or peer is not None else lost.rank
-        who = "another rank" if rank is None else f"rank {rank}"
-        return self._runners["cpu"].failed(
-            PeerLost(
-                f"{who} is lost or late, as gloo says: {words.splitlines()[0][:300]}", -1 if rank is None else rank
-            )
-        )
 
     def _carries(self, tensor: torch.Tensor) -> bool:
         return (

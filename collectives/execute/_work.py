@@ -127,37 +127,46 @@ class CollectiveWork(dist.Work):
         return self._future
 
 
-class MessageWork(dist.Work):
-    """A send or a receive of gloo's that names its peer when it fails.
+class ReceiveWork(CollectiveWork):
+    """What a receive returns."""
+
+    source: int | None = None
+    """Who sent, once it is known."""
+
+    def source_rank(self) -> int:
+        """Who sent; after `wait()`."""
+        return -1 if self.source is None else self.source
+
+    def _source_rank(self) -> int:
+        return self.source_rank()
+
+
+class SendWork(dist.Work):
+    """What a send returns; it names its peer when it fails.
 
     Args:
-        work: gloo's own.
-        failed: makes the error of gloo's words and the peer.
-        peer: rank at the other end; None takes whoever sent.
+        works: gloo's own.
+        kept: what must live as long as they do.
+        failed: makes the error of gloo's.
     """
 
-    def __init__(self, work: Any, failed: Callable[[str, int | None], Exception], peer: int | None) -> None:
+    def __init__(self, works: Sequence[Any], kept: object, failed: Callable[[RuntimeError], Exception]) -> None:
         super().__init__()
-        self._work, self._failed, self._peer = work, failed, peer
+        self._works, self._kept, self._failed = works, kept, failed
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
-        """Return when the message is there, or gone.
+        """Return when the tensor may be written to again.
 
         Raises:
             ExecutionError: the other rank is lost or late.
         """
         try:
-            return bool(self._work.wait(timeout) if timeout.total_seconds() > 0 else self._work.wait())
+            for work in self._works:
+                work.wait(timeout) if timeout.total_seconds() > 0 else work.wait()
         except RuntimeError as error:
-            raise self._failed(str(error), self._peer) from error
+            raise self._failed(error) from error
+        return True
 
     def is_completed(self) -> bool:
         """Whether it has ended."""
-        return bool(self._work.is_completed())
-
-    def source_rank(self) -> int:
-        """Who sent."""
-        return int(self._work.source_rank())
-
-    def _source_rank(self) -> int:
-        return self.source_rank()
+        return all(work.is_completed() for work in self._works)

@@ -19,7 +19,7 @@ from trainkit.switchml.reference import Switch
 
 @pytest.mark.parametrize("core", ["python", "native"])
 def test_sums_are_exact_under_the_adversary(core: str) -> None:
-    for seed in range(2000):
+    for seed in range(2000 if core == "native" else 300):
         try:
             schedule(core, seed)
         except AssertionError as error:

@@ -178,7 +178,7 @@ class Recorder(threading.Thread):
                         self.near.sendto(packet, worker)
 
 
-@pytest.mark.parametrize("with_token", [True, False])
+@pytest.mark.parametrize("with_token", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_real_sessions_live_with_a_recorder(tmp_path: Path, with_token: bool) -> None:
     path = tmp_path / "token"
     path.write_bytes(TOKEN)

@@ -15,6 +15,7 @@ from typing import Any
 
 from trainkit._processes import die_with_parent, free_port
 
+_MEETING_S = 60.0
 _STAR = {
     "name": "star",
     "nodes": ["a", "b", "c", "d", "s"],
@@ -52,12 +53,13 @@ def _collectives() -> None:
 def _switchml(rank: int) -> None:
     import torch.distributed as dist
 
+    from trainkit.collectives._exchange import Exchange, Placement
     from trainkit.switchml import SoftwareSwitch, SwitchMLState, switchml_hook
 
     switch = SoftwareSwitch("127.0.0.1:0") if rank == 0 else None
-    address = [switch.address if switch else ""]
-    dist.broadcast_object_list(address)
-    state = SwitchMLState(address[0])
+    place = Placement.of(None)
+    exchange = Exchange(place.store, place.rank, place.size, _MEETING_S)
+    state = SwitchMLState(exchange.from_first(switch.address if switch else None))
     try:
         _gradients(state, switchml_hook)
         if not state.counters()["hook_calls"]:

@@ -55,6 +55,8 @@ def _label(text: str) -> str:
 class _Server(ThreadingHTTPServer):
     """One thread a caller, as many as there is room for; who says nothing goes."""
 
+    request_queue_size = 128  # of those that the system has let in: more than 5 silent ones must not keep others out
+
     def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self._room = threading.BoundedSemaphore(_MOST_CALLERS)

@@ -55,6 +55,7 @@ def train(job: Job) -> None:
     from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 
     from trainkit._files import write_text_atomically
+    from trainkit.collectives._exchange import Exchange, Placement
     from trainkit.demo._checkpoint import DurableCheckpointIO, RollingCheckpoint, newest_checkpoint, parameters_digest
     from trainkit.demo._config import ARMS, USELESS_RATE, Config
     from trainkit.demo._corpus import WindowLoader, read_corpus
@@ -123,8 +124,8 @@ def train(job: Job) -> None:
     trainer.fit(module, train_loader, validation, ckpt_path=resume_from)
     seconds = time.monotonic() - started
 
-    digests: list[Any] = [None] * job.world_size
-    torch.distributed.all_gather_object(digests, parameters_digest(module))
+    place = Placement.of(None)
+    digests = Exchange(place.store, place.rank, place.size, config.deadline_s).gather(parameters_digest(module))
     if len(set(digests)) > 1:
         raise RuntimeError(f"after training all ranks must hold equal parameters, their digests are {digests}")
     trainer.limit_val_batches = len(held_out)

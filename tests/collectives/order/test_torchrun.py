@@ -1,5 +1,7 @@
 """Planned ranks where they count: torchrun's rendezvous, over restarts and hosts that leave and return; ordered groups."""
 
+import contextlib
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,11 +28,27 @@ def agents(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Agents]:
     made.close()
 
 
+def _called(port: int, strangers: contextlib.ExitStack, noise: bytes = b"") -> bool:
+    """Whether somebody listens there; the connection stays."""
+    try:
+        caller = strangers.enter_context(socket.create_connection(("127.0.0.1", port)))
+    except ConnectionRefusedError:
+        return False
+    caller.sendall(noise)
+    return True
+
+
 @pytest.mark.parametrize("agents", [("3", 1)], indirect=True)
 def test_a_killed_worker_keeps_the_order(agents: Agents) -> None:
-    for host in (A, B, C):
-        agents.start(host)
-    agents.wait(lambda: len(agents.rounds()) == 3)
+    """And strangers at the rendezvous port disturb nobody."""
+    agents.start(A)
+    with contextlib.ExitStack() as strangers:
+        agents.wait(lambda: _called(agents.port, strangers))
+        for noise in (b"", b"GET / HTTP/1.0\r\n\r\n", b"\xff" * 64) * 7:
+            assert _called(agents.port, strangers, noise)
+        agents.start(B)
+        agents.start(C)
+        agents.wait(lambda: len(agents.rounds()) == 3)
     assert agents.settled(C, B, A)
     (agents.folder / "kill").write_text(B)
     agents.wait(lambda: len(agents.rounds()) == 6)

@@ -17,6 +17,9 @@ from trainkit.collectives import Topology
 from trainkit.collectives._probe import ProbeError, probe_hosts
 from trainkit.collectives._probe._agent import Agent
 from trainkit.collectives._probe._coordinator import Coordinator
+from trainkit.collectives._probe._leader import lead
+from trainkit.collectives._probe._result import HostFacts
+from trainkit.collectives._probe._rounds import Plan
 from trainkit.collectives._probe._streams import receive_rate, send_until
 from trainkit.collectives._probe._wire import Channel, Gone, Strangers, accept_channel, number, open_channel, whole
 
@@ -99,9 +102,17 @@ def test_twenty_strangers_delay_nobody(noise: bytes) -> None:
         coordinator.collect(2, 20.0)
         assert time.monotonic() - begun < 2.0
         assert [member.name for member in coordinator.members] == ["h0", "h1"]
-        coordinator.abort("enough")
+        for member in coordinator.members * 20:
+            caller = stack.enter_context(socket.create_connection((member.address, member.port)))
+            caller.sendall(noise)
+            if not noise:
+                caller.shutdown(socket.SHUT_WR)
+        facts = [HostFacts(member.name, member.address, 1, {}) for member in coordinator.members]
+        network = lead(coordinator, Plan(2, 0.02, 0.05), facts, None, lambda what, done, total: None, False)
+        coordinator.finish(network.to_dict())
         for agent in agents:
             agent.join()
+        assert network.compute_nodes == ("h0", "h1")
         coordinator.close()
 
 

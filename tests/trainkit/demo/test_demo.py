@@ -18,7 +18,7 @@ import pytest
 
 from trainkit.report import Run
 
-STEPS = 100
+STEPS = 64
 
 
 # As a user starts it from the repository's root: the source tree there must not hide what is installed.

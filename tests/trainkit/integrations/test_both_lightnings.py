@@ -84,7 +84,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("start_method", ["spawn", "fork"])
+@pytest.mark.parametrize("start_method", [pytest.param("spawn", marks=pytest.mark.slow), "fork"])
 def test_counters_come_back_from_other_processes(tmp_path: Path, start_method: str) -> None:
     script = tmp_path / "spawned.py"
     script.write_text(SPAWNED)
