@@ -34,6 +34,7 @@ class Forecasting:
     """
 
     keeps = True
+    fallback = None
 
     def __init__(self, backend: Backend, forecaster: Forecaster, trial_steps: int, horizon: int) -> None:
         self._backend, self._forecaster = backend, forecaster

@@ -20,6 +20,7 @@ class Paper:
     """
 
     keeps = False
+    fallback = None
     reason = "its trials are spent"
 
     def __init__(self, backend: Backend, horizon: int) -> None:

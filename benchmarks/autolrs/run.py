@@ -141,7 +141,7 @@ def tuned(task: Task, name: str, default: float, preset: str, seed: int, steps: 
     train_step = stepper(task, optimizer)
     kwargs: dict[str, Any] = {"preset": "paper", "stage_steps": max(steps // 12, 10)} if preset == "paper" else {}
     # a library's task is run with the prior that was fitted without it
-    priors = json.loads(Path(__file__).with_name("prior-without.json").read_text())
+    priors = {}
     tuner = Tuner(task.model, optimizer, train_step, steps, loss=task.loss, count="all", seed=seed, **kwargs)
     if preset != "paper" and name in priors:
         tuner._controller._prior = Prior(**priors[name])
