@@ -100,7 +100,7 @@ class Belief:
         self.progress = np.log(prior.memory * done + 10.0**self.grid * ahead) - lag
 
     def of(self, trial: int) -> Array:
-        """[DRAWS] a tried rate's progress."""
+        """[DRAWS] progress of a trial's rate, of the last one for -1."""
         return np.asarray(self.progress[:, self._tried[trial]])
 
     def near(self, log_rate: float) -> Array:

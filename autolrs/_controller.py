@@ -11,7 +11,7 @@ import torch
 
 from trainkit.autolrs._belief import Observed
 from trainkit.autolrs._forecast import forecast
-from trainkit.autolrs._history import History, SearchRecord, StageRecord
+from trainkit.autolrs._history import History, SearchRecord, StageRecord, TrialRecord
 from trainkit.autolrs._law import AVERAGED
 from trainkit.autolrs._options import Options
 from trainkit.autolrs._plan import Plan, Search, plan
@@ -271,7 +271,8 @@ class Controller:
     def _harmless(self, outcome: Outcome) -> float:
         """The rate to go on with when none worked: the user's own, or half a decade below every one that failed."""
         failed = min((t.rate for t in outcome.trials), default=math.inf)
-        return min(self._safe, max(failed / math.sqrt(10.0), self.options.low)) if failed <= self._safe else self._safe
+        own = self._default
+        return min(own, max(failed / math.sqrt(10.0), self.options.low)) if failed <= own else own
 
     def _pass(self, search: Search, reason: str) -> None:
         """Notes a search that is not held."""
@@ -315,8 +316,9 @@ class Controller:
         """(S1, loss) along the committed trials, where losses were measured at averaged weights."""
         found = []
         for record in self._record.trials:
-            if record.status == "committed" and len(record.losses) < record.steps:
-                sums = self._sums(record.start + record.steps)
+            ended = record.start + record.steps
+            if record.status == "committed" and record.loss_steps and record.loss_steps[-1] == ended:
+                sums = self._sums(ended)
                 for at, loss in zip(record.loss_steps, record.losses, strict=True):
                     found.append((float(sums[record.start] + AVERAGED * (sums[at] - sums[record.start])), loss))
         return found
@@ -333,12 +335,11 @@ class Controller:
 
     def _began(self) -> float:
         """Search loss at the run's start; inf before it was measured."""
-        return next((t.losses[0] for t in self._record.trials if t.start == 0 and t.losses), math.inf)
+        return next((_ends(t)[0] for t in self._record.trials if t.start == 0 and t.losses), math.inf)
 
     def _best(self) -> float:
-        """Search loss at the end of the last committed trial, where losses were measured at averaged weights."""
-        measured = self._measured()
-        return measured[-1][1] if measured else math.inf
+        """Search loss at the end of the last committed trial."""
+        return next((_ends(t)[1] for t in reversed(self._record.trials) if t.status == "committed"), math.inf)
 
     # -- schedule
 
@@ -414,6 +415,13 @@ class Controller:
         self.kept, self._schedule = self._record.kept_steps, None
         self._backend = self._make_backend()
         self._backend.load_state_dict(state["backend"])
+
+
+def _ends(trial: TrialRecord) -> tuple[float, float]:
+    """A trial's first and last loss; of single training losses, means of an eighth of them."""
+    measured = trial.loss_steps[-1] == trial.start + trial.steps
+    part = 1 if measured else max(len(trial.losses) // 8, 1)
+    return float(np.mean(trial.losses[:part])), float(np.mean(trial.losses[-part:]))
 
 
 class _Timed:

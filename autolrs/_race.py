@@ -105,6 +105,8 @@ def race(trials: Trials, strategy: Strategy, search: Search, ground: Ground) -> 
     run: list[tuple[Trial, TrialRecord]] = []
     saved: int | None = None
     reason = "as many rates were tried as it may try"
+    start = trials.restart().values
+    strategy.begin(trials.agree(start[-1] if start else None))
     while len(run) < search.candidates:
         best_steps = run[saved][0].taken if saved is not None else 0
         # Whichever loses, the next trial or the best one, its steps are thrown away.

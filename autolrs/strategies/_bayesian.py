@@ -59,6 +59,7 @@ class Bayesian:
         if situation.usual is not None:
             self._known.append(Known(math.log10(situation.usual) + prior.usual_offset, prior.usual_std))
         self._trials: list[Trial] = []
+        self._now: float | None = None
         self._reason, self.asked = "", 0
 
     @property
@@ -83,6 +84,10 @@ class Bayesian:
         """Whether another rate than the present one is expected to win more than finding it costs."""
         belief = self._belief()
         return bool(self._surplus(belief).max() > 0.0)
+
+    def begin(self, loss: float | None) -> None:
+        """See `Strategy`."""
+        self._now = loss
 
     def propose(self) -> float | None:
         """See `Strategy`."""
@@ -110,6 +115,8 @@ class Bayesian:
     def observe(self, trial: Trial) -> None:
         """See `Strategy`."""
         self._trials.append(trial)
+        if self._now is None and trial.losses:
+            self._now = trial.losses[0]
 
     def stop(self, trial: Trial) -> bool:
         """See `Strategy`."""
@@ -179,26 +186,27 @@ class Bayesian:
         surplus = np.asarray(belief.improvement(base) * (at.until / at.left) - cost)
         reached = [math.log10(self._trials[i].rate) for i in able] or [math.log10(at.present)]
         surplus[belief.grid > max(reached) + _REACH] = -np.inf
-        # what failed is not tried until it works by chance; failures of the run's first steps are no failures later
-        failed = [o.log_rate for o in self._seen if not (o.worked or o.first)] if steady else []
-        surplus[belief.grid > min(failed, default=math.inf) - _APART] = -np.inf
-        if steady:  # that a smaller rate works as well says nothing for it
+        if steady:
+            # that a smaller rate works as well says nothing for it, and what failed is not tried until it works by chance;
+            # failures of the run's first steps are no failures later
+            failed = [o.log_rate for o in self._seen if not (o.worked or o.first)]
             surplus[belief.grid <= math.log10(at.present) + _APART] = -np.inf
+            surplus[belief.grid > min(failed, default=math.inf) - _APART] = -np.inf
+        elif not at.first:
+            surplus[belief.grid > math.log10(at.present) - _APART] = -np.inf
         surplus[[not self._apart(x) for x in belief.grid]] = -np.inf
         return surplus
 
     def _steady(self) -> bool:
         """Whether the rate in force has done no harm since it was chosen: it has not lost half of what was won."""
-        if self._at.first:
-            return False
-        if not self._trials or not self._trials[0].losses:
-            return True
-        now = self._trials[0].losses[0]
-        return now <= self._at.best + _LOST * self._fallen(self._trials[0])
+        at = self._at
+        if at.first or self._now is None or not math.isfinite(at.best):
+            return not at.first
+        return self._now <= at.best + _LOST * max(at.began - at.best, 0.0)
 
     def _of(self, belief: Belief, trial: int) -> Array:
         """[DRAWS] progress of a trial's rate."""
-        return belief.of(trial + len(self._seen))
+        return belief.of(trial - len(self._trials))
 
     def _apart(self, x: float) -> bool:
         return all(abs(x - math.log10(t.rate)) >= _APART for t in self._trials)
@@ -211,7 +219,9 @@ class Bayesian:
 
     def _spoilt(self, trial: Trial) -> float:
         """The loss above which a trial has spoiled what the run had won, whatever it began with."""
-        return self._at.best + self._prior.spoilt * self._fallen(trial) if math.isfinite(self._at.best) else math.inf
+        if not self._steady() or not math.isfinite(self._at.best):
+            return math.inf
+        return self._at.best + self._prior.spoilt * self._fallen(trial)
 
     def _fallen(self, trial: Trial) -> float:
         """How far the run's loss has fallen by a trial's start, in its unit."""
@@ -224,5 +234,6 @@ class Bayesian:
 
     def _belief(self) -> Belief:
         at = self._at
-        seen = [*self._seen, *self.observed]
+        force = [] if at.first or self._steady() else [Observed(math.log10(at.present), False)]
+        seen = [*force, *self._seen, *self.observed]
         return Belief(self._prior, self._known, seen, self._low, self._high, done=at.done, ahead=at.ahead)

@@ -45,6 +45,9 @@ class Forecasting:
         self.asked = 0
         self.reason = "its trials are spent"
 
+    def begin(self, loss: float | None) -> None:
+        """See `Strategy`."""
+
     def propose(self) -> float | None:
         """See `Strategy`."""
         self.asked += 1

@@ -30,6 +30,9 @@ class Paper:
         self._worked: list[bool] = []
         self.asked = 0
 
+    def begin(self, loss: float | None) -> None:
+        """See `Strategy`."""
+
     def propose(self) -> float | None:
         """See `Strategy`."""
         self.asked += 1

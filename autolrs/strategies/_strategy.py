@@ -67,6 +67,9 @@ class Strategy(Protocol):
     keeps: bool
     """Whether the winner's steps are committed; else the stage starts again from the state before the search."""
 
+    def begin(self, loss: float | None) -> None:
+        """Takes in the search loss before the first trial; None: it is not measured."""
+
     def propose(self) -> float | None:
         """The next rate to try; None: the search ends."""
 

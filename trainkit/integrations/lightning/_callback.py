@@ -331,8 +331,9 @@ class AutoLRS(Callback):
         self._bound_steps(trainer)
         if outcome.rate is None:
             _say(
-                "AutoLRS: no rate that was tried lowered the loss without rising again (or every loss was nan), so the rate in "
-                f"force, {controller.rate(trainer.global_step):.1e}, goes on; look at the data and at `low`"
+                "AutoLRS: each rate that was tried ended with a higher loss than it began with (or nan), so the run goes on at "
+                f"{controller.rate(trainer.global_step):.1e}, the optimizer's own rate or a lower one than all that failed; "
+                "look at the data and at `low`"
             )
         rank_zero_info(controller.summary())
         self._show(trainer, f"stage {len(controller.history.stages)} lr {controller.history.stages[-1].rate:.1e}")
