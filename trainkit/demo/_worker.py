@@ -54,6 +54,7 @@ def train(job: Job) -> None:
     from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 
     from trainkit._files import write_text_atomically
+    from trainkit.autolrs._ranks import from_every_rank
     from trainkit.demo._checkpoint import DurableCheckpointIO, RollingCheckpoint, newest_checkpoint
     from trainkit.demo._config import USELESS_RATE, Config
     from trainkit.demo._corpus import WindowLoader, read_corpus
@@ -120,8 +121,7 @@ def train(job: Job) -> None:
     trainer.fit(module, train_loader, validation, ckpt_path=resume_from)
     seconds = time.monotonic() - started
 
-    digests: list[Any] = [None] * job.world_size
-    torch.distributed.all_gather_object(digests, parameters_digest(module))
+    digests = from_every_rank(parameters_digest(module))
     if len(set(digests)) > 1:
         raise RuntimeError(f"after training all ranks must hold equal parameters, their digests are {digests}")
     trainer.limit_val_batches = len(held_out)

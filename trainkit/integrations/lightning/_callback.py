@@ -14,6 +14,7 @@ from trainkit.autolrs import History, LRSchedule, Options
 from trainkit.autolrs._controller import Controller
 from trainkit.autolrs._plan import LEAST_TRIAL, Search
 from trainkit.autolrs._plot import plot
+from trainkit.autolrs._ranks import from_every_rank
 from trainkit.autolrs._schedule import set_rate
 from trainkit.autolrs._snapshot import Where, check_where, rng_state, set_rng_state
 from trainkit.integrations.lightning._lookahead import Lookahead
@@ -292,9 +293,7 @@ class AutoLRS(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds every rank's random numbers, and the loader's state before batches were fetched ahead."""
         mine = rng_state()
-        every: list[Any] = [mine] * trainer.world_size
-        if trainer.world_size > 1:
-            torch.distributed.all_gather_object(every, mine)
+        every = from_every_rank(mine) if trainer.world_size > 1 else [mine]
         done = self._fetcher is not None and self._fetcher.done
         checkpoint[_KEY] = {"rng": every, "epoch_done": done}
         states = self._states if self._states is not None else self._fetcher.states() if self._fetcher else None
