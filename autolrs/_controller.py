@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainkit.autolrs._belief import Known, Observed
+from trainkit.autolrs._belief import Observed
 from trainkit.autolrs._forecast import forecast
-from trainkit.autolrs._history import History, SearchRecord, StageRecord
+from trainkit.autolrs._history import History, SearchRecord, StageRecord, TrialRecord
 from trainkit.autolrs._law import AVERAGED
 from trainkit.autolrs._options import Options
 from trainkit.autolrs._plan import Plan, Search, plan
@@ -147,8 +147,7 @@ class Controller:
         )
         strategy = self._strategy(search)
         outcome = race(_Timed(trials, ran), strategy, search, ground)
-        unmoved = self._present if self._record.stages else self._default
-        rate = unmoved if outcome.rate is None else outcome.rate
+        rate = self._harmless(outcome) if outcome.rate is None else outcome.rate
         if not self.bayesian:
             self._backend.next_stage(outcome.rate)
         self._next += 1
@@ -170,8 +169,10 @@ class Controller:
             discarded=outcome.discarded,
             asked=outcome.asked,
             critical=(critical.log_rate, critical.std) if critical else None,
-            lags=strategy.lags if isinstance(strategy, Bayesian) else (),
-            reason=outcome.reason if outcome.rate is not None else "no rate worked: the one in force goes on",
+            seen=tuple((o.log_rate, o.worked, o.diverged) for o in strategy.observed)
+            if isinstance(strategy, Bayesian)
+            else (),
+            reason=outcome.reason if outcome.rate is not None else "no rate worked: a safe one goes on",
         )
         seconds = time.monotonic() - began
         self._record = replace(
@@ -247,7 +248,8 @@ class Controller:
         situation = Situation(
             first=search.start == 0,
             done=self._done(search.start),
-            fallen=self._fallen(),
+            began=self._began(),
+            best=self._best(),
             ahead=annealed - search.start + (end - annealed) / 2.0,
             left=end - search.start,
             until=(self.plan.searches[1].start if search.start == 0 and len(self.plan.searches) > 1 else end)
@@ -257,14 +259,20 @@ class Controller:
             usual=None if self._usual is None else min(max(self._usual, o.low), o.high),
             user=self._safe,
         )
-        held = [s for s in self._record.searches if s.critical is not None and s.trials]
-        known, aged = [], []
-        if held and held[-1].critical is not None:
-            log_rate, std = held[-1].critical
-            known.append(Known(log_rate, math.hypot(std, self._prior.drift)))
-            blur = self._prior.growth * math.log(10.0) * self._prior.drift
-            aged = [Observed(x, lag, math.hypot(of, blur * max(lag, 1.0))) for x, lag, of in held[-1].lags]
-        return Bayesian(self._prior, situation, known, aged, self._measured(), o.low, o.high, self._positive)
+        seen = []
+        for past in self._record.searches:
+            longer = math.log((search.start + search.trial_steps) / (past.start + search.trial_steps))
+            blur = self._prior.drift * math.sqrt(max(longer, 0.0))
+            seen += [
+                Observed(x, bool(worked), bool(diverged), blur, past.start == 0) for x, worked, diverged in past.seen
+            ]
+        return Bayesian(self._prior, situation, seen, self._measured(), o.low, o.high, self._positive)
+
+    def _harmless(self, outcome: Outcome) -> float:
+        """The rate to go on with when none worked: the user's own, or half a decade below every one that failed."""
+        failed = min((t.rate for t in outcome.trials), default=math.inf)
+        own = self._default
+        return min(own, max(failed / math.sqrt(10.0), self.options.low)) if failed <= own else own
 
     def _pass(self, search: Search, reason: str) -> None:
         """Notes a search that is not held."""
@@ -279,7 +287,7 @@ class Controller:
             discarded=0,
             asked=int(self.bayesian),
             critical=seen[-1].critical if seen else None,
-            lags=(),
+            seen=(),
             reason=reason,
         )
         self._record = replace(self._record, searches=(*self._record.searches, record))
@@ -308,8 +316,9 @@ class Controller:
         """(S1, loss) along the committed trials, where losses were measured at averaged weights."""
         found = []
         for record in self._record.trials:
-            if record.status == "committed" and len(record.losses) < record.steps:
-                sums = self._sums(record.start + record.steps)
+            ended = record.start + record.steps
+            if record.status == "committed" and record.loss_steps and record.loss_steps[-1] == ended:
+                sums = self._sums(ended)
                 for at, loss in zip(record.loss_steps, record.losses, strict=True):
                     found.append((float(sums[record.start] + AVERAGED * (sums[at] - sums[record.start])), loss))
         return found
@@ -323,6 +332,14 @@ class Controller:
         """How far the search loss has fallen in the committed trials, from the run's start."""
         kept = [record.losses for record in self._record.trials if record.status == "committed" and record.losses]
         return max(kept[0][0] - min(losses[-1] for losses in kept), 0.0) if kept else 0.0
+
+    def _began(self) -> float:
+        """Search loss at the run's start; inf before it was measured."""
+        return next((_ends(t)[0] for t in self._record.trials if t.start == 0 and t.losses), math.inf)
+
+    def _best(self) -> float:
+        """Search loss at the end of the last committed trial."""
+        return next((_ends(t)[1] for t in reversed(self._record.trials) if t.status == "committed"), math.inf)
 
     # -- schedule
 
@@ -398,6 +415,13 @@ class Controller:
         self.kept, self._schedule = self._record.kept_steps, None
         self._backend = self._make_backend()
         self._backend.load_state_dict(state["backend"])
+
+
+def _ends(trial: TrialRecord) -> tuple[float, float]:
+    """A trial's first and last loss; of single training losses, means of an eighth of them."""
+    measured = trial.loss_steps[-1] == trial.start + trial.steps
+    part = 1 if measured else max(len(trial.losses) // 8, 1)
+    return float(np.mean(trial.losses[:part])), float(np.mean(trial.losses[-part:]))
 
 
 class _Timed:

@@ -20,6 +20,7 @@ _PRIOR_STD = 1.0
 # A falling component is the rule, a rising one the exception.
 _RISING = 0.02
 _LEAST_NOISE = 1e-4
+_DIGITS = 9
 _OUTLIER = 3.5
 _DOUBT = 0.06
 # Prior shares of a constant, one exponential, two, and a power law; and of the two refined shapes.
@@ -241,9 +242,9 @@ def forecast(
     scale = float(np.ptp(y))
     if scale <= 1e-12 * max(abs(offset), 1e-300):
         return _floored(offset, 0.0, floor)
-    mean, std = _average(
-        t, (y - offset) / scale, count, float(horizon), None if floor is None else (floor - offset) / scale
-    )
+    # rounded: what another unit or offset of the loss leaves of rounding errors must not decide between two equal shapes
+    unit = np.round((y - offset) / scale, _DIGITS)
+    mean, std = _average(t, unit, count, float(horizon), None if floor is None else (floor - offset) / scale)
     return _floored(offset + scale * mean, scale * std, floor)
 
 

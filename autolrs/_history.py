@@ -51,7 +51,7 @@ class SearchRecord:
         discarded: steps that it threw away.
         asked: how many of the rates came from a model (the Gaussian process), the decision to stop included.
         critical: log10 of the believed critical rate, and its std; None before there is a belief.
-        lags: of each trial log10 of its rate, its lag in nepers and the lag's std; a lag of inf diverged.
+        seen: of each trial log10 of its rate, whether it worked and whether it diverged.
         reason: why it ended.
     """
 
@@ -64,7 +64,7 @@ class SearchRecord:
     discarded: int
     asked: int
     critical: tuple[float, float] | None
-    lags: tuple[tuple[float, float, float], ...]
+    seen: tuple[tuple[float, bool, bool], ...]
     reason: str
 
 
@@ -132,8 +132,9 @@ class History:
         searches = []
         for record in held["searches"]:
             critical = record["critical"] and tuple(record["critical"])
-            lags = tuple((x, math.inf if lag is None else lag, std) for x, lag, std in record["lags"])
-            searches.append(SearchRecord(**{**_known(record), "critical": critical, "lags": lags}))
+            searches.append(
+                SearchRecord(**{**_known(record), "critical": critical, "seen": tuple(map(tuple, record["seen"]))})
+            )
         stages = tuple(StageRecord(**record) for record in held["stages"])
         return cls(**{**held, "stages": stages, "searches": tuple(searches), "trials": tuple(trials)})
 

@@ -13,10 +13,9 @@ ANNEAL = 0.5
 # With `stage_steps` given, stages begin only in this first share of the run.
 _STAGED = 0.7
 _DEFAULT_WARMUP = 0.02
-# Where searches are offered, as shares of the run, with the most rates that may work in each: `benchmarks/autolrs/prior.py`
-# compares trials of 2.5, 3.75 and 5 % and two to five of them. It offers none at a quarter or at half of the run: trials begun
-# there show another rate than the one that was best in the end as often as not.
-_STARTS, _TRIALS = (0.0, 0.1), (2, 3)
+# Where searches are offered: at the run's start, from a tenth of it on, and each time a trial's length later. A trial is this
+# share of the run: at half of it the shock of a new rate has not passed yet.
+_SECOND, _OFFERED, _TRIALS = 0.1, 4, 8
 _TRIAL = 0.04
 # Trials that a search may discard while none of its rates works.
 _FRUITLESS = 4
@@ -91,12 +90,13 @@ def plan(options: Options, total: int) -> Plan:
     for i, start in enumerate(starts):
         end = starts[i + 1] if i + 1 < len(starts) else kept
         staged = options.stage_steps is not None
-        trials = options.candidates or ((_BLIND_TRIALS if i == 0 else _STAGED_TRIALS) if staged else _TRIALS[i])
+        trials = options.candidates or ((_BLIND_TRIALS if i == 0 else _STAGED_TRIALS) if staged else _TRIALS)
         share = _TRIAL / max(len(starts) / 2, 1.0) if staged else _TRIAL
         steps = options.trial_steps or max(LEAST_TRIAL, round(share * total))
         fair = left // (len(starts) - i)
         if options.trial_steps is None:
-            steps = min(steps, max((end - start) // 2, 1), max(fair // (_LEAST_CANDIDATES - 1), LEAST_TRIAL))
+            most = max((end - start) // 2, 1) if staged else end - start
+            steps = min(steps, most, max((fair if staged else left) // (_LEAST_CANDIDATES - 1), LEAST_TRIAL))
         steps = min(steps, end - start)
         most = min(
             (trials - 1 if staged or options.candidates else _FRUITLESS) * steps, left if i == 0 or not staged else fair
@@ -110,10 +110,12 @@ def plan(options: Options, total: int) -> Plan:
 
 
 def _starts(options: Options, kept: int, total: int) -> list[int]:
-    """Where the searches are: every `stage_steps`, else where `_STARTS` says."""
+    """Where the searches are: every `stage_steps`, else at the start and from a tenth on."""
     if options.stage_steps is not None:
         return list(range(0, max(round(kept * _STAGED), 1), options.stage_steps))
-    starts = [max(round(total * share), 2 * LEAST_TRIAL * i) for i, share in enumerate(_STARTS)]
+    trial = options.trial_steps or max(LEAST_TRIAL, round(_TRIAL * total))
+    second = max(round(total * _SECOND), 2 * LEAST_TRIAL)
+    starts = [0, *(second + i * trial for i in range(_OFFERED))]
     return [start for start in starts if start <= kept / 2]
 
 

@@ -10,40 +10,36 @@ from pathlib import Path
 class Prior:
     """Constants of the Bayesian strategy.
 
-    `growth`, the two weights and the usual rate's offset and std are fitted by `benchmarks/autolrs/prior.py fit` on
-    recorded runs; the others were set by hand after looking at the same runs. Rates are log10, so distances are
-    decades; progress and lag are nepers (differences of natural logarithms) of a sum of rates.
+    Rates are log10, so distances are decades; progress and lag are nepers (differences of natural logarithms) of a sum of
+    rates.
 
     Attributes:
-        growth: exponent with which a rate's lag grows with the rate.
-        first_weight: what a lag seen at the run's start is worth at its end, over what it was in the trial: more than
-            1, for a run's first steps reward rates that harm it later.
-        later_weight: the same for later searches: less than 1, for a part of it is noise that the anneal takes away.
-        memory: share of the sum of rates before a search that counts on its trials' clock.
-        misfit: std by which the losses of two trials differ at the same sum of rates, as a share of their fall.
-        spread: std of what the lag deviates from its mean function, nepers.
+        growth: exponent with which the lag grows with the rate. 1: half a decade below the critical rate costs .47 nepers,
+            half a decade above it 1.0.
+        memory: share of the sum of rates before a search that counts on the run's clock.
+        slack: rise of a loss that is within the noise of the measurement, as a share of what the run's loss has fallen.
+        spoilt: rise above the best loss that the run has had, as such a share, that shows harm: losses of the weights as they
+            are lie above those of averaged ones, which slack does not allow for.
+        edge: std by which a trial's harm shows too early or too late, decades.
+        further: how far above the critical rate a trial diverges, decades.
+        spread: std of what the harm deviates from a straight line, decades.
         length: length scale of that deviation, decades.
-        noise: least std of a measured lag, nepers.
-        relative_noise: std of a measured lag as a share of it.
-        divergence: mean lag at which every other trial diverges, nepers.
         usual_offset: critical rate over the rate that the optimizer's class usually does well with, decades.
         usual_std: its std.
         user_std: std of the critical rate around the rate in the user's optimizer, decades. An assumption: nobody has
             recorded users' rates.
-        drift: std by which the critical rate moves from the run's start to the second search, decades.
+        drift: std by which the critical rate moves while the run becomes e times as long, decades.
         forecast_scale: factor on a forecast's std that makes its 80 % band cover 80 % of what came.
     """
 
     growth: float
-    first_weight: float
-    later_weight: float
     memory: float
-    misfit: float
+    slack: float
+    spoilt: float
+    edge: float
+    further: float
     spread: float
     length: float
-    noise: float
-    relative_noise: float
-    divergence: float
     usual_offset: float
     usual_std: float
     user_std: float

@@ -10,8 +10,7 @@ import numpy as np
 from trainkit.autolrs._history import Status, TrialRecord
 from trainkit.autolrs._law import AVERAGED
 from trainkit.autolrs._plan import Search
-from trainkit.autolrs._prior import default_prior
-from trainkit.autolrs.strategies import Strategy, Trial, worked
+from trainkit.autolrs.strategies import Strategy, Trial
 
 T = TypeVar("T")
 
@@ -20,8 +19,6 @@ AGREE_EVERY = 16
 # A trial diverges when its loss has risen above the start by this many times the best trial's gain, or this share of what
 # the run has gained before; so many times as much before it has ended, for a running average may come back.
 _EXPLODED, _RISEN, _EARLY = 2.0, 0.5, 10.0
-# Trials of rates that do not work do not count among the candidates, up to so many times their number.
-_MOST = 3
 # Training losses are read as means of so many groups.
 _GROUPS = 8
 
@@ -58,7 +55,7 @@ class Outcome:
     """What a search found.
 
     Attributes:
-        rate: chosen rate; None: no rate worked.
+        rate: chosen rate, or the one in force where none is better; None: no rate worked.
         committed: steps of the winner that are part of the run (0: the stage starts from the state before the search).
         trials: records, the winner's status "committed".
         discarded: steps thrown away.
@@ -107,9 +104,10 @@ def race(trials: Trials, strategy: Strategy, search: Search, ground: Ground) -> 
     """
     run: list[tuple[Trial, TrialRecord]] = []
     saved: int | None = None
-    slack = default_prior().misfit * ground.fallen
     reason = "as many rates were tried as it may try"
-    while sum(_counts(trial, slack) for trial, _ in run) < search.candidates and len(run) < _MOST * search.candidates:
+    start = trials.restart().values
+    strategy.begin(trials.agree(start[-1] if start else None))
+    while len(run) < search.candidates:
         best_steps = run[saved][0].taken if saved is not None else 0
         # Whichever loses, the next trial or the best one, its steps are thrown away.
         spent = sum(trial.taken for trial, _ in run) - best_steps
@@ -135,13 +133,8 @@ def race(trials: Trials, strategy: Strategy, search: Search, ground: Ground) -> 
         assert trial.taken == record.steps
     committed = run[best][0].taken if best is not None and best == saved else 0
     taken = sum(trial.taken for trial, _ in run)
-    rate = None if best is None else run[best][0].rate
+    rate = strategy.fallback if best is None else run[best][0].rate
     return Outcome(rate, committed, tuple(records), taken - committed, reason, strategy.asked)
-
-
-def _counts(trial: Trial, slack: float) -> bool:
-    """Whether a trial is one of a search's candidates: it worked, or was stopped for it could not win."""
-    return worked(trial, slack) or not (trial.ended or trial.diverged)
 
 
 def _trial(

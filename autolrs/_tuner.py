@@ -16,6 +16,7 @@ from trainkit.autolrs._options import Options
 from trainkit.autolrs._plan import Search
 from trainkit.autolrs._plot import plot
 from trainkit.autolrs._race import Losses
+from trainkit.autolrs._ranks import from_rank_zero
 from trainkit.autolrs._schedule import LRSchedule, set_rate
 from trainkit.autolrs._snapshot import Snapshot, Stateful, Where, check_where, rng_state, set_rng_state, unseen
 from trainkit.autolrs._stream import Stream
@@ -271,11 +272,7 @@ class _LoopTrials:
         self._kept, self._kept_is_live = self._taken, True
 
     def agree(self, value: T) -> T:
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return value
-        held = [value]
-        torch.distributed.broadcast_object_list(held, src=0)
-        return held[0]
+        return from_rank_zero(value)
 
     def settle(self, kept: bool) -> list[Tensor]:
         if not kept:

@@ -34,6 +34,7 @@ class Forecasting:
     """
 
     keeps = True
+    fallback = None
 
     def __init__(self, backend: Backend, forecaster: Forecaster, trial_steps: int, horizon: int) -> None:
         self._backend, self._forecaster = backend, forecaster
@@ -43,6 +44,9 @@ class Forecasting:
         self._best: int | None = None
         self.asked = 0
         self.reason = "its trials are spent"
+
+    def begin(self, loss: float | None) -> None:
+        """See `Strategy`."""
 
     def propose(self) -> float | None:
         """See `Strategy`."""

@@ -20,6 +20,7 @@ class Paper:
     """
 
     keeps = False
+    fallback = None
     reason = "its trials are spent"
 
     def __init__(self, backend: Backend, horizon: int) -> None:
@@ -28,6 +29,9 @@ class Paper:
         self._forecasts: list[Forecast] = []
         self._worked: list[bool] = []
         self.asked = 0
+
+    def begin(self, loss: float | None) -> None:
+        """See `Strategy`."""
 
     def propose(self) -> float | None:
         """See `Strategy`."""

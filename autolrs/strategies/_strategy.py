@@ -4,8 +4,6 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-
 from trainkit.autolrs._forecast import Forecast
 
 
@@ -39,7 +37,8 @@ class Situation:
     Attributes:
         first: whether no step has been taken yet.
         done: S1 of the run so far.
-        fallen: how far the loss has fallen in the run so far, in its unit.
+        began: loss that the run began with; inf at its start.
+        best: loss at averaged weights at the end of the last committed trial; inf before the first.
         ahead: steps to come, each weighted by the schedule's share of the peak rate.
         left: steps to come.
         until: those of them that the search decides: from the run's start, up to the second search.
@@ -51,7 +50,8 @@ class Situation:
 
     first: bool
     done: float
-    fallen: float
+    began: float
+    best: float
     ahead: float
     left: int
     until: int
@@ -66,6 +66,9 @@ class Strategy(Protocol):
 
     keeps: bool
     """Whether the winner's steps are committed; else the stage starts again from the state before the search."""
+
+    def begin(self, loss: float | None) -> None:
+        """Takes in the search loss before the first trial; None: it is not measured."""
 
     def propose(self) -> float | None:
         """The next rate to try; None: the search ends."""
@@ -83,6 +86,10 @@ class Strategy(Protocol):
         """Loss at the horizon if the run goes on with an observed trial's rate."""
 
     @property
+    def fallback(self) -> float | None:
+        """The rate in force, where none is chosen and it is known to do no harm; None: it is not known."""
+
+    @property
     def reason(self) -> str:
         """Why the search ended, in a few words."""
 
@@ -91,26 +98,18 @@ class Strategy(Protocol):
         """How many rates came from a model, not from a fixed design."""
 
 
-# A loss that comes back by more than this share of its fall is on its way to an instability.
-_REBOUND = 0.125
+def worked(trial: Trial, slack: float = 0.0, most: float = math.inf) -> bool:
+    """Whether a rate may be adopted: its trial ran to its end, finite, and ended no higher than it began.
 
-
-def worked(trial: Trial, slack: float = 0.0) -> bool:
-    """Whether a rate may be adopted: its trial ran to its end, finite, and fell without rising as far, before or after.
-
-    A rise above the start that the fall does not make up for, or a return by an eighth of the fall, is no noise of the
-    measurement, which all trials share, but the beginning of an instability.
+    What rises and comes back is the noise of a higher rate, which the annealed end takes away.
 
     Args:
         trial: the trial.
         slack: rise that is within the noise, in the loss's unit.
+        most: loss that it may not end above, whatever it began with.
     """
     if trial.diverged or not trial.ended or not all(map(math.isfinite, trial.losses)):
         return False
-    losses = np.array(trial.losses)
-    if len(losses) < 2:
-        return len(losses) == 1
-    last = float(np.mean(losses[-max(len(losses) // 4, 1) :]))
-    fall, rise = float(losses[0]) - last, float(losses.max() - losses[0])
-    back = float(losses[-1] - losses.min())
-    return fall >= rise - slack and back <= _REBOUND * float(losses[0] - losses.min()) + slack
+    if len(trial.losses) < 2:
+        return len(trial.losses) == 1
+    return trial.losses[-1] <= min(trial.losses[0] + slack, most)

@@ -93,8 +93,8 @@ class Free:
 
 def decisions() -> None:
     """Processor time of a whole search by trial: forecasts, Gaussian process and all."""
-    at = Situation(False, 0.1, 1.0, 700.0, 900, 900, 64, 1e-3, 1e-3, 1e-3)
-    strategy = Bayesian(default_prior(), at, [], [], [], 1e-5, 1.0, True)
+    at = Situation(False, 0.1, 2.0, 1.0, 700.0, 900, 900, 64, 1e-3, 1e-3, 1e-3)
+    strategy = Bayesian(default_prior(), at, [], [], 1e-5, 1.0, True)
     began = time.process_time()
     outcome = race(Free(), strategy, Search(100, 1000, 64, 5, 10_000), Ground(0, lambda rate, step: rate))
     spent, trials = time.process_time() - began, len(outcome.trials)

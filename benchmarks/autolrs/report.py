@@ -1,76 +1,93 @@
-"""Prints the table of the results that run.py left: `python benchmarks/autolrs/report.py --task digits`."""
+"""Prints the tables of the lines that run.py left: `python benchmarks/autolrs/report.py [--out runs/autolrs/runs.jsonl]`.
+
+Final losses over those of the tuned cosine, the grid's rate with the least median over its seeds. The tasks that every choice
+was made on, and those that none was made on, are apart. Then how often the loss that a run ended with lay in the 80 % band of
+its last forecast.
+"""
 
 import argparse
 import json
+import math
+from collections import defaultdict
 from pathlib import Path
-from statistics import median
+from statistics import geometric_mean, median
 from typing import Any
 
-from run import arms
-from tasks import TASKS
+from library import DEVELOPMENT, HELD_OUT, RUNS
+
+# Of a Gaussian, what lies within so many stds is 80 %.
+_BAND = 1.2816
 
 
-def reached(curve: list[list[float]], target: float) -> float | None:
-    """Steps charged until the validation loss was first at or below `target`."""
-    return next((step for step, loss in curve if loss <= target), None)
+def final(run: dict[str, Any]) -> float:
+    """The last validation loss; inf for nan."""
+    loss = run["curve"][-1][1]
+    return float(loss) if loss is not None and math.isfinite(loss) else math.inf
 
 
-def label(arm: str, factor: float) -> str:
-    return f"cosine {factor:g}" if arm == "cosine" else arm if factor == 1.0 else f"{arm}, default x {factor:.3g}"
+def table(names: tuple[str, ...], found: dict[tuple[str, str, float], list[dict[str, Any]]]) -> None:
+    others = [("ours", 1 / 30), ("ours", 30.0), ("constant", 1.0)]
+    print("| task | cosine | its rate | ours | worst seed | ours, default / 30 | x 30 | constant default | discarded |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    ratios, worst, shares = [], [], []
+    for name in names:
+        grid = {
+            f: median(map(final, runs)) for (task, arm, f), runs in found.items() if (task, arm) == (name, "cosine")
+        }
+        ours = found.get((name, "ours", 1.0), [])
+        if not grid or not ours:
+            continue
+        rate = min(grid, key=lambda f: grid[f])
+        finals = [final(run) / grid[rate] for run in ours]
+        share = median(run["discarded"] / run["steps"] for run in ours)
+        ratios.append(median(finals))
+        worst.append(max(finals))
+        shares.append(share)
+        cells = [grid[rate], rate]
+        rest = []
+        for arm, factor in others:
+            near = [
+                r for (t, a, f), r in found.items() if (t, a) == (name, arm) and math.isclose(f, factor, rel_tol=1e-3)
+            ]
+            rest.append(f"{median(map(final, near[0])) / grid[rate]:.3f}" if near else "-")
+        print(
+            f"| {name} | {cells[0]:.4g} | {cells[1]:.2g} | {ratios[-1]:.3f} | {worst[-1]:.2f} | {' | '.join(rest)} "
+            f"| {100 * share:.0f} % |"
+        )
+    if ratios:
+        print(
+            f"\n{len(ratios)} tasks: median {median(ratios):.3f}, geometric mean {geometric_mean(ratios):.3f}, worst task "
+            f"{max(ratios):.2f}, worst seed {max(worst):.2f}, discarded in the median {100 * median(shares):.0f} %\n"
+        )
+
+
+def coverage(runs: list[dict[str, Any]], names: tuple[str, ...]) -> None:
+    """How often what came lay in the last forecast's band, and the factor on its std with which 80 % would have."""
+    errors = []
+    for run in runs:
+        held = [s for s in run["searches"] if s["trials"] and s["mean"] is not None]
+        if run["task"] in names and held and math.isfinite(final(run)):
+            errors.append(abs(final(run) - held[-1]["mean"]) / max(held[-1]["std"], 1e-12) / _BAND)
+    if errors:
+        inside = sum(e <= 1.0 for e in errors) / len(errors)
+        factor = sorted(errors)[min(math.ceil(0.8 * len(errors)), len(errors)) - 1]
+        print(f"in the 80 % band {inside:.2f} of {len(errors)}; 80 % would be at {factor:.2f} of the std")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--task", choices=[*TASKS], required=True)
-    parser.add_argument("--seeds", type=int, default=None)
-    parser.add_argument("--out", type=Path, default=Path("runs/autolrs"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RUNS / "runs.jsonl")
     args = parser.parse_args()
-    seeds = range(args.seeds or (3 if args.task == "bytes" else 5))
-    found: dict[tuple[str, float], list[dict[str, Any]]] = {}
-    for arm, factor in arms(args.task):
-        paths = [args.out / f"{args.task}.{arm}.{factor:.6g}.{seed}.json" for seed in seeds]
-        found[arm, factor] = [json.loads(p.read_text()) for p in paths if p.exists()]
-    # The grid's best rate, chosen on the median over seeds: what a user who pays for the whole grid would take.
-    grid = {key: median(r["curve"][-1][1] for r in runs) for key, runs in found.items() if key[0] == "cosine" and runs}
-    tuned = min(grid, key=lambda key: grid[key]) if grid else None
-    cosine_end = {r["seed"]: r["curve"][-1][1] for r in found[tuned]} if tuned else {}
-    paper_end = {r["seed"]: r["curve"][-1][1] for r in found["paper", 1.0]}
-    steps = TASKS[args.task](0, "cpu").steps
-    columns = ("seeds", "final loss, median", "seconds", "discarded", "to tuned cosine's loss", "to paper's loss")
-    print(f"| {args.task}, {steps} steps charged | {' | '.join(columns)} |")
-    print("|---|---|---|---|---|---|---|")
-    for (arm, factor), runs in found.items():
-        name = label(arm, factor) + (" (grid's best; costs the grid: x 7)" if (arm, factor) == tuned else "")
-        if not runs:
-            print(f"| {name} | missing | | | | | |")
-            continue
-
-        def to(ends: dict[int, float], runs: list[dict[str, Any]] = runs) -> str:
-            hits = [reached(r["curve"], ends[r["seed"]]) for r in runs if r["seed"] in ends]
-            some = sorted(h if h is not None else float("inf") for h in hits)
-            if not some:
-                return "-"
-            middle = some[len(some) // 2]
-            return (
-                f"{middle:.0f}"
-                if middle < float("inf")
-                else f"not reached ({sum(h is not None for h in hits)}/{len(hits)})"
-            )
-
-        finals = [r["curve"][-1][1] for r in runs]
-        discarded = median(r.get("discarded", 0) for r in runs)
-        seconds = median(r["seconds"] for r in runs)
-        cells = (
-            len(runs),
-            f"{median(finals):.4f}",
-            f"{seconds:.1f}",
-            f"{discarded:.0f}",
-            to(cosine_end),
-            to(paper_end),
-        )
-        print(f"| {name} | {' | '.join(map(str, cells))} |")
-    missing = [label(*key) for key, runs in found.items() if len(runs) < len(seeds)]
-    print(f"\nincomplete or missing: {', '.join(missing) or 'none'}")
+    found: dict[tuple[str, str, float], list[dict[str, Any]]] = defaultdict(list)
+    for line in args.out.read_text().splitlines():
+        run = json.loads(line)
+        found[run["task"], run["arm"], float(f"{run['factor']:.6g}")].append(run)
+    ours = [run for (_, arm, _), runs in found.items() if arm == "ours" for run in runs]
+    for title, names in (("Development", DEVELOPMENT), ("Held out", HELD_OUT)):
+        print(f"## {title}\n")
+        table(names, found)
+        coverage(ours, names)
+        print()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Runs the arms that have no result yet, one JSON file each: `python benchmarks/autolrs/run.py --tasks digits`.
+"""Runs the arms that have no result yet, one JSON line each: `python benchmarks/autolrs/run.py --tasks digits`.
 
 Every optimizer step counts: an arm's budget is the task's number of steps in all, discarded ones included. A grid-tuned
-arm costs its grid; report.py says so. Interrupt at any time and call again.
+arm costs its grid. Interrupt at any time and call again; report.py reads the lines.
 """
 
 import argparse
@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from library import LIBRARY, RUNS
-from tasks import REPORT, TASKS, Task
+from library import DEVELOPMENT, HELD_OUT, LIBRARY, RUNS
+from tasks import TASKS, Task
 from torch.utils._pytree import tree_leaves, tree_map
 
 from trainkit.autolrs import Tuner
-from trainkit.autolrs._prior import Prior
 from trainkit.autolrs._schedule import set_rate
 
 
@@ -135,16 +134,12 @@ def found_rate(task: Task, optimizer: Any, steps: int = 100) -> float:
     return rates[steepest]
 
 
-def tuned(task: Task, name: str, default: float, preset: str, seed: int, steps: int) -> Iterator[tuple[int, Any]]:
+def tuned(task: Task, default: float, preset: str, seed: int, steps: int) -> Iterator[tuple[int, Any]]:
     """Ours or the published algorithm; yields (steps charged so far, tuner)."""
     optimizer = task.optimizer(task.model, default)
     train_step = stepper(task, optimizer)
     kwargs: dict[str, Any] = {"preset": "paper", "stage_steps": max(steps // 12, 10)} if preset == "paper" else {}
-    # a library's task is run with the prior that was fitted without it
-    priors = json.loads(Path(__file__).with_name("prior-without.json").read_text())
     tuner = Tuner(task.model, optimizer, train_step, steps, loss=task.loss, count="all", seed=seed, **kwargs)
-    if preset != "paper" and name in priors:
-        tuner._controller._prior = Prior(**priors[name])
     for kept in tuner.run(task.loader):
         # While a kept trial is shown step by step, the weights are those at its end: not a point of the curve.
         if not tuner.replaying:
@@ -158,15 +153,13 @@ def arms(task: str) -> list[tuple[str, float]]:
     return found + [("cosine", rate) for rate in (TASKS | LIBRARY)[task](0, "cpu").grid]
 
 
-def curve_of(
-    task: Task, name: str, arm: str, factor: float, seed: int
-) -> tuple[list[tuple[int, float]], dict[str, Any]]:
+def curve_of(task: Task, arm: str, factor: float, seed: int) -> tuple[list[tuple[int, float]], dict[str, Any]]:
     """[(steps charged, validation loss)] and notes; raises ImportError where a peer is not installed."""
     steps, peak, notes = task.steps, task.default * factor, {}
     curve = [(0, valid_loss(task))]
     if arm in ("ours", "paper"):
         last, tuner = 0, None
-        for charged, current in tuned(task, name, peak, arm, seed, steps):
+        for charged, current in tuned(task, peak, arm, seed, steps):
             tuner = current
             if charged // task.every > last // task.every or charged == steps:
                 curve.append((charged, valid_loss(task)))
@@ -223,26 +216,31 @@ def curve_of(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tasks", default="report,library", help="names, or report, library, bytes; comma-separated")
+    parser.add_argument("--tasks", default="development,held-out", help="names, or these or bytes; comma-separated")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--arms", default=None, help="comma-separated, default all")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="on a CPU, of one thread each")
     parser.add_argument("--seconds", type=float, default=math.inf, help="no further run begins after so long")
-    parser.add_argument("--out", type=Path, default=RUNS / "runs")
+    parser.add_argument(
+        "--factors", default="1", help="on the default rate, comma-separated; all of the cosine's grid is run"
+    )
+    parser.add_argument("--out", type=Path, default=RUNS / "runs.jsonl")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     until = time.time() + args.seconds
-    groups = {"report": REPORT, "library": [*LIBRARY], "bytes": ["bytes"]}
+    groups = {"development": [*DEVELOPMENT], "held-out": [*HELD_OUT]}
+    factors = [float(word) for word in args.factors.split(",")]
+    done = {key(json.loads(line)) for line in args.out.read_text().splitlines()} if args.out.exists() else set()
     names = [n for word in args.tasks.split(",") for n in groups.get(word, [word])]
     todo = []
     for seed in range(args.seeds):
         for name in names:
             for arm, factor in arms(name):
-                if args.arms is None or arm in args.arms.split(","):
-                    target = args.out / f"{name}.{arm}.{factor:.6g}.{seed}.json"
-                    todo.append((name, seed, arm, factor, args.device, target, until))
-    todo = [job for job in todo if not job[5].exists()]
+                wanted = arm == "cosine" or any(math.isclose(factor, f, rel_tol=1e-3) for f in factors)
+                if wanted and (args.arms is None or arm in args.arms.split(",")):
+                    todo.append((name, seed, arm, factor, args.device, args.out, until))
+    todo = [job for job in todo if key(dict(zip(("task", "seed", "arm", "factor"), job, strict=False))) not in done]
     if args.device != "cpu" or args.processes == 1:
         for job in todo:
             one_run(*job)
@@ -252,8 +250,13 @@ def main() -> None:
         pool.starmap(one_run, todo, chunksize=1)
 
 
+def key(run: dict[str, Any]) -> tuple[str, int, str, str]:
+    """What tells a run from the others."""
+    return run["task"], run["seed"], run["arm"], f"{run['factor']:.6g}"
+
+
 def one_run(name: str, seed: int, arm: str, factor: float, device: str, target: Path, until: float) -> None:
-    """Runs an arm and writes its file, whole or not at all; a peer that is not installed is said and left out."""
+    """Runs an arm and appends its line, whole or not at all; a peer that is not installed is said and left out."""
     if time.time() > until:
         return
     if device == "cpu":
@@ -262,9 +265,9 @@ def one_run(name: str, seed: int, arm: str, factor: float, device: str, target: 
     task = (TASKS | LIBRARY)[name](seed, device)
     torch.manual_seed(seed)
     try:
-        curve, notes = curve_of(task, name, arm, factor, seed)
+        curve, notes = curve_of(task, arm, factor, seed)
     except ImportError as error:
-        print(f"{target.name}: missing ({error})")
+        print(f"{name} {arm}: missing ({error})")
         return
     result = {
         "task": name,
@@ -277,10 +280,9 @@ def one_run(name: str, seed: int, arm: str, factor: float, device: str, target: 
         "curve": curve,
         **notes,
     }
-    part = target.with_suffix(f".{os.getpid()}.tmp")
-    part.write_text(json.dumps(result))
-    os.replace(part, target)
-    print(f"{target.name}: {curve[-1][1]:.4f} in {result['seconds']:.1f} s", flush=True)
+    with target.open("a") as lines:
+        lines.write(json.dumps(result) + "\n")
+    print(f"{name} {arm} {factor:.6g} {seed}: {curve[-1][1]:.4g} in {result['seconds']:.1f} s", flush=True)
 
 
 if __name__ == "__main__":

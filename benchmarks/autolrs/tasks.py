@@ -372,4 +372,3 @@ TASKS = {
     "waves": waves,
 }
 # Those of the last report that a CPU can run.
-REPORT = ["digits", "lstm", "teacher", "quadrics", "autoencoder", "waves"]

@@ -145,8 +145,10 @@ def bayesian(trials, plan, *, present=0.1, usual=0.1, first=True, low=1e-3, high
     """The default's search of a run of 1000 steps."""
     done = 0.0 if first else present * plan.start
     left = 1000 - plan.start
-    at = Situation(first, done, 0.0, 0.75 * left, left, left, plan.trial_steps, present, usual, present)
-    strategy = Bayesian(default_prior(), at, [], [], [], low, high, True)
+    began = math.inf if first else 2.0 * Bowl().restart().values[0]
+    best = math.inf if first else began
+    at = Situation(first, done, began, best, 0.75 * left, left, left, plan.trial_steps, present, usual, present)
+    strategy = Bayesian(default_prior(), at, [], [], low, high, True)
     return race(trials, strategy, plan, Ground(0, lambda rate, step: rate, done))
 
 
@@ -190,8 +192,10 @@ def test_all_diverging_adopts_nothing():
 
 
 def test_the_first_two_rates_are_the_class_s_usual_one_and_the_user_s():
-    outcome = bayesian(Bowl(), Search(0, 1000, 40, 5, 160), present=0.01, usual=0.3)
-    assert [r.rate for r in outcome.trials[:2]] == pytest.approx([0.3, 0.01])
+    """A smaller rate of the user's is not tried where the usual one works."""
+    for bad, user, rates in ((2.0, 0.01, [0.3]), (0.2, 0.01, [0.3, 0.01]), (2.0, 1.5, [0.3, 1.5])):
+        outcome = bayesian(Bowl(lambda rate, bad=bad: rate > bad), Search(0, 1000, 40, 5, 160), present=user, usual=0.3)
+        assert [r.rate for r in outcome.trials] == pytest.approx(rates)
 
 
 def test_a_rate_of_which_nothing_is_known_is_found_below_those_that_diverge():
@@ -201,8 +205,8 @@ def test_a_rate_of_which_nothing_is_known_is_found_below_those_that_diverge():
 
 
 def test_the_model_is_asked_and_each_rate_has_a_forecast():
-    outcome = bayesian(Bowl(), Search(0, 1000, 40, 5, 160))
-    assert outcome.asked >= 1 and outcome.reason
+    outcome = bayesian(Bowl(), Search(100, 1000, 40, 5, 160), first=False)
+    assert outcome.asked >= 1 and outcome.reason and outcome.rate > 0.1
     healthy = [r for r in outcome.trials if r.status != "diverged"]
     assert all(math.isfinite(r.mean) and r.std >= 0 for r in healthy)
 

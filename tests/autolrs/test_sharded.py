@@ -1,12 +1,15 @@
 """FSDP2 on two CPU processes: each rank snapshots its own shards, and restores them bit for bit."""
 
+import math
+
 import torch
 from execute_ranks import processes
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from trainkit.autolrs import Tuner
+from trainkit.autolrs import Forecast, Tuner
+from trainkit.autolrs._ranks import from_every_rank, from_rank_zero
 from trainkit.autolrs._snapshot import Snapshot
 
 
@@ -44,6 +47,12 @@ def stepper(model, optimizer):
 
 
 def _rank(rank, out):
+    # what ranks tell each other crosses unchanged, without pickle
+    said = (None, True, 3, 0.1 + 0.2, math.inf, Forecast(1 / 3, math.inf))
+    assert tuple(from_rank_zero(value if rank == 0 else "else") for value in said) == said
+    told = from_every_rank({"rank": rank, "long": "x" * rank, "state": torch.arange(3, dtype=torch.uint8) + rank})
+    assert [t["rank"] for t in told] == [0, 1] and told[1]["long"] == "x"
+    assert told[1]["state"].dtype == torch.uint8 and told[1]["state"].tolist() == [1, 2, 3]
     ends = []
     for wild in (False, True):
         model, optimizer = build()

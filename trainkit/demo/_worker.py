@@ -55,7 +55,7 @@ def train(job: Job) -> None:
     from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 
     from trainkit._files import write_text_atomically
-    from trainkit.collectives._exchange import Exchange, Placement
+    from trainkit.autolrs._ranks import from_every_rank
     from trainkit.demo._checkpoint import DurableCheckpointIO, RollingCheckpoint, newest_checkpoint, parameters_digest
     from trainkit.demo._config import ARMS, USELESS_RATE, Config
     from trainkit.demo._corpus import WindowLoader, read_corpus
@@ -124,8 +124,7 @@ def train(job: Job) -> None:
     trainer.fit(module, train_loader, validation, ckpt_path=resume_from)
     seconds = time.monotonic() - started
 
-    place = Placement.of(None)
-    digests = Exchange(place.store, place.rank, place.size, config.deadline_s).gather(parameters_digest(module))
+    digests = from_every_rank(parameters_digest(module))
     if len(set(digests)) > 1:
         raise RuntimeError(f"after training all ranks must hold equal parameters, their digests are {digests}")
     trainer.limit_val_batches = len(held_out)

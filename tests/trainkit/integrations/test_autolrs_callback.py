@@ -72,7 +72,7 @@ def test_books(plain):
     history = plain[1]["history"]
     assert history["kept_steps"] + history["discarded_steps"] == 120 == len(plain[1]["seen"])
     assert history["kept_steps"] == plain[1]["step"] == len(plain[1]["rates"])
-    assert 0 < history["discarded_steps"] <= 0.35 * 120
+    assert 0 <= history["discarded_steps"] <= 0.35 * 120 and history["trials"]
     assert history["discarded_steps"] == sum(t["steps"] for t in history["trials"] if t["status"] != "committed")
     assert history["extra_forwards"] > 0
     json.dumps(history, allow_nan=False)
@@ -213,7 +213,7 @@ def test_all_trials_diverging(script, tmp_path):
 
 def test_count_kept(script, tmp_path):
     end = script.fit(tmp_path, auto={"count": "kept"}, steps=100)
-    assert end["step"] == 100 and 0 < end["history"]["discarded_steps"] <= 0.35 / 0.65 * 100
+    assert end["step"] == 100 and 0 <= end["history"]["discarded_steps"] <= 0.35 / 0.65 * 100
 
 
 def test_too_short_to_search_says_so_once(script, tmp_path):

@@ -51,7 +51,7 @@ def test_a_loader_without_a_length_loses_no_batch(length):
     model, auto = Model(), AutoLRS()
     loader = DataLoader(Numbers(length), batch_size=None, num_workers=0)
     pl.Trainer(max_steps=60, callbacks=[auto], enable_checkpointing=False, **QUIET).fit(model, loader)
-    assert auto.history.discarded_steps > 0
+    assert auto.history.trials
     first = auto.history.trials[0]
     order = [model.seen[step] for step in sorted(model.seen)]
     # a search's trials count up from its start, so a step may be seen again, with the same batch

@@ -14,6 +14,7 @@ from trainkit.autolrs import History, LRSchedule, Options
 from trainkit.autolrs._controller import Controller
 from trainkit.autolrs._plan import LEAST_TRIAL, Search
 from trainkit.autolrs._plot import plot
+from trainkit.autolrs._ranks import from_every_rank
 from trainkit.autolrs._schedule import set_rate
 from trainkit.autolrs._snapshot import Where, check_where, rng_state, set_rng_state
 from trainkit.integrations.lightning._base import Callback
@@ -288,9 +289,7 @@ class AutoLRS(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds every rank's random numbers, and the loader's state before batches were fetched ahead."""
         mine = rng_state()
-        every: list[Any] = [mine] * trainer.world_size
-        if trainer.world_size > 1:
-            torch.distributed.all_gather_object(every, mine)
+        every = from_every_rank(mine) if trainer.world_size > 1 else [mine]
         done = self._fetcher is not None and self._fetcher.done
         checkpoint[_KEY] = {"rng": every, "epoch_done": done}
         states = self._states if self._states is not None else self._fetcher.states() if self._fetcher else None
@@ -327,8 +326,9 @@ class AutoLRS(Callback):
         self._bound_steps(trainer)
         if outcome.rate is None:
             _say(
-                "AutoLRS: no rate that was tried lowered the loss without rising again (or every loss was nan), so the rate in "
-                f"force, {controller.rate(trainer.global_step):.1e}, goes on; look at the data and at `low`"
+                "AutoLRS: each rate that was tried ended with a higher loss than it began with (or nan), so the run goes on at "
+                f"{controller.rate(trainer.global_step):.1e}, the optimizer's own rate or a lower one than all that failed; "
+                "look at the data and at `low`"
             )
         rank_zero_info(controller.summary())
         self._show(trainer, f"stage {len(controller.history.stages)} lr {controller.history.stages[-1].rate:.1e}")

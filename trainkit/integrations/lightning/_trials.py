@@ -15,6 +15,7 @@ from torch import Tensor
 from trainkit.autolrs._average import WeightAverage
 from trainkit.autolrs._plan import Search
 from trainkit.autolrs._race import Losses
+from trainkit.autolrs._ranks import from_rank_zero
 from trainkit.autolrs._schedule import set_rate
 from trainkit.autolrs._snapshot import Snapshot, Where, rng_state, set_rng_state, unseen
 from trainkit.integrations.lightning._lookahead import Item, Lookahead, all_batches
@@ -144,7 +145,7 @@ class TrainerTrials:
 
     def agree(self, value: T) -> T:
         """See `Trials`."""
-        return self._trainer.strategy.broadcast(value) if self._trainer.world_size > 1 else value  # type: ignore[no-any-return]
+        return from_rank_zero(value)
 
     # -- around the race
 
