@@ -62,7 +62,8 @@ class KernelSwitch:
             raise
         self._socket.setblocking(False)
         self.address = "{}:{}".format(*self._socket.getsockname())
-        limits = dataclasses.replace(Limits(), sessions=SESSIONS, slots=SLOTS)
+        # half: a quarter would be one session, and a job may have two models
+        limits = dataclasses.replace(Limits(), sessions=SESSIONS, slots=SLOTS, share=0.5)
         self._sessions = Sessions(self._plane, token, _UNBOUNDED, limits, core=True)
         self._lock = threading.Lock()
         self._stopping = False

@@ -250,6 +250,7 @@ class Link:
                     f"the bucket of rank {', '.join(map(str, message['mismatched']))} is not that of the other ranks: all "
                     "must average buckets of the same sizes in the same order"
                 )
+            self._see_who_left(message)
         elif op == "moved" and self._is_ours(message.get("n")):
             _log.warning(
                 "switch %s hears rank %d from another address: a NAT forgot it", self.options.switch, self.rank
@@ -259,6 +260,16 @@ class Link:
             ranks = message.get("ranks")
             named = tuple(rank for rank in ranks if type(rank) is int) if isinstance(ranks, list) else ()
             raise WorkerMissing(shown(message.get("why"), 500), named)
+
+    def _see_who_left(self, status: control.Message) -> None:
+        """A rank that has closed its state will never send what the others wait for: no need to wait out the time limit."""
+        missing = status.get("missing", [])
+        gone = tuple(rank for rank in status.get("left", []) if rank in missing and rank != self.rank)
+        if gone and self._waiting:
+            ranks = f"rank{'s' if len(gone) > 1 else ''} {', '.join(map(str, gone))}"
+            raise WorkerMissing(
+                f"{ranks} left the session without sending this bucket: do all make the same steps?", gone
+            )
 
     def _is_ours(self, number: object) -> bool:
         return type(number) is int and self._first_ping < number <= self._ping

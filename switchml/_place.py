@@ -4,6 +4,7 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 
@@ -47,7 +48,13 @@ def agreed(rank: int | None, world: int | None, group: "dist.ProcessGroup | None
         raise ValueError(
             f"rank {rank} of {world} was said, process_group says {own} of {size}: leave both to the group"
         )
-    drawn: list[Any] = [secrets.token_hex(8) if own == 0 else None]
-    source = dist.get_process_group_ranks(group or dist.group.WORLD)[0]
-    dist.broadcast_object_list(drawn, src=source, group=group)
-    return Place(own, size, str(drawn[0]), group)
+    return Place(own, size, _drawn(group), group)
+
+
+def _drawn(group: "dist.ProcessGroup | None") -> str:
+    """An id that rank 0 of the group draws: 8 bytes in a tensor, since an object would be unpickled."""
+    # NCCL broadcasts what is on the GPU alone
+    on_gpu = dist.get_backend(group) == "nccl"
+    drawn = torch.tensor(list(secrets.token_bytes(8)), dtype=torch.uint8, device="cuda" if on_gpu else "cpu")
+    dist.broadcast(drawn, group=group, group_src=0)
+    return bytes(drawn.tolist()).hex()

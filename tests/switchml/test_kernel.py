@@ -2,21 +2,19 @@
 
 import contextlib
 import ctypes.util
-import fcntl
 import json
 import os
 import shutil
-import socket
-import struct
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from paths import DATA, ROOT
+from paths import BENCHMARKS, DATA, ROOT
 
 SCENE = ROOT / "tests" / "support" / "switchml_kernel_scene.py"
+_GRO = BENCHMARKS / "switchml" / "_gro.py"
 VECTORS = json.loads((DATA / "switchml_vectors.json").read_text())
 
 pytestmark = [
@@ -67,7 +65,7 @@ def hub() -> Iterator[str]:
             _ip(f"-n {name} link set eth0 up")
             _ip(f"-n {name} addr add 10.77.0.{rank + 1}/24 dev eth0")
             # a veth takes redirected frames where its receiver polls
-            subprocess.run(["ip", "netns", "exec", name, sys.executable, __file__, "eth0"], check=True)
+            subprocess.run(["ip", "netns", "exec", name, sys.executable, str(_GRO), "eth0"], check=True)
         _ip(f"-n {prefix}s link set br0 up")
         _ip(f"-n {prefix}s addr add 10.77.0.254/24 dev br0")
         yield prefix
@@ -86,7 +84,7 @@ def test_kernel_answers_as_the_vectors_say(hub: str) -> None:
     namespaces, interfaces = (",".join(f"{prefix}{rank}" for rank in range(3)) for prefix in (hub, "p"))
     scene = _inside(
         f"{hub}s",
-        str(ROOT / "tests" / "support" / "switchml_kernel_scene.py"),
+        str(SCENE),
         json.dumps(core),
         namespaces,
         interfaces,
@@ -119,11 +117,3 @@ def test_workers_join_and_average_in_two_sessions_through_the_kernel(hub: str, t
         counters = json.loads(switch.stdout.read().splitlines()[-1])["counters"]
         # every sum of 20001 values by 3 workers was made in the kernel
         assert counters["chunks"] >= 3 * sum(-(-20_001 // elements) for elements in (256, 352))
-
-
-if __name__ == "__main__":
-    # ETHTOOL_SGRO through SIOCETHTOOL
-    value = struct.pack("II", 0x2C, 1)
-    content = ctypes.create_string_buffer(value)
-    request = struct.pack("16sP", sys.argv[1].encode(), ctypes.addressof(content))
-    fcntl.ioctl(socket.socket(), 0x8946, request)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import select
+import shutil
 import socket
 import subprocess
 import sys
@@ -170,6 +171,37 @@ def lose_long_frames(bridge: str) -> None:
         subprocess.run([*words, _LONG], check=True)
 
 
+@contextlib.contextmanager
+def behind_nat(names: list[str]) -> Iterator[None]:
+    """The first worker of `bridged` is moved behind a router that gives its packets the router's own address and ports."""
+    worker, router = names[2], f"{names[0]}n"
+    words = [
+        f"ip netns add {router}",
+        f"ip -n {worker} link del e0",
+        f"ip link add e0 netns {router} type veth peer name n0 netns {names[0]}",
+        f"ip link add e1 netns {router} type veth peer name e0 netns {worker}",
+        f"ip -n {names[0]} link set n0 master br0 up",
+        f"ip -n {router} link set e0 up",
+        f"ip -n {router} link set e1 up",
+        f"ip -n {router} addr add 10.9.0.50/24 dev e0",
+        f"ip -n {router} addr add 192.168.7.1/24 dev e1",
+        f"ip -n {worker} link set e0 up",
+        f"ip -n {worker} addr add 192.168.7.2/24 dev e0",
+        f"ip -n {worker} route add default via 192.168.7.1",
+        f"ip netns exec {router} sysctl -qw net.ipv4.ip_forward=1",
+        f"ip netns exec {router} nft add table ip nat",
+        f"ip netns exec {router} nft add chain ip nat out {{ type nat hook postrouting priority 100 ; }}",
+        f"ip netns exec {router} nft add rule ip nat out oifname e0 masquerade random",
+    ]
+    try:
+        for one in words:
+            done = subprocess.run(one.split(), capture_output=True, text=True)
+            assert done.returncode == 0, f"{one}: {done.stderr}"
+        yield
+    finally:
+        subprocess.run(["ip", "netns", "del", router], capture_output=True)
+
+
 def trained(names: list[str], listen: str, asked: str, token: Path, options: dict[str, Any]) -> list[dict[str, Any]]:
     """20 steps of two workers in their namespaces, through a switch in its own."""
     bare = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
@@ -201,6 +233,20 @@ def trained(names: list[str], listen: str, asked: str, token: Path, options: dic
     finally:
         switch.kill()
         switch.communicate()
+
+
+@pytest.mark.netns
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nft") is None, reason="needs nft")
+def test_a_training_through_a_nat_ends_with_the_bits_of_one_without(tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef")
+    token.chmod(0o600)
+    with bridged(1500) as names:
+        plain = trained(names, "10.9.0.1:48864", "10.9.0.1:48864", token, {})
+        with behind_nat(names):
+            behind = trained(names, "10.9.0.1:48864", "10.9.0.1:48864", token, {})
+    assert len({rank["digest"] for rank in plain + behind}) == 1
 
 
 @pytest.mark.netns

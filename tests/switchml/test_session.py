@@ -166,6 +166,17 @@ def test_same_session_is_joined_again_beside_what_the_dead_left_behind() -> None
         closed(fresh + dead)
 
 
+def test_a_rank_that_closed_early_is_named_at_once() -> None:
+    with SoftwareSwitch() as switch:
+        states = joined(switch.address, 2, timeout_s=50)  # far beyond what a test waits
+        together(*(lambda s=s: s.average(torch.ones(10)).wait() for s in states))
+        states[1].close()
+        with pytest.raises(RuntimeError, match="rank 1 left the session"):
+            states[0].average(torch.ones(10)).wait()
+        assert isinstance(states[0].error, WorkerMissing) and states[0].error.ranks == (1,)
+        states[0].close()
+
+
 def test_two_sessions_at_once() -> None:
     with SoftwareSwitch() as switch:
         first, second = joined(switch.address, 2, session="a"), joined(switch.address, 3, session="b")
