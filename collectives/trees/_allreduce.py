@@ -24,7 +24,7 @@ from trainkit.collectives.trees._certificate import CertificateError, Lengths, p
 from trainkit.collectives.trees._clock import Clock, OutOfTime
 from trainkit.collectives.trees._cut_program import CutProgram, Solution
 from trainkit.collectives.trees._flat import Flat, ForestError
-from trainkit.collectives.trees._forest import Forest, build, check_counts
+from trainkit.collectives.trees._forest import Forest, build, check_counts, forest
 from trainkit.collectives.trees._grow import grow, grow_freely
 from trainkit.collectives.trees._multicast import choose_multicast
 from trainkit.collectives.trees._pack import effort
@@ -296,8 +296,6 @@ def _part(half: Problem, capacity: list[Fraction], scale: Fraction, weight: Ints
 def _mirrored(
     topology: Topology, k: int, group: Sequence[str] | None, max_height: int | None, progress: Progress
 ) -> AllreduceForest:
-    from trainkit.collectives.trees._forest import forest
-
     down = forest(topology, trees_per_root=k, group=group, max_height=max_height, progress=progress)
     up = forest(topology, "reduce_scatter", trees_per_root=k, group=group, max_height=max_height, progress=progress)
     # One unit of time for both: each link has room for the two phases at the slower one's pace.
