@@ -112,6 +112,8 @@ class Repair:
 
     def run(self) -> None:
         """Step until no link is fuller than the target, or no step is left, or the time is over."""
+        if not self.target:
+            return  # nothing is proved to aim at
         for over in _LADDER:
             self.limit = [int(self.target * (1 + over) * b) for b in self.capacity]
             for e in sorted(range(len(self.load)), key=lambda e: self.limit[e] - self.load[e]):
