@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,7 @@ _KINDS: dict[str, tuple[type, str]] = {
     **dict.fromkeys(("latency", "confidence", "devices"), (Mapping, "an object")),
 }
 _LARGEST = 2**53
+_EXPONENT, _MOST_DIGITS = re.compile(r"[eE]([+-]?\d{1,18})\s*$"), 99
 
 
 class TopologyError(ValueError):
@@ -159,7 +161,9 @@ class Topology:
         """
         try:
             data = json.loads(Path(path).read_text(), parse_float=_Written, object_pairs_hook=_once)
-        except json.JSONDecodeError as error:
+        except TopologyError:
+            raise
+        except ValueError as error:  # not JSON, not text, or a number of thousands of digits
             raise TopologyError(f"{path} is not JSON: {error}") from None
         except RecursionError:
             raise TopologyError(
@@ -332,6 +336,9 @@ def _capacity(value: Any, what: str) -> Fraction:
         raise TopologyError(
             f'{what}: capacity must be a whole number or a decimal string such as "12.5", got {value!r}'
         )
+    # Fractions write powers of ten out in full: one of a billion digits would never end.
+    if isinstance(value, str) and abs(int((_EXPONENT.search(value) or ["", "0"])[1])) > _MOST_DIGITS:
+        raise TopologyError(f"{what}: capacity {value} leaves 53 bits: give it in a coarser unit")
     try:
         capacity = Fraction(value)
     except (ValueError, ZeroDivisionError):

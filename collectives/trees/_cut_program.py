@@ -11,6 +11,7 @@ are lengths of the links, which `_certificate` measures on the physical network:
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from math import ceil, inf, lcm
 
 import highspy
@@ -28,6 +29,7 @@ Floats = npt.NDArray[np.float64]
 _GRAIN = 2**26  # float capacities become integers of this many steps for the max-flows
 _TOLERANCE = 1e-9
 _SIMPLE = 10**4  # denominators that 15 digits of a float still tell apart
+_SLICE_S = 0.5  # of the solver between two calls of the progress function
 _LARGEST = 2**40  # integer capacities that leave room for sums over all links
 # The simplex goes on from where it was when rows are added: presolve would throw that away.
 _OPTIONS: dict[str, bool | str | int | float] = {
@@ -85,6 +87,7 @@ class CutProgram:
         ]
         self.right: list[int] = list(self.limits)
         self.equal = [row for side in range(len(sides)) for row in self._balance(side)]
+        self.lengths: Callable[[bool], tuple[Fraction, ...]] | None = None
         self.seen: set[tuple[tuple[int, int], ...]] = set()
         self.pool: list[tuple[int, Ints]] = []
         self.sinks = [self._representatives(problem) for problem in sides]
@@ -192,6 +195,8 @@ class CutProgram:
     def solve(self) -> Solution:
         """Generate cuts until none is violated, then make the vertex exact.
 
+        What the progress function raises passes through; `lengths` are then those of the last round, if it had one.
+
         Raises:
             RuntimeError: the linear solver gave up.
         """
@@ -200,19 +205,32 @@ class CutProgram:
         while True:
             self._extend(solver, self.upper[given:], self.right[given:])
             given = len(self.upper)
-            solver.run()
-            if solver.getModelStatus() != highspy.HighsModelStatus.kOptimal:
-                status = solver.modelStatusToString(solver.getModelStatus())
-                raise RuntimeError(f"the linear program was not solved: {status}")
+            self._run(solver)
             found = solver.getSolution()
             point = np.array(found.col_value) * self.unit
+            dual = -np.array(found.row_dual)
+            upper_dual, equal_dual = dual[len(self.equal) :], dual[: len(self.equal)]
+            self.lengths = partial(self._lengths, upper_dual, equal_dual)
             new = False
             for side in range(len(self.sides)):
                 for cut in self._violated(side, point):
                     new = self._add_cut(side, cut) or new
             if not new:
-                dual = -np.array(found.row_dual)
-                return self._exact(point, dual[len(self.equal) :], dual[: len(self.equal)])
+                return self._exact(point)
+
+    def _run(self, solver: highspy.Highs) -> None:
+        """One solution, in slices of time: between them interrupts pass, and the progress function may end the work."""
+        while True:
+            if (progress := self.sides[0].progress) is not None:
+                progress("linear program", solver.getNumRow(), len(self.upper) + len(self.equal))
+            # The limit is on all that this solver has run for; the simplex goes on from its last basis.
+            solver.setOptionValue("time_limit", solver.getRunTime() + _SLICE_S)
+            solver.run()
+            status = solver.getModelStatus()
+            if status == highspy.HighsModelStatus.kOptimal:
+                return
+            if status != highspy.HighsModelStatus.kTimeLimit:
+                raise RuntimeError(f"the linear program was not solved: {solver.modelStatusToString(status)}")
 
     def _solver(self) -> highspy.Highs:
         """The program without its upper rows; capacities are relative to the largest, as tolerances are absolute."""
@@ -249,7 +267,7 @@ class CutProgram:
         )
         return found
 
-    def _exact(self, point: Floats, upper_dual: Floats, equal_dual: Floats) -> Solution:
+    def _exact(self, point: Floats) -> Solution:
         value = [Fraction(v).limit_denominator(_SIMPLE) for v in point.tolist()]
         if not self._feasible(value, Fraction(float(np.dot(self.objective, point)))):
             value = self._exact_primal(point, self.unit)
@@ -260,20 +278,18 @@ class CutProgram:
         for side in range(len(self.sides)):
             first = self.head + side * self.arcs
             sides.append([value[first + int(orbit)] for orbit in self.arc])
+        assert self.lengths is not None
+        return Solution(sum(roots, Fraction(0)), roots, sides, self.lengths)
+
+    def _lengths(self, upper_dual: Floats, equal_dual: Floats, by_elimination: bool) -> tuple[Fraction, ...]:
+        if by_elimination:
+            dual = self._exact_dual(upper_dual, equal_dual)
+        else:
+            # Relative to the largest: certificates do not mind the scale, and the simplest proofs are 0s and 1s.
+            most = max(float(upper_dual[: self.arcs].max()), _TOLERANCE)
+            dual = [Fraction(max(y, 0.0) / most).limit_denominator(_SIMPLE) for y in upper_dual[: self.arcs].tolist()]
         share = np.bincount(self.arc, minlength=self.arcs).tolist()
-
-        def lengths(by_elimination: bool) -> tuple[Fraction, ...]:
-            if by_elimination:
-                dual = self._exact_dual(upper_dual, equal_dual)
-            else:
-                # Relative to the largest: certificates do not mind the scale, and the simplest proofs are 0s and 1s.
-                most = max(float(upper_dual[: self.arcs].max()), _TOLERANCE)
-                dual = [
-                    Fraction(max(y, 0.0) / most).limit_denominator(_SIMPLE) for y in upper_dual[: self.arcs].tolist()
-                ]
-            return tuple(dual[orbit] / share[orbit] for orbit in self.arc.tolist())
-
-        return Solution(sum(roots, Fraction(0)), roots, sides, lengths)
+        return tuple(dual[orbit] / share[orbit] for orbit in self.arc.tolist())
 
     def _feasible(self, value: list[Fraction], total: Fraction) -> bool:
         """Whether a point keeps every row that there could be, exactly, and is as good as the floats said."""
@@ -336,12 +352,13 @@ class CutProgram:
         # Unknown: the multipliers that are not 0; equations: the variables whose column they meet exactly.
         guess = np.concatenate([upper_dual, equal_dual])
         columns: list[Row] = [{} for _ in range(self.variables)]
-        for i, row in enumerate([*self.upper, *self.equal]):
+        upper = self.upper[: len(upper_dual)]
+        for i, row in enumerate([*upper, *self.equal]):
             for at, value in row.items():
                 columns[at][i] = value
         short = [
             sum(v * guess[i] for i, v in column.items()) - c for column, c in zip(columns, self.objective, strict=True)
         ]
-        rows: list[tuple[Row, int]] = [({i: 1}, 0) for i in range(len(self.upper)) if guess[i] < _TOLERANCE]
+        rows: list[tuple[Row, int]] = [({i: 1}, 0) for i in range(len(upper)) if guess[i] < _TOLERANCE]
         rows += [(columns[at], self.objective[at]) for at in range(self.variables) if abs(short[at]) < 1e-7]
         return [max(multiplier, Fraction(0)) for multiplier in solve_near(rows, guess)[: self.arcs]]

@@ -33,6 +33,14 @@ def grow(problem: Problem, quota: Ints) -> Flat | None:
     return None if best is None else _carry(best, group)
 
 
+def grow_freely(problem: Problem) -> Flat:
+    """One tree for each root by the fastest links, whatever they carry together."""
+    quota = (problem.weight > 0).astype(np.int64)
+    plenty = np.full(len(problem.cap), int(quota.sum()) * problem.size, dtype=np.int64)
+    each = np.arange(len(problem.cap))
+    return Flat(*_native.grow_trees(*problem.graph, quota, problem.spanned, each, plenty, True, problem.progress))
+
+
 def _classes(problem: Problem, group: Ints) -> tuple[Ints, Ints]:
     """([links] number of the link's orbit, [orbits] how often one root's trees together may use it)."""
     size, tail, head, cap = problem.graph

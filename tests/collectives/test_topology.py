@@ -257,3 +257,12 @@ def test_pictures_say_what_is_in_them() -> None:
     said = figure.get_suptitle()
     assert "all-reduce, reduction" in said and "then broadcast" in said
     assert "bottleneck" in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+@pytest.mark.parametrize("written", ["9" * 5000, '"1e999999999999"', '"1E-9999999999"'])
+def test_numbers_without_end_are_refused_at_once(tmp_path: Path, written: str) -> None:
+    file = tmp_path / "network.json"
+    links = f'[["a", "b", {written}], ["b", "a", 1]]'
+    file.write_text('{"name": "n", "nodes": ["a", "b"], "compute_nodes": ["a", "b"], "links": ' + links + "}")
+    with pytest.raises(TopologyError):
+        Topology.load(file)

@@ -52,6 +52,20 @@ def drawn(rng: random.Random, most: int) -> Topology:
             continue
 
 
+def irregular(size: int, seed: int) -> Topology:
+    """A random tree with twice as many one-way links again; a third of the nodes compute."""
+    rng = random.Random(seed)
+    nodes = [f"v{i}" for i in range(size)]
+    links = []
+    for i in range(1, size):
+        u, v, capacity = nodes[i], nodes[rng.randrange(i)], rng.randint(1, 99)
+        links += [(u, v, capacity), (v, u, capacity)]
+    for _ in range(5 * size // 2):
+        u, v = rng.sample(nodes, 2)
+        links.append((u, v, rng.randint(1, 99)))
+    return Topology("irregular", nodes, nodes[: size // 3], links)
+
+
 def best_total(
     topology: Topology, members: Sequence[str], weight: Mapping[str, int] | None, ways: Sequence[str]
 ) -> float:

@@ -31,16 +31,24 @@ nb::object numpy(const std::vector<T> &values) {
   return nb::cast(nb::ndarray<nb::numpy, Int, nb::ndim<1>>(kept->data(), {kept->size()}, owner));
 }
 
-// At most every 50 ms: lets Ctrl-C through and tells the progress function.
+// At most every 50 ms: lets Ctrl-C through and tells the progress function, which may end the work by what it raises.
 Tick ticking(const Progress &progress) {
   auto last = std::chrono::steady_clock::now();
   return [last, &progress](const char *phase, Int done, Int total) mutable {
     auto now = std::chrono::steady_clock::now();
     if (now - last < std::chrono::milliseconds(50)) return;
     last = now;
+    nb::gil_scoped_acquire python;
     if (PyErr_CheckSignals() != 0) throw nb::python_error();
     if (progress) (*progress)(phase, done, total);
   };
+}
+
+// Graph work with other Python threads running.
+template <class Work>
+auto alone(Work &&work) {
+  nb::gil_scoped_release others;
+  return work();
 }
 
 nb::tuple flat(const Trees &trees) {
@@ -55,7 +63,8 @@ void bind_forest(nb::module_ &m) {
   m.def(
       "search",
       [](int n, const Array &tail, const Array &head, const Array &cap, const Array &weight, const Array &sinks, const Progress &progress) {
-        Bound best = search(network(n, tail, head, cap), ints(weight), vertices(sinks), ticking(progress));
+        const Network net = network(n, tail, head, cap);
+        Bound best = alone([&] { return search(net, ints(weight), vertices(sinks), ticking(progress)); });
         return nb::make_tuple(best.p, best.q, numpy(best.cut), best.maxflows);
       },
       "n"_a, "tail"_a, "head"_a, "cap"_a, "weight"_a, "sinks"_a, "progress"_a = nb::none(),
@@ -65,7 +74,8 @@ void bind_forest(nb::module_ &m) {
       [](int n, const Array &tail, const Array &head, const Array &cap, const Array &weight, const Array &sinks, Int need, bool all,
          const Progress &progress) {
         nb::list found;
-        for (const auto &cut : violated_cuts(network(n, tail, head, cap), ints(weight), vertices(sinks), need, all, ticking(progress)))
+        const Network net = network(n, tail, head, cap);
+        for (const auto &cut : alone([&] { return violated_cuts(net, ints(weight), vertices(sinks), need, all, ticking(progress)); }))
           found.append(numpy(cut));
         return found;
       },
@@ -83,7 +93,8 @@ void bind_forest(nb::module_ &m) {
       "pack_trees",
       [](int n, const Array &tail, const Array &head, const Array &cap, const Array &weight, const Array &terminals, int deal,
          const Progress &progress) {
-        return flat(pack_trees(network(n, tail, head, cap), ints(weight), vertices(terminals), static_cast<Deal>(deal), ticking(progress)));
+        const Network net = network(n, tail, head, cap);
+        return flat(alone([&] { return pack_trees(net, ints(weight), vertices(terminals), static_cast<Deal>(deal), ticking(progress)); }));
       },
       "n"_a, "tail"_a, "head"_a, "cap"_a, "weight"_a, "terminals"_a, "deal"_a, "progress"_a = nb::none(),
       "Trees by splitting and packing: (root, multiplicity, edge_start, edge_tail, edge_head, path_start, path).");
@@ -91,15 +102,18 @@ void bind_forest(nb::module_ &m) {
       "grow_trees",
       [](int n, const Array &tail, const Array &head, const Array &cap, const Array &weight, const Array &terminals, const Array &klass,
          const Array &budget, bool depth_first, const Progress &progress) {
-        return flat(grow_trees(network(n, tail, head, cap), ints(weight), vertices(terminals), vertices(klass), ints(budget), depth_first,
-                               ticking(progress)));
+        const Network net = network(n, tail, head, cap);
+        return flat(alone([&] {
+          return grow_trees(net, ints(weight), vertices(terminals), vertices(klass), ints(budget), depth_first, ticking(progress));
+        }));
       },
       "n"_a, "tail"_a, "head"_a, "cap"_a, "weight"_a, "terminals"_a, "klass"_a, "budget"_a, "depth_first"_a, "progress"_a = nb::none(),
       "Trees by greedy growth within a budget per arc class, in the form of pack_trees; none where they do not fit.");
   m.def(
       "free_rotations",
       [](int n, const Array &tail, const Array &head, const Array &cap, const Array &colour, const Array &compute, const Progress &progress) {
-        Symmetry symmetry = free_rotations(network(n, tail, head, cap), ints(colour), vertices(compute), ticking(progress));
+        const Network net = network(n, tail, head, cap);
+        Symmetry symmetry = alone([&] { return free_rotations(net, ints(colour), vertices(compute), ticking(progress)); });
         nb::list group;
         for (const auto &element : symmetry.group) group.append(numpy(element));
         return group;
@@ -109,7 +123,8 @@ void bind_forest(nb::module_ &m) {
   m.def(
       "orbits",
       [](int n, const Array &tail, const Array &head, const Array &cap, const Array &colour, const Array &compute, const Progress &progress) {
-        Orbits found = orbits(network(n, tail, head, cap), ints(colour), vertices(compute), ticking(progress));
+        const Network net = network(n, tail, head, cap);
+        Orbits found = alone([&] { return orbits(net, ints(colour), vertices(compute), ticking(progress)); });
         return nb::make_tuple(numpy(found.arc), numpy(found.vertex));
       },
       "n"_a, "tail"_a, "head"_a, "cap"_a, "colour"_a, "compute"_a, "progress"_a = nb::none(),

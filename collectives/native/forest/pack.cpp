@@ -46,9 +46,8 @@ class Packer {
         Tree tree = std::move(aside_.back());
         aside_.pop_back();
         close_slot();
-        grow(tree, split);
+        grow(tree, split, finished, all);
         finished += tree.multiplicity;
-        tick_("pack", finished, all);
         done.push_back(std::move(tree));
       }
     }
@@ -89,7 +88,7 @@ class Packer {
     if (used_ > aside_.size()) set(slots_[--used_].from_source, 0);
   }
 
-  void grow(Tree &tree, const Splitter &split) {
+  void grow(Tree &tree, const Splitter &split, Int finished, Int all) {
     rest_ -= tree.multiplicity;
     for (std::size_t at = 0; at < tree.vertices.size() && tree.vertices.size() < size_; at++) {
       int x = tree.vertices[at];
@@ -98,6 +97,7 @@ class Packer {
         if (!tree.has[split.head[e]] && base_[number_[e]] > 0) choice.push_back(e);
       std::stable_sort(choice.begin(), choice.end(), [&](int a, int b) { return base_[number_[a]] > base_[number_[b]]; });
       for (int e : choice) {
+        tick_("pack", finished, all);
         Int most = std::min(tree.multiplicity, base_[number_[e]]);
         Int fits = spare(x, split.head[e], most);
         if (fits <= 0) continue;

@@ -116,6 +116,7 @@ Int Splitter::split(int a, int b, Int amount) {
   Int deficit = 0;
   std::vector<std::pair<std::size_t, std::vector<std::pair<int, Int>>>> undo;
   for (std::size_t i = 0; i < sinks_.size() && deficit < amount; i++) {
+    tick_("split", static_cast<Int>(i), static_cast<Int>(sinks_.size()));
     Ints &flow = flows_[i];
     flow.resize(tail.size(), 0);
     if (flow[a] <= cap[a] && flow[b] <= cap[b]) continue;
