@@ -228,6 +228,38 @@ def variants(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def sparse(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Masks with nearly empty or very unequal rows of blocks, against FlexAttention compiled: a prompt with leaves, documents."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    prompt, leaf, leaves, H, D = 512, 2048, 8, 16, 128
+    sizes = {"tree 512 + 8 x 2048": prompt + leaf * leaves, "documents 300": TOKENS}
+    branch = (torch.arange(max(sizes.values()), device="cuda") - prompt) // leaf
+    document = torch.arange(TOKENS, device="cuda") // 300
+
+    def tree(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (q >= k) & ((k < prompt) | (branch[q] == branch[k]))
+
+    def documents(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (q >= k) & (document[q] == document[k])
+
+    rows = []
+    for (name, S), mask in zip(sizes.items(), (tree, documents), strict=True):
+        block_mask = create_block_mask(mask, None, None, S, S, device="cuda")
+        torch._dynamo.reset()
+        flex = torch.compile(flex_attention)
+
+        def peer(q: Tensor, k: Tensor, v: Tensor, flex: Any = flex, block_mask: Any = block_mask) -> Tensor:
+            return flex(q, k, v, block_mask=block_mask)  # type: ignore[no-any-return]
+
+        cases: dict[str, Case] = {
+            "ours": (ours(mask_mod=mask), *tensors(1, S, H, H, D, False)),
+            "flex": (peer, *tensors(1, S, H, H, D, True)),
+        }
+        rows.append(row(f"{name} D{D}", H * S * S * D / 2, both(cases, args.seconds)))
+    return rows
+
+
 def main() -> None:
     """Run the parts named on the command line and write their rows as JSON where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -247,7 +279,8 @@ def main() -> None:
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}; bf16 matmul 8192^3: {ceiling:.0f} TFLOP/s",
         flush=True,
     )
-    rows = [r for part in args.parts for r in {"plain": plain, "grouped": grouped, "variants": variants}[part](args)]
+    parts = {"plain": plain, "grouped": grouped, "variants": variants, "sparse": sparse}
+    rows = [r for part in args.parts for r in parts[part](args)]
     if args.json:
         with open(args.json, "w") as file:
             json.dump({"matmul": ceiling, "rows": rows}, file, indent=1)
