@@ -109,7 +109,7 @@ class Controller:
         return self.plan.searches[self._next].start
 
     def due(self, step: int) -> Search | None:
-        """The search to run before committed step `step`, if any is worth its steps.
+        """The search to run before committed step `step`, if any.
 
         With count="all" the plan was made for the most that searches may discard; what they saved lengthens stages.
         """
@@ -123,8 +123,6 @@ class Controller:
             found = replace(search, start=step, horizon=horizon, discards=min(search.discards, left))
             if step + search.trial_steps > self.kept_total:
                 self._pass(found, "the run ends too soon")
-            elif self.bayesian and self._next > 0 and not self._bayesian(found).worth_a_search():
-                self._pass(found, "no other rate is expected to win what finding it costs")
             else:
                 return found
         return None
@@ -255,7 +253,7 @@ class Controller:
             until=(self.plan.searches[1].start if search.start == 0 and len(self.plan.searches) > 1 else end)
             - search.start,
             trial_steps=search.trial_steps,
-            present=min(max(self._present, o.low), o.high),
+            present=self._present,
             usual=None if self._usual is None else min(max(self._usual, o.low), o.high),
             user=self._safe,
         )

@@ -13,9 +13,10 @@ ANNEAL = 0.5
 # With `stage_steps` given, stages begin only in this first share of the run.
 _STAGED = 0.7
 _DEFAULT_WARMUP = 0.02
-# Where searches are offered: at the run's start, from a tenth of it on, and each time a trial's length later. A trial is this
-# share of the run: at half of it the shock of a new rate has not passed yet.
-_SECOND, _OFFERED, _TRIALS = 0.1, 4, 8
+# Where searches are offered: at the run's start, from a tenth of it on so many times, each a trial's length later, and at half
+# of it, where a rate may have begun to do harm. A trial is this share of the run: at half of it the shock of a new rate has
+# not passed yet.
+_SECOND, _OFFERED, _LATER, _TRIALS = 0.1, 4, 0.5, 8
 _TRIAL = 0.04
 # Trials that a search may discard while none of its rates works.
 _FRUITLESS = 4
@@ -116,6 +117,7 @@ def _starts(options: Options, kept: int, total: int) -> list[int]:
     trial = options.trial_steps or max(LEAST_TRIAL, round(_TRIAL * total))
     second = max(round(total * _SECOND), 2 * LEAST_TRIAL)
     starts = [0, *(second + i * trial for i in range(_OFFERED))]
+    starts += [start for start in (int(_LATER * kept),) if start >= starts[-1] + trial]
     return [start for start in starts if start <= kept / 2]
 
 

@@ -55,6 +55,7 @@ class Bayesian:
     ) -> None:
         self._prior, self._at, self._before = prior, situation, list(before)
         self._low, self._high, self._positive = math.log10(low), math.log10(high), positive
+        self._force = min(max(math.log10(situation.present), self._low), self._high)
         self._known, self._seen = [Known(math.log10(situation.user), prior.user_std)], list(seen)
         if situation.usual is not None:
             self._known.append(Known(math.log10(situation.usual) + prior.usual_offset, prior.usual_std))
@@ -79,11 +80,6 @@ class Bayesian:
             Observed(min(max(math.log10(t.rate), self._low), self._high), self._works(t), t.diverged or not t.ended)
             for t in self._trials
         ]
-
-    def worth_a_search(self) -> bool:
-        """Whether another rate than the present one is expected to win more than finding it costs."""
-        belief = self._belief()
-        return bool(self._surplus(belief).max() > 0.0)
 
     def begin(self, loss: float | None) -> None:
         """See `Strategy`."""
@@ -180,20 +176,20 @@ class Bayesian:
             lost = np.full(len(belief.grid), at.trial_steps)
         else:
             # the rate in force goes on as it is; where that does harm, whatever works wins
-            base = belief.near(math.log10(at.present)) if steady else np.full(DRAWS, float(belief.progress.min()))
+            base = belief.near(self._force) if steady else np.full(DRAWS, float(belief.progress.min()))
             lost = at.trial_steps * belief.harmful
         cost = -np.log(np.maximum(1.0 - lost / max(at.left, at.trial_steps + 1), 1e-9))
         surplus = np.asarray(belief.improvement(base) * (at.until / at.left) - cost)
-        reached = [math.log10(self._trials[i].rate) for i in able] or [math.log10(at.present)]
+        reached = [math.log10(self._trials[i].rate) for i in able] or [self._force]
         surplus[belief.grid > max(reached) + _REACH] = -np.inf
         if steady:
             # that a smaller rate works as well says nothing for it, and what failed is not tried until it works by chance;
             # failures of the run's first steps are no failures later
             failed = [o.log_rate for o in self._seen if not (o.worked or o.first)]
-            surplus[belief.grid <= math.log10(at.present) + _APART] = -np.inf
+            surplus[belief.grid <= self._force + _APART] = -np.inf
             surplus[belief.grid > min(failed, default=math.inf) - _APART] = -np.inf
         elif not at.first:
-            surplus[belief.grid > math.log10(at.present) - _APART] = -np.inf
+            surplus[belief.grid > self._force - _APART] = -np.inf
         surplus[[not self._apart(x) for x in belief.grid]] = -np.inf
         return surplus
 
@@ -215,7 +211,11 @@ class Bayesian:
         return [i for i, trial in enumerate(self._trials) if self._works(trial)]
 
     def _works(self, trial: Trial) -> bool:
-        return worked(trial, self._prior.slack * self._fallen(trial), self._spoilt(trial))
+        most = self._spoilt(trial)
+        if self._at.first and trial.losses:
+            # the first steps fall at almost any rate: what comes back by half before the trial has ended goes on to rise
+            most = (trial.losses[0] + min(trial.losses)) / 2.0
+        return worked(trial, self._prior.slack * self._fallen(trial), most)
 
     def _spoilt(self, trial: Trial) -> float:
         """The loss above which a trial has spoiled what the run had won, whatever it began with."""
@@ -225,7 +225,9 @@ class Bayesian:
 
     def _fallen(self, trial: Trial) -> float:
         """How far the run's loss has fallen by a trial's start, in its unit."""
-        return max(self._at.began - min(self._at.best, trial.losses[0]), 0.0) if trial.losses else 0.0
+        if self._at.first or not trial.losses:
+            return 0.0
+        return max(self._at.began - min(self._at.best, trial.losses[0]), 0.0)
 
     def _rises(self) -> bool:
         """Whether the last of two trials that lived, and failed, was slower than the other and no better."""
@@ -234,6 +236,6 @@ class Bayesian:
 
     def _belief(self) -> Belief:
         at = self._at
-        force = [] if at.first or self._steady() else [Observed(math.log10(at.present), False)]
+        force = [] if at.first or self._steady() else [Observed(self._force, False)]
         seen = [*force, *self._seen, *self.observed]
         return Belief(self._prior, self._known, seen, self._low, self._high, done=at.done, ahead=at.ahead)

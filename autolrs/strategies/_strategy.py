@@ -43,7 +43,7 @@ class Situation:
         left: steps to come.
         until: those of them that the search decides: from the run's start, up to the second search.
         trial_steps: longest trial.
-        present: rate in force, within the range.
+        present: rate in force.
         usual: rate that the optimizer's class usually does well with; None: unknown.
         user: rate that the user gave, within the range.
     """
