@@ -72,18 +72,19 @@ class Messages:
             source = peer
             try:
                 told.wait()
-                source = work.source = told._source_rank() if peer is None else peer
+                sender: int = told._source_rank() if peer is None else peer
+                source = work.source = sender
                 dtype, count, number = _WORDS.unpack(bytes(words.tolist()))
                 if (dtype, count) != _kind(tensor):
                     sent = f"{count} elements of {dtype.decode('ascii', 'replace').strip()}"
                     raise ExecutionError(
-                        f"rank {source} sent {sent}, rank {self._runner.placement.rank} receives {tensor.numel()} of "
+                        f"rank {sender} sent {sent}, rank {self._runner.placement.rank} receives {tensor.numel()} of "
                         f"{tensor.dtype}: both must be the same"
                     )
                 with self._turn:  # in the order of the announcements
-                    self._turn.wait_for(lambda: self._taken[source, tag] == number)
-                    data = self._gloo.recv([tensor], source, tag)
-                    self._taken[source, tag] += 1
+                    self._turn.wait_for(lambda: self._taken[sender, tag] == number)
+                    data = self._gloo.recv([tensor], sender, tag)
+                    self._taken[sender, tag] += 1
                     self._turn.notify_all()
                 data.wait()
             except ExecutionError as error:
