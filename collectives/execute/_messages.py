@@ -72,30 +72,38 @@ class Messages:
             source = peer
             try:
                 told.wait()
-                source = work.source = told._source_rank() if peer is None else peer
+                sender: int = told._source_rank() if peer is None else peer
+                source = work.source = sender
                 dtype, count, number = _WORDS.unpack(bytes(words.tolist()))
                 if (dtype, count) != _kind(tensor):
                     sent = f"{count} elements of {dtype.decode('ascii', 'replace').strip()}"
                     raise ExecutionError(
-                        f"rank {source} sent {sent}, rank {self._runner.placement.rank} receives {tensor.numel()} of "
+                        f"rank {sender} sent {sent}, rank {self._runner.placement.rank} receives {tensor.numel()} of "
                         f"{tensor.dtype}: both must be the same"
                     )
                 with self._turn:  # in the order of the announcements
-                    self._turn.wait_for(lambda: self._taken[source, tag] == number)
-                    data = self._gloo.recv([tensor], source, tag)
-                    self._taken[source, tag] += 1
+                    self._turn.wait_for(lambda: self._runner.failure or self._taken[sender, tag] == number)
+                    if self._runner.failure is not None:  # of one before this, perhaps
+                        raise self._runner.failure
+                    data = self._gloo.recv([tensor], sender, tag)
+                    self._taken[sender, tag] += 1
                     self._turn.notify_all()
                 data.wait()
             except ExecutionError as error:
-                done.set_exception(self._runner.failed(error))
+                self._give_up(done, self._runner.failed(error))
             except RuntimeError as error:
-                done.set_exception(self._failed(error, source))
+                self._give_up(done, self._failed(error, source))
             else:
                 done.set_result(None)
 
         # one thread each: a send elsewhere may wait for this while the caller waits for something else
         threading.Thread(target=take, name="trainkit-receive", daemon=True).start()
         return work
+
+    def _give_up(self, done: "Future[None]", error: ExecutionError) -> None:
+        with self._turn:
+            self._turn.notify_all()
+        done.set_exception(error)
 
     def _failed(self, error: RuntimeError, peer: int | None) -> ExecutionError:
         lost = self._runner.lost()

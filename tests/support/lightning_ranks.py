@@ -29,12 +29,12 @@ class Net(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
 
 
-def fit(strategy: Any, make: Any) -> tuple[list[int], Any]:
-    """Train what `make` returns for 8 steps on each of two ranks: (bits of its parameters, it)."""
+def fit(strategy: Any, make: Any, devices: int = 2) -> tuple[list[int], Any]:
+    """Train what `make` returns for 16 steps shared out over the ranks: (bits of its parameters, it)."""
     pl.seed_everything(0, verbose=False)
     data = torch.utils.data.DataLoader(torch.randn(64, 16), batch_size=4)
     trainer = pl.Trainer(
-        accelerator="cpu", devices=2, strategy=strategy, max_epochs=1, logger=False, enable_checkpointing=False,
+        accelerator="cpu", devices=devices, strategy=strategy, max_epochs=1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     net = make()
