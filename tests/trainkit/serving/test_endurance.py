@@ -41,6 +41,7 @@ def mixed(predicting: Server, texting: Server, seed: int, *, until: float) -> in
     while time.monotonic() < until:
         count += 1
         kind = rng.random()
+        time.sleep(0.1 * rng.random())
         with contextlib.suppress(OSError):
             if kind < 0.6:
                 assert predicting.predict(3) in (

@@ -64,9 +64,10 @@ class Autoscaler:
         if self._since is None:
             self._since, self._untouched = now_s, untouched
         self._untouched = min(self._untouched, untouched)
-        if now_s - self._since < self.hold_s or starting:
+        if now_s - self._since < self.hold_s:
             return self._within(there)
-        wanted = self._within(there - max(0, self._untouched - self.spare))
+        # what has not come by now was not needed either
+        wanted = self._within(gpus - max(0, self._untouched - self.spare))
         self._since = None
         return wanted
 

@@ -102,7 +102,10 @@ def simulate_autoscaled(
             gpu = next(g for g in range(len(taken) + 1) if g not in taken)
             taken.add(gpu)
             coming.append((now + start_s, gpu))
-        for gpu in sorted(untouched)[::-1][: len(taken) - wanted]:
+        surplus = max(0, len(taken) - wanted)
+        recalled = min(surplus, len(coming))
+        coming = coming[: len(coming) - recalled]
+        for gpu in sorted(untouched)[::-1][: surplus - recalled]:
             run.remove_gpu(gpu)
             there.discard(gpu)
         counts.append(wanted)
