@@ -2,12 +2,16 @@
 
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import nn
 
 from trainkit.kernels.lowbit._configs import Config
 
 SLOWER_BELOW = 4096 * 4096
 """Weights of a layer below which launching costs more than reading fewer bytes saves (`benchmarks/kernels`, one H200)."""
+
+LEAST = 32
+"""Channels of the smallest group."""
 
 
 def blocks(model: nn.Module) -> list[str]:
@@ -44,6 +48,11 @@ def candidates(
     return chosen, left
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model lies."""
+    return next(x.device for x in (*model.parameters(), *model.buffers()))
+
+
 def _with_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if any(p.dim() >= 2 for p in module.parameters(recurse=False)):
@@ -56,7 +65,7 @@ def _reason(
     """Why a module is left alone; None where it is not."""
     if not any(name.startswith(prefix) for prefix in inside):
         return "outside of the repeated blocks"
-    if type(module) is not nn.Linear:
+    if type(module) is not nn.Linear and type(module).__name__ != "FakeQuantLinear":
         return f"{type(module).__name__} is no nn.Linear"
     weight = module.weight
     if not weight.is_floating_point():
@@ -64,8 +73,8 @@ def _reason(
     if len(set(owners[id(weight)])) > 1:
         return f"shares its weight with {next(n for n in owners[id(weight)] if n != name)}"
     rest = module.in_features - config.outliers_of(module.in_features)
-    if rest < max(config.group, 32):
-        return f"{rest} of {module.in_features} channels are fewer than a group"
+    if rest < LEAST:
+        return f"{rest} channels that are no outliers are fewer than {LEAST}"
     if weight.is_cuda and not config.keep_slower and weight.numel() < SLOWER_BELOW:
         return f"{weight.numel()} weights: slower than 16 bits (keep_slower=True quantises it nevertheless)"
     return None
