@@ -11,7 +11,7 @@ from trainkit.kernels.lowbit._configs import W4A4, W4A8, W8A8, Config
 from trainkit.kernels.lowbit._quantize import _replace
 from trainkit.kernels.lowbit._rotation import rotate
 from trainkit.kernels.lowbit._rounding import Blocks, quantised, stored
-from trainkit.kernels.lowbit._walk import candidates
+from trainkit.kernels.lowbit._walk import PLAIN, candidates
 
 
 class FakeQuantLinear(nn.Linear):
@@ -58,6 +58,9 @@ class FakeQuantLinear(nn.Linear):
         codes = reference(x.flatten(0, -2), recipe, None)
         wide = codes.codes.float().view(len(codes.codes), -1, group or recipe.main) * codes.scales.t()[:, :, None]
         return wide.flatten(1)[:, : self.in_features].view(x.shape)
+
+
+PLAIN.add(FakeQuantLinear)
 
 
 def _through(x: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:

@@ -12,6 +12,8 @@ SLOWER_BELOW = 4096 * 4096
 
 LEAST = 32
 """Channels of the smallest group."""
+PLAIN: set[type[nn.Module]] = {nn.Linear}
+"""Classes whose forward is a linear layer's; what prepares training adds its own."""
 
 
 def blocks(model: nn.Module) -> list[str]:
@@ -65,7 +67,7 @@ def _reason(
     """Why a module is left alone; None where it is not."""
     if not any(name.startswith(prefix) for prefix in inside):
         return "outside of the repeated blocks"
-    if type(module) is not nn.Linear and type(module).__name__ != "FakeQuantLinear":
+    if not isinstance(module, nn.Linear) or type(module) not in PLAIN:
         return f"{type(module).__name__} is no nn.Linear"
     weight = module.weight
     if not weight.is_floating_point():
