@@ -1,4 +1,4 @@
-"""Products of 4- and 8-bit weights against cuBLAS bf16, `_int_mm`, `_scaled_mm` and humming-kernels, within CUDA graphs.
+"""Products of 4- and 8-bit weights against cuBLAS bf16, `_int_mm` and `_scaled_mm`, within CUDA graphs.
 
     python benchmarks/kernels/lowbit.py [--shapes 4096x4096,14336x4096,28672x8192] [--methods W4A4,W4A16,W4A8,W8A8]
 

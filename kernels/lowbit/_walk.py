@@ -7,8 +7,8 @@ from torch import nn
 
 from trainkit.kernels.lowbit._configs import Config
 
-SLOWER_BELOW = 4096 * 4096
-"""Weights of a layer below which launching costs more than reading fewer bytes saves (`benchmarks/kernels`, one H200)."""
+SLOWER_UP_TO = 4096 * 4096
+"""Weights of a layer up to which the products were slower than bf16 at any number of tokens (one H200)."""
 
 LEAST = 32
 """Channels of the smallest group."""
@@ -77,6 +77,6 @@ def _reason(
     rest = module.in_features - config.outliers_of(module.in_features)
     if rest < LEAST:
         return f"{rest} channels that are no outliers are fewer than {LEAST}"
-    if weight.is_cuda and not config.keep_slower and weight.numel() < SLOWER_BELOW:
+    if weight.is_cuda and not config.keep_slower and weight.numel() <= SLOWER_UP_TO:
         return f"{weight.numel()} weights: slower than 16 bits (keep_slower=True quantises it nevertheless)"
     return None
