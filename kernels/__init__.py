@@ -24,11 +24,15 @@ from trainkit.kernels.fused._rms_norm import rms_norm as rms_norm
 from trainkit.kernels.fused._rope import rope as rope
 from trainkit.kernels.fused._sample import sample as sample
 from trainkit.kernels.fused._swiglu import swiglu as swiglu
+from trainkit.kernels.lowbit._compressed_tensors import export_compressed_tensors as export_compressed_tensors
 from trainkit.kernels.lowbit._configs import W4A4 as W4A4
 from trainkit.kernels.lowbit._configs import W4A8 as W4A8
 from trainkit.kernels.lowbit._configs import W4A16 as W4A16
 from trainkit.kernels.lowbit._configs import W8A8 as W8A8
+from trainkit.kernels.lowbit._files import load_quantized as load_quantized
+from trainkit.kernels.lowbit._files import save_quantized as save_quantized
 from trainkit.kernels.lowbit._linear import LowBitLinear as LowBitLinear
+from trainkit.kernels.lowbit._qat import prepare_qat_ as prepare_qat_
 from trainkit.kernels.lowbit._quantize import quantize_ as quantize_
 from trainkit.kernels.lowbit._report import Report as Report
 from trainkit.kernels.paged._append import append_kv as append_kv

@@ -94,8 +94,8 @@ def quantise(
     beside = up if norm is None else norm.weight
     tensors = [x] if beside is None else [x, beside]
     if not fusible(*tensors) or recipe.main > 65536:
-        y = _front(x, norm, up)
-        return reference(y, recipe, order), y if keep else None
+        whole = _front(x, norm, up)
+        return reference(whole, recipe, order), whole if keep else None
     import triton
 
     from trainkit.kernels.lowbit import _activation_kernels as kernels

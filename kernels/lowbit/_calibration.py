@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from trainkit.kernels.lowbit._configs import Config
 from trainkit.kernels.lowbit._rotation import rotate
+from trainkit.kernels.lowbit._walk import device_of
 
 SAMPLES = 256
 """Tokens kept of each input, on which the activations' clipping is searched."""
@@ -44,9 +45,7 @@ class Input:
             self.samples.append(x[rows.to(x.device)])
 
 
-def measure(
-    model: nn.Module, layers: dict[str, nn.Linear], config: Config, loader: Iterable[Any]
-) -> dict[str, Input]:  # fmt: skip
+def measure(model: nn.Module, layers: dict[str, nn.Linear], config: Config, loader: Iterable[Any]) -> dict[str, Input]:
     """Run the loader's batches through the model; the input of each layer that they reached, by the layer's name.
 
     Raises:
@@ -93,7 +92,7 @@ def measure(
         with torch.no_grad():
             for count, batch in enumerate(_watched(loader, config.progress), 1):
                 _call(model, batch)
-                for made in set(inputs.values()):
+                for made in dict.fromkeys(inputs.values()):
                     if not bool(made.squares.isfinite().all()):
                         raise ValueError(
                             f"calibration needs finite activations, batch {count} gave {made.leader} one that is not: "
@@ -119,7 +118,7 @@ def _watched(loader: Iterable[Any], progress: bool) -> Iterable[Any]:
 
 def _call(model: nn.Module, batch: Any) -> None:
     """The model's forward on what a loader yields: a tensor, a tuple of arguments or a mapping of them."""
-    device = next(model.parameters()).device
+    device = device_of(model)
 
     def moved(x: Any) -> Any:
         return x.to(device) if isinstance(x, Tensor) else x

@@ -71,7 +71,7 @@ def product4(
     y = torch.empty(rows, columns, dtype=dtype, device=codes.device)
     if rows == 0:
         return y
-    tile = tile or tile4(rows, columns, channels, "16" if recipe is None else recipe.kind)
+    tile = tile or tile4(rows, columns)
     tiles = -(-rows // tile.bm) * -(-columns // tile.bn)
     split = min(tile.split, blocks)
     part, lock = _workspace(codes.device, split * rows * columns, tiles) if split > 1 else (None, None)
@@ -123,7 +123,7 @@ def product8(
     y = torch.empty(rows, columns, dtype=dtype, device=weight.device)
     if rows == 0:
         return y
-    tile = tile or tile8(rows, columns, channels)
+    tile = tile or tile8(rows)
     tiles = -(-rows // tile.bm) * -(-columns // tile.bn)
     arguments: dict[str, Any] = {
         "BM": tile.bm,

@@ -13,7 +13,7 @@ from trainkit.kernels.lowbit._fronts import install, recognised
 from trainkit.kernels.lowbit._handlers import HANDLERS
 from trainkit.kernels.lowbit._linear import LowBitLinear
 from trainkit.kernels.lowbit._report import Report, Row
-from trainkit.kernels.lowbit._walk import candidates
+from trainkit.kernels.lowbit._walk import candidates, device_of
 
 
 def quantize_(
@@ -117,7 +117,7 @@ def _most_frequent(left: dict[str, str]) -> str:
 
 def _backend(model: nn.Module) -> str:
     """What will multiply where the model lies now."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     missing = lacking()
     if missing:
         return f"the reference in PyTorch, slow: {missing}"

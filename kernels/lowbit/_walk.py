@@ -2,12 +2,18 @@
 
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import nn
 
 from trainkit.kernels.lowbit._configs import Config
 
-SLOWER_BELOW = 4096 * 4096
-"""Weights of a layer below which launching costs more than reading fewer bytes saves (`benchmarks/kernels`, one H200)."""
+SLOWER_UP_TO = 4096 * 4096
+"""Weights of a layer up to which the products were slower than bf16 at any number of tokens (one H200)."""
+
+LEAST = 32
+"""Channels of the smallest group."""
+PLAIN: set[type[nn.Module]] = {nn.Linear}
+"""Classes whose forward is a linear layer's; what prepares training adds its own."""
 
 
 def blocks(model: nn.Module) -> list[str]:
@@ -44,6 +50,11 @@ def candidates(
     return chosen, left
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model lies."""
+    return next(x.device for x in (*model.parameters(), *model.buffers()))
+
+
 def _with_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if any(p.dim() >= 2 for p in module.parameters(recurse=False)):
@@ -56,7 +67,7 @@ def _reason(
     """Why a module is left alone; None where it is not."""
     if not any(name.startswith(prefix) for prefix in inside):
         return "outside of the repeated blocks"
-    if type(module) is not nn.Linear:
+    if not isinstance(module, nn.Linear) or type(module) not in PLAIN:
         return f"{type(module).__name__} is no nn.Linear"
     weight = module.weight
     if not weight.is_floating_point():
@@ -64,8 +75,8 @@ def _reason(
     if len(set(owners[id(weight)])) > 1:
         return f"shares its weight with {next(n for n in owners[id(weight)] if n != name)}"
     rest = module.in_features - config.outliers_of(module.in_features)
-    if rest < max(config.group, 32):
-        return f"{rest} of {module.in_features} channels are fewer than a group"
-    if weight.is_cuda and not config.keep_slower and weight.numel() < SLOWER_BELOW:
+    if rest < LEAST:
+        return f"{rest} channels that are no outliers are fewer than {LEAST}"
+    if weight.is_cuda and not config.keep_slower and weight.numel() <= SLOWER_UP_TO:
         return f"{weight.numel()} weights: slower than 16 bits (keep_slower=True quantises it nevertheless)"
     return None
