@@ -10,6 +10,7 @@ from trainkit.kernels._attention import _triton
 from trainkit.kernels._attention._call import Tiling
 from trainkit.kernels._attention._spec import ScoreMod, Spec
 from trainkit.kernels._attention._variant import build
+from trainkit.kernels.fused._launch import on
 from trainkit.kernels.paged import _launch, _planner
 from trainkit.kernels.paged._gradients import attend
 from trainkit.kernels.paged._plan_reference import Shape
@@ -187,7 +188,7 @@ class PagedAttention:
             v_scale: the same for values.
 
         Returns:
-            out `[tokens, Hq, Dv]` in q's dtype, and lse `[tokens, Hq]`, natural log, fp32; a row without keys gives 0 and
+            out `[tokens, Hq, D]` in q's dtype, and lse `[tokens, Hq]`, natural log, fp32; a row without keys gives 0 and
             -inf. Rows beyond the plan's (under `cuda_graph_max`) hold nothing of meaning.
 
         Raises:
@@ -209,7 +210,8 @@ class PagedAttention:
             return reference(q[:rows], pages, planned.tables, spec, scales)
         longest = max(q.shape[0], q.shape[1], pages.keys.shape[0] * pages.page_size)
         variant = build(spec, q.device, longest)
-        return attend(q, pages, spec, variant, planned, self._planner.arrays, scales)
+        with on(q):
+            return attend(q, pages, spec, variant, planned, self._planner.arrays, scales)
 
     def _agree(
         self, planned: Planned, q: Tensor, pages: Any, alibi_slopes: Tensor | None, sinks: Tensor | None,
@@ -223,8 +225,9 @@ class PagedAttention:
         if self._planner.maximum is not None and q.shape[0] > self._planner.maximum.tokens:
             raise ValueError(f"q must have {self._planner.maximum.tokens} rows at most, got {q.shape[0]}")
         keys = (shape.num_pages, shape.page_size, shape.kv_heads, planned.head_dim)
-        if tuple(pages.keys.shape) != keys:
-            raise ValueError(f"the cache's keys must be {list(keys)} (as NHD) as planned, got {list(pages.keys.shape)}")
+        for name, x in zip(pages._fields, pages, strict=True):
+            if tuple(x.shape) != keys:
+                raise ValueError(f"the cache's {name} must be {list(keys)} (as NHD) as planned, got {list(x.shape)}")
         for name, x, dtype in (("q", q, planned.dtype), ("the cache", pages.keys, planned.kv_dtype)):
             if x.dtype != dtype or x.device != planned.device:
                 raise ValueError(f"{name} must be {dtype} on {planned.device} as planned, got {x.dtype} on {x.device}")
@@ -239,8 +242,8 @@ class PagedAttention:
         requests = len(planned.tables.qo_indptr) - 1
         if alibi_slopes is not None and tuple(alibi_slopes.shape) not in ((heads,), (requests, heads)):
             raise ValueError(f"alibi_slopes must be [{heads}] or [{requests}, {heads}], got {list(alibi_slopes.shape)}")
-        if sinks is not None and tuple(sinks.shape) != (heads,):
-            raise ValueError(f"sinks must be [{heads}], got {list(sinks.shape)}")
+        if sinks is not None and (tuple(sinks.shape) != (heads,) or sinks.device != planned.device):
+            raise ValueError(f"sinks must be [{heads}] on {planned.device}, got {list(sinks.shape)} on {sinks.device}")
         if (k_scale is None) != (v_scale is None):
             raise ValueError("k_scale and v_scale come together, got one of them")
         for name, x in (("k_scale", k_scale), ("v_scale", v_scale)):

@@ -126,16 +126,16 @@ def attend(
     """Paged attention by the kernels, differentiable where gradients are asked for.
 
     Raises:
-        ValueError: gradients through a cache in another dtype than the queries'.
+        ValueError: gradients through a cache in another dtype than the queries', or with scales.
     """
     learned = [variant.score_tables[i] for i in variant.learned]
     asked = any(x is not None and x.requires_grad for x in (q, *pages, spec.sinks, *learned))
     if not torch.is_grad_enabled() or not asked:
         return _launch.forward(q, pages, spec, variant, planned.tiles, arrays, scales)
-    if pages.keys.dtype != q.dtype:
+    if pages.keys.dtype != q.dtype or scales[0] is not None:
         raise ValueError(
-            f"gradients need a cache in the queries' dtype, got {pages.keys.dtype} and {q.dtype}: detach q, or keep the"
-            f" cache in {q.dtype}"
+            f"gradients need a cache in the queries' dtype and without scales, got {pages.keys.dtype} and {q.dtype}"
+            f"{' with scales' * (scales[0] is not None)}: detach q, or keep the cache in {q.dtype}"
         )
     if q.shape[0] != int(planned.tables.qo_indptr[-1]):
         raise ValueError("gradients need a plan without cuda_graph_max, whose rows are exactly q's")

@@ -170,6 +170,7 @@ def test_other_refusals():
     for q, kv, more, rule in (
         (torch.zeros(2, 4, 16), cache, {}, r"q must be \[3, 4, 16\]"),
         (torch.zeros(3, 4, 16), cache[:4], {}, "as planned"),
+        (torch.zeros(3, 4, 16), (cache[:, 0], torch.zeros(5, 8, 2, 32)), {}, "values must be"),
         (torch.zeros(3, 4, 16), cache.double(), {}, "as planned"),
         (torch.zeros(3, 4, 16), cache, {"sinks": torch.zeros(4)}, "sinks=False"),
         (torch.zeros(3, 4, 16), cache, {"k_scale": torch.ones(2)}, "come together"),

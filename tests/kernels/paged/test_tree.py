@@ -1,7 +1,12 @@
 """Attention in trees against the tree as a mask, against each path alone, and through transformers and TRL's arguments."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
+from paths import ROOT
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'triton>=3.6'")
 
@@ -54,8 +59,17 @@ def test_the_reference_is_each_path_alone(name, window):
         torch.testing.assert_close(out[:, rows[len(rows) - own :]], alone[:, len(rows) - own :])
 
 
-@pytest.mark.parametrize("name", TREES)
-@pytest.mark.parametrize("masked", [True, False])
+SOONER = {("samples", True), ("five deep", False)}
+
+
+@pytest.mark.parametrize(
+    "name, masked",
+    [
+        pytest.param(name, masked, marks=() if (name, masked) in SOONER else pytest.mark.slow)
+        for name in TREES
+        for masked in (True, False)
+    ],
+)
 def test_kernels_and_gradients(name, masked, interpreted, monkeypatch):
     """Forward as one masked call, and level by level through the merge."""
     monkeypatch.setattr(_tree, "MASKED_PAIRS", 1 << 30 if masked else 0)
@@ -74,6 +88,16 @@ def test_kernels_and_gradients(name, masked, interpreted, monkeypatch):
     _tree._PLANS.clear()
     for ours, exact in zip(*results, strict=True):
         torch.testing.assert_close(ours, exact, atol=3e-5, rtol=1e-4)
+
+
+def test_examples():
+    """Through transformers: gradients and logits are those of repeated prompts."""
+    files = [str(ROOT / "examples" / name) for name in ("shared_prompt.py", "trl_tree.py")]
+    command = [sys.executable, "-P", "-c", "import runpy, sys; [runpy.run_path(f) for f in sys.argv[1:]]", *files]
+    environment = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("below 1e-") == 2, done.stdout
 
 
 def test_trees_that_are_none():
