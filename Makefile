@@ -5,6 +5,7 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 TORCH = torch==2.13.0
+WHEEL_PYTHONS ?= python3.11 python3.12 python3.13
 CONSTRAINTS = $(VENV)/constraints.txt
 OLDEST_TOOLS = hypothesis pytest pytest-benchmark pytest-timeout
 # what speaks to torch, Lightning, numpy and scipy
@@ -12,7 +13,7 @@ OLDEST_TESTS = tests/autolrs tests/switchml tests/collectives tests/trainkit/int
 SOURCES = pyproject.toml constraints.txt $(shell find CMakeLists.txt autolrs switchml collectives kernels p4 docs trainkit/ \
 	-name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.p4' -o -name '*.bpf.c' -o -name '*.md' -o -name 'CMakeLists.txt')
 
-.PHONY: demo test test-slow test-gpu test-oldest lint setup clean
+.PHONY: demo test test-slow test-gpu test-oldest lint setup wheels clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/trainkit demo --out runs/demo --overwrite
@@ -39,6 +40,11 @@ lint: $(VENV)/installed-for-tests
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 setup: $(VENV)/installed-for-tests
+
+# One wheel for each Python, and the source distribution, in dist/.
+wheels: $(VENV)/python
+	@for python in $(WHEEL_PYTHONS); do echo "$$python" && $$python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist . || exit 1; done
+	$(PIP) install build && $(VENV)/bin/python -m build --sdist --outdir dist .
 
 $(VENV)/python: constraints.txt
 	@sh .ci/prerequisites $(PYTHON)

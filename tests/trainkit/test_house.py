@@ -34,7 +34,7 @@ def python(code: str, cwd: Path) -> str:
 
 
 def test_nothing_is_unpickled() -> None:
-    """What comes over a network or from a shared folder is JSON, a fixed struct, or tensors; torch's object collectives unpickle."""
+    """What comes over a network is JSON, a fixed struct, or tensors; torch's object collectives unpickle."""
     unpickles = re.compile(
         r"\b(import (c?pickle|marshal|shelve|dill|joblib)\b|\w+_object(_list)?\(|allow_pickle=True|yaml\.(unsafe_)?load\()"
         r"|torch\.load\((?!.*weights_only=True)"
