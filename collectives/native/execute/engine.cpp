@@ -28,6 +28,9 @@ constexpr uint32_t kWakeTag = 0xFFFFFFFF;
 // parts of the deadline after which a silent peer is asked, then one that did not answer is blamed, then one that has
 // not begun the job, then whoever is waited for: whoever knows most speaks first
 constexpr double kAsk = 0.5, kSilent = 0.9, kAbsent = 0.95;
+// seconds beyond the deadline before a rank is blamed that answers and has begun: ranks do not begin at the same moment, and
+// one that began later may know who is missing
+constexpr double kMoment = 0.5;
 
 double monotonic() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -445,8 +448,8 @@ int Engine::timeout() const {
   for (auto& peer : peers_)
     if (peer->in_lost != 0 || peer->out_lost != 0) return static_cast<int>(kGrace * 250);
   const double idle = monotonic() - progress_;
-  for (const double part : {kAsk, kSilent, kAbsent, 1.0})
-    if (idle < part * deadline_) return static_cast<int>(std::min(part * deadline_ - idle, kLook) * 1000) + 1;
+  for (const double until : {kAsk * deadline_, kSilent * deadline_, kAbsent * deadline_, deadline_ + kMoment})
+    if (idle < until) return static_cast<int>(std::min(until - idle, kLook) * 1000) + 1;
   return 1;
 }
 
@@ -481,7 +484,7 @@ void Engine::check_time() {
     if (idle >= kSilent * deadline_ && peer->heard < peer->pinged) return blame(Failure::kSilent);
     if (idle >= kAbsent * deadline_ && peer->jobs <= job) return blame(Failure::kAbsent);
   }
-  if (idle >= deadline_ && !awaited.empty())
+  if (idle >= deadline_ + kMoment && !awaited.empty())
     fail({Failure::kStalled, static_cast<uint32_t>(awaited[0].peer->rank), awaited[0].op, me});
 }
 

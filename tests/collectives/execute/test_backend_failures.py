@@ -162,6 +162,8 @@ def test_every_collective_names_the_rank_at_fault(fault: str) -> None:
             where = f"{name} on rank {rank}: {kind} {words!r} after {seconds:.1f} s"
             if name in MESSAGES and rank == 1 and fault == "late":  # nobody receives any more, or has done so
                 continue
+            if name == "broadcast" and fault == "size" and rank != 1 and not kind:
+                continue  # what it has is right: rank 1's other size is between rank 1 and the one that sends to it
             assert kind, f"{where}: a silent result"
             assert "rank " in words, where
             if rank != 1 and fault in ("dead", "late"):

@@ -73,6 +73,7 @@ def test_all_hosts_get_the_same_network_in_rank_order() -> None:
 def test_hosts_without_a_rank_fill_the_gaps_and_equal_names_are_told_apart() -> None:
     port = free_port()
     networks = together(*[host(port, rank, 3, name="same", streams=2) for rank in (0, None, None)])
+    assert all(isinstance(network, Topology) for network in networks), networks
     assert networks[0].compute_nodes == ("same-0", "same-1", "same-2")
 
 

@@ -100,7 +100,9 @@ def test_requests_come_stop_and_go(gpt, prompts, wanted):
     until = wanted[3][: wanted[3].index(stop) + 1]
     engine.add_request(3, prompts[3], max_new_tokens=8, sampling=GREEDY, stop=[stop])
     engine.add_request(4, prompts[4], max_new_tokens=8, sampling=GREEDY)
-    assert not engine.fits(prompts[5], 8)  # others wait
+    crowd = [1] * 96
+    assert Engine(gpt, num_pages=40, page_size=4, backend="reference").fits(crowd, 8)
+    assert not engine.fits(crowd, 8)  # the pages of those that wait are theirs
     found = {3: [], 4: []}
     while engine.running > 1:
         for token in engine.step():
