@@ -25,12 +25,9 @@ constexpr double kGrace = 0.2;          // seconds for a rank's last words after
 constexpr size_t kPooled = 64;          // staging buffers kept
 constexpr double kLook = 60;            // seconds between looks at the clock, at most
 constexpr uint32_t kWakeTag = 0xFFFFFFFF;
-// parts of the deadline after which a silent peer is asked, then one that did not answer is blamed, then one that has
-// not begun the job, then whoever is waited for: whoever knows most speaks first
-constexpr double kAsk = 0.5, kSilent = 0.9, kAbsent = 0.95;
-// seconds beyond the deadline before a rank is blamed that answers and has begun: ranks do not begin at the same moment, and
-// one that began later may know who is missing
-constexpr double kMoment = 0.5;
+// parts of the deadline after which a silent peer is asked, one that did not answer is blamed, one that has not begun the
+// job, then, some seconds later, whoever is waited for: whoever knows most speaks first
+constexpr double kAsk = 0.5, kSilent = 0.9, kAbsent = 0.95, kMoment = 0.5;
 
 double monotonic() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
