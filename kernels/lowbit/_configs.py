@@ -60,7 +60,7 @@ class W4A4(Config):
     outliers: int | None = None  # type: ignore[assignment]
     """INT8 channels, those with the greatest activations; None takes a 32nd of a layer's, at least 16."""
     kv_bits: int = 4
-    """Bits of cached keys and values: 4 or 16; what a 4-bit cache is told by `Report.kv_bits`."""
+    """Bits of cached keys and values: 4 or 16; noted in `Report.kv_bits`, for a cache that can store them."""
     rotate: bool = False
     """Rotate the input by a Hadamard matrix instead of keeping outliers (Ashkboos et al., QuaRot, 2024)."""
 
